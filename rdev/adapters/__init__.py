@@ -1,0 +1,1 @@
+"""One folder per technology; adapters never import each other."""

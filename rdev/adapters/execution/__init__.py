@@ -1,0 +1,1 @@
+"""Running commands in projects: the supervisor, the attach protocol, its transports."""

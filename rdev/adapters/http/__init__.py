@@ -1,0 +1,1 @@
+"""HTTP, the driving side: hypercorn, quart-trio, routes by subject."""

@@ -1,0 +1,1 @@
+"""PostgreSQL: a trio-native psycopg connection, its pool, migrations, SQL by subject."""

@@ -1,0 +1,1 @@
+"""Nouns and rules. Pure: no trio, no I/O, no clock, no randomness of its own."""

@@ -1,0 +1,38 @@
+"""Identifiers on the wire: a prefix and a UUIDv7 in 32 hex digits, so they sort by creation."""
+
+import re
+from collections.abc import Callable
+from typing import NewType
+from uuid import UUID
+
+CommandId = NewType("CommandId", str)
+ProjectId = NewType("ProjectId", str)
+
+# Makes a fresh UUIDv7. Injected: the domain draws no randomness and reads no clock.
+NewUuid = Callable[[], UUID]
+
+COMMAND_PREFIX = "cmd_"
+
+_COMMAND = re.compile(r"cmd_[0-9a-f]{32}")
+# A DNS-1123 label of at most 40 characters (the HTTP contract).
+_PROJECT = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+
+
+def command_id(uuid: UUID) -> CommandId:
+    """The wire form of a command's UUID."""
+    return CommandId(COMMAND_PREFIX + uuid.hex)
+
+
+def command_uuid(command: CommandId) -> UUID:
+    """The UUID inside a command id that was made by `command_id` or passed `is_command_id`."""
+    return UUID(command.removeprefix(COMMAND_PREFIX))
+
+
+def is_command_id(text: str) -> bool:
+    """Whether the text has the form of a command id; says nothing about existence."""
+    return _COMMAND.fullmatch(text) is not None
+
+
+def is_project_id(text: str) -> bool:
+    """Whether the text is a DNS-1123 label of 1–40 characters."""
+    return _PROJECT.fullmatch(text) is not None

@@ -1,0 +1,74 @@
+"""What the queue needs from a place where commands run (a local folder, a pod)."""
+
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
+from rdev.domain.ids import CommandId, ProjectId
+
+
+class Attachment(Protocol):
+    """One command being observed. Reconnects by itself; the offsets carry on."""
+
+    async def receive(self) -> Piece | Exit | Lost:
+        """The next piece of output, or the end.
+
+        Pieces of each stream continue at the offset asked for, without hole or overlap, ≤ 1 MiB
+        each. `Exit` comes only when both offsets equal the sizes in the status; after `Exit` or
+        `Lost` nothing more may be asked.
+        Cancellation: nothing is lost; attach again at the offset after the last piece.
+        Blocks: until there is output or an end, however long that takes. Not asking is the
+        back-pressure: the journal in the project is the buffer.
+        """
+        ...
+
+
+class Executor(Protocol):
+    """Runs commands detached in projects and observes them. Started at most once per command."""
+
+    @property
+    def reach(self) -> str:
+        """The set of projects this executor can touch, e.g. `local:<machine>:<folder>`; two
+        servers with the same reach can take over each other's commands."""
+        ...
+
+    async def prepare(self, project: ProjectId) -> None:
+        """Make the project's place (idempotent). Errors: SERVICE_UNAVAILABLE."""
+        ...
+
+    async def instance(self, project: ProjectId) -> str:
+        """What the place is now: boot id and start time of its pid 1. A place that was restarted
+        has another instance. Errors: NOT_FOUND, SERVICE_UNAVAILABLE."""
+        ...
+
+    def attach(
+        self,
+        project: ProjectId,
+        command: CommandId,
+        *,
+        spec: Spec | None,
+        instance: str,
+        offsets: Offsets,
+    ) -> AbstractAsyncContextManager[Attachment]:
+        """Start the command if it can still be started, else continue reading at `offsets`.
+
+        The command is started at most once, whoever calls how often: `go/` in its folder is the
+        only commit point. It is started only with a `spec` and only when the place is the given
+        `instance`; otherwise its status is read or the end is `Lost`.
+        Errors (from `receive`): SERVICE_UNAVAILABLE when the place cannot be reached for a while.
+        Cancellation and leaving the block: the command goes on; only the observation ends.
+        """
+        ...
+
+    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+        """End the command and all it started: TERM, `grace_s`, KILL, then look again.
+
+        A command that was not started can never start afterwards. Its status file is written by
+        its supervisor with `why` = cancelled, so an attachment sees the end.
+        Errors: SERVICE_UNAVAILABLE. Blocks: at most `grace_s` + 5 s.
+        """
+        ...
+
+    async def remove(self, project: ProjectId, command: CommandId) -> None:
+        """Delete the command's folder once its row is gone. Idempotent."""
+        ...

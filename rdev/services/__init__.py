@@ -1,0 +1,1 @@
+"""What rdev does, on trio and ports only. A file with `run` is a subsystem with one nursery."""
