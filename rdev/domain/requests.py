@@ -1,0 +1,105 @@
+"""What a client may ask to run: `POST …/shell`, `…/git` and `…/claude`, parsed with all faults.
+
+One place per field; the limits are those of the project's kernel or of the HTTP contract.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rdev.domain.commands import Kind, Priority, Retry
+from rdev.domain.fields import Fields, Json, text_fault
+
+# MAX_ARG_STRLEN of Linux is 131,072 with its NUL: one argv element or one NAME=value.
+ARG_MAX_BYTES = 131_071
+ARGS_MAX_ITEMS = 1_000
+ENV_MAX_ITEMS = 200
+# The kernel's limit for argv and environment together is at least 2 MiB; half of it is ours.
+ENV_MAX_BYTES = 524_288
+STDIN_MAX_BYTES = 524_288
+CWD_MAX_BYTES = 4_096
+TIMEOUT_MAX_S = 86_400
+DEFAULT_TIMEOUT_S: Mapping[Kind, int] = {Kind.SHELL: 600, Kind.GIT: 600, Kind.CLAUDE: 1_800}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """The fields that every kind of command takes."""
+
+    env: Mapping[str, str]
+    cwd: str
+    stdin: bytes
+    timeout_s: int
+    priority: Priority
+    expires_in_s: int | None
+    retry: Retry
+
+
+def read_common(fields: Fields, kind: Kind, *, stdin: bool = True) -> Common:
+    """Read the common fields; faults stay in `fields`. Claude takes no stdin."""
+    text = fields.text("stdin", max_bytes=STDIN_MAX_BYTES, nul=True) if stdin else None
+    timeout_s = fields.integer("timeout_s", least=1, most=TIMEOUT_MAX_S)
+    return Common(
+        env=_env(fields),
+        cwd=_cwd(fields),
+        stdin=(text or "").encode(),
+        timeout_s=timeout_s or DEFAULT_TIMEOUT_S[kind],
+        priority=Priority(fields.choice("priority", [*Priority]) or Priority.NORMAL),
+        expires_in_s=fields.integer("expires_in_s", least=1, most=604_800),
+        retry=Retry(fields.choice("retry", [*Retry]) or Retry.NEVER),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShellRequest:
+    """`sh -c command` in the project."""
+
+    command: str
+    common: Common
+
+
+def parse_shell(body: Json) -> ShellRequest:
+    """Errors: BAD_REQUEST with every fault of the body."""
+    fields = Fields(body)
+    command = fields.text("command", max_bytes=ARG_MAX_BYTES, required=True)
+    common = read_common(fields, Kind.SHELL)
+    fields.finish()
+    assert command is not None
+    return ShellRequest(command=command, common=common)
+
+
+def _env(fields: Fields) -> Mapping[str, str]:
+    given = fields.mapping("env")
+    if given is None:
+        return {}
+    if len(given) > ENV_MAX_ITEMS:
+        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries")
+        return {}
+    env: dict[str, str] = {}
+    for name, value in given.items():
+        if (message := _env_fault(name, value)) is not None:
+            fields.fault("env", message, within=name)
+        elif isinstance(value, str):
+            env[name] = value
+    size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
+    if size > ENV_MAX_BYTES:
+        fields.fault("env", f"must be at most {ENV_MAX_BYTES} bytes in all (it has {size})")
+    return env
+
+
+def _env_fault(name: str, value: object) -> str | None:
+    if not name or "=" in name or text_fault(name, max_bytes=256) is not None:
+        return "must have a name of 1–256 bytes without = or NUL"
+    if name.startswith("RDEV_"):
+        return "names that begin with RDEV_ belong to rdev"
+    if not isinstance(value, str):
+        return "must be a string"
+    return text_fault(value, max_bytes=ARG_MAX_BYTES - len(name.encode()) - 1)
+
+
+def _cwd(fields: Fields) -> str:
+    cwd = fields.text("cwd", max_bytes=CWD_MAX_BYTES) or ""
+    parts = cwd.split("/")
+    if cwd.startswith("/") or ".." in parts:
+        fields.fault("cwd", "must be a path inside the project's folder, without ..")
+        return ""
+    return "/".join(part for part in parts if part not in ("", "."))

@@ -1,0 +1,129 @@
+"""What the services need from the store of commands: accepting, reading, leasing, ending.
+
+All stamps are the database's. A lease is a fence: every write of an attempt compares it, and a
+writer whose lease is no longer the command's changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Status
+from rdev.domain.ids import CommandId, ProjectId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accepted:
+    """What the store made of a new command."""
+
+    command: Command
+    queue_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelResult:
+    """What a cancel found. `ended_now` is true when the command was queued and this call ended
+    it; a running command has the request recorded instead."""
+
+    command: Command
+    ended_now: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """What a heartbeat found: leases that are no longer ours, and commands to be cancelled."""
+
+    stale: frozenset[Lease]
+    cancel_requested: frozenset[Lease]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueDepth:
+    """How many commands wait and run, in all."""
+
+    queued: int
+    running: int
+    oldest_wait_s: float
+
+
+class CommandStore(Protocol):
+    """Accepting, reading and cancelling commands."""
+
+    async def insert(self, new: NewCommand) -> Accepted:
+        """Store a queued command with its first event (seq 1), in one transaction.
+
+        Errors: NOT_FOUND when the project does not exist; SERVICE_UNAVAILABLE.
+        Cancellation: runs under a bounded shield; when it returns, the command is stored.
+        """
+        ...
+
+    async def get(self, command: CommandId) -> Command | None:
+        """The command as it is now, or None."""
+        ...
+
+    async def list_for_project(
+        self,
+        project: ProjectId,
+        *,
+        status: Status | None,
+        kind: Kind | None,
+        before: CommandId | None,
+        limit: int,
+    ) -> list[Command]:
+        """Commands of a project, newest first, those older than `before`, at most `limit`."""
+        ...
+
+    async def queue_position(self, command: CommandId) -> int | None:
+        """How many queued commands of its project are served no later than it, itself included;
+        None when it is not queued."""
+        ...
+
+    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+        """End a queued command as `cancelled` (with its last events), or record the request on a
+        running one. Ended commands are returned as they are. None: no such command.
+        Needs no lease: it only asks.
+        """
+        ...
+
+
+class Leases(Protocol):
+    """The queue's side of the store."""
+
+    async def claim(
+        self, *, reach: str, instances: Mapping[ProjectId, str], holder: str, limit: int
+    ) -> list[Claimed]:
+        """Take up to `limit` commands of this reach under fresh leases, in one transaction.
+
+        First those whose lease has expired (take-over: attempt and instance stay), then queued
+        ones by priority and order of acceptance, within the caps of their lanes. A fresh claim
+        stores `running`, the event `status: running`, and the project's instance where known.
+        """
+        ...
+
+    async def heartbeat(self, leases: Sequence[Lease]) -> Beat:
+        """Renew the leases in one statement; says which are stale and which are to be cancelled."""
+        ...
+
+    async def record_instance(self, lease: Lease, instance: str) -> bool:
+        """Store what the project is, before anything starts in it. False: the lease is stale."""
+        ...
+
+    async def release(self, leases: Sequence[Lease]) -> None:
+        """Let others take over at once: the leases expire now. Stale ones are left alone."""
+        ...
+
+    async def release_holder(self, holder: str) -> int:
+        """Expire all leases of a holder that is known to be dead. Returns how many there were."""
+        ...
+
+
+class Wakeups(Protocol):
+    """Hints to other processes; may be lost, doubled or late."""
+
+    def queue_changed(self) -> None:
+        """Something may be claimable, or a cancel was asked for. Never waits."""
+        ...
+
+    def stream_changed(self, command: CommandId) -> None:
+        """The command's stream has new committed events. Never waits."""
+        ...
