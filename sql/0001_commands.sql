@@ -53,7 +53,8 @@ create table commands (
     kill jsonb
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02);
 
-create index commands_queued on commands (reach, level, id) where status = 'queued';
+create index commands_queued on commands (project, lane_class, level, created_at, id)
+    where status = 'queued';
 create index commands_running on commands (reach, id) where status = 'running';
 create index commands_of_project on commands (project, id desc);
 
@@ -69,6 +70,8 @@ create table output (
     payload bytea not null,
     primary key (day, command_id, first_seq)
 ) partition by range (day);
+-- Kept as it is: compressing cost more than it saved on the way in (the rows are read back often).
+alter table output alter payload set storage external;
 
 -- Makes the partitions of today and the days that follow; safe to call from many servers at once.
 create function ensure_output_partitions(days integer) returns void

@@ -198,17 +198,25 @@ class Outcome:
     agent: AgentReport | None = None
 
 
-def judge(end: Exit | Lost, *, cancel_requested: bool, agent: AgentReport | None) -> Outcome:
+def judge(
+    end: Exit | Lost,
+    *,
+    cancel_requested: bool,
+    agent: AgentReport | None = None,
+    kill: KillReport | None = None,
+) -> Outcome:
     """The outcome of a command from what was read in its project.
 
     1. Nothing could be read: `lost`, unless a cancel was asked for and the start was forbidden.
     2. The supervisor ended it: `cancelled`, `timed_out`, or `failed` for its output limit.
     3. It ended by itself: `succeeded` only with exit status 0 and no `is_error`.
+
+    `kill` is what a cancel of ours saw, where the status file does not say it.
     """
     if isinstance(end, Lost):
         if cancel_requested and end.reason is LostReason.NOT_STARTED:
-            return Outcome(status=Status.CANCELLED, reason="cancelled", agent=agent)
-        return Outcome(status=Status.LOST, reason=end.reason, agent=agent)
+            return Outcome(status=Status.CANCELLED, reason="cancelled", kill=kill, agent=agent)
+        return Outcome(status=Status.LOST, reason=end.reason, kill=kill, agent=agent)
     status, reason = _judge_exit(end, is_error=agent is not None and agent.is_error)
     return Outcome(
         status=status,
@@ -219,7 +227,7 @@ def judge(end: Exit | Lost, *, cancel_requested: bool, agent: AgentReport | None
         stdout_bytes=end.stdout_bytes,
         stderr_bytes=end.stderr_bytes,
         late_bytes=end.late_bytes,
-        kill=end.kill,
+        kill=end.kill or kill,
         agent=agent,
     )
 

@@ -116,6 +116,10 @@ class Leases(Protocol):
         """Expire all leases of a holder that is known to be dead. Returns how many there were."""
         ...
 
+    async def expire(self, *, reach: str, limit: int) -> list[CommandId]:
+        """End queued commands whose `expires_in_s` has passed, with their last events."""
+        ...
+
 
 class Wakeups(Protocol):
     """Hints to other processes; may be lost, doubled or late."""

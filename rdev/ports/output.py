@@ -86,11 +86,12 @@ class OutputLog(Protocol):
         """The last chunks of one source that cover at least `tail_bytes` raw bytes, in order."""
         ...
 
-    async def trim(self, lease: Lease, source: Source, *, after_seq: int, before_seq: int) -> int:
-        """Replace the source's chunks that lie wholly in (`after_seq`, `before_seq`) by gaps.
+    async def trim(self, lease: Lease, source: Source, *, head_bytes: int, tail_bytes: int) -> int:
+        """Replace the middle of a source by gaps: chunks that begin no earlier than `head_bytes`
+        into it and have at least `tail_bytes` behind them. Neighbouring gaps become one.
 
-        Neighbouring gaps become one. Fenced like an append. Returns the raw bytes dropped now
-        (0 when the lease is stale or nothing is there).
+        Fenced like an append. Returns the raw bytes dropped in all of the command's life by this
+        source, 0 when nothing was (or the lease is stale).
         """
         ...
 

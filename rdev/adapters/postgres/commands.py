@@ -1,0 +1,221 @@
+"""Commands in PostgreSQL: accepting, reading, cancelling.
+
+Each operation is one statement, so it commits or does not as a whole.
+"""
+
+import msgspec
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import Jsonb
+
+from rdev.adapters.postgres.connection import translate_errors
+from rdev.adapters.postgres.pool import Pool
+from rdev.domain.commands import (
+    LANE_CLASS,
+    Command,
+    Kind,
+    NewCommand,
+    Outcome,
+    Priority,
+    Status,
+)
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import KillReport, Spec
+from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.stream import final_lines
+from rdev.ports.commands import Accepted, CancelResult
+
+# The row comes from the project's, so a command of an unknown project is never stored. The position
+# counts over `commands_queued`; two racing inserts may tell the same position: it is a hint.
+_INSERT = """
+with made as (
+    insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
+                          request_id, argv, spec, expires_at, last_seq)
+    select %(id)s, p.id, %(kind)s, %(lane_class)s, 'queued', %(level)s, p.reach, %(retry)s,
+           %(key_id)s, %(request_id)s, %(argv)s, %(spec)s,
+           now() + make_interval(secs => %(expires_in_s)s), 1
+    from projects p
+    where p.id = %(project)s
+    returning *
+), ahead as (
+    select count(*) + 1 as queue_position
+    from commands c, made m
+    where c.status = 'queued' and c.project = m.project
+      and (c.level, c.created_at, c.id) < (m.level, m.created_at, m.id)
+), event as (
+    insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
+    select m.day, m.id, 1, 1, 0, 0, convert_to(format(
+        's{"status":"queued","attempt":0,"queue_position":%%s}', a.queue_position), 'UTF8')
+    from made m, ahead a
+)
+select m.*, a.queue_position from made m, ahead a
+"""
+
+_GET = "select * from commands where id = %s"
+
+# `commands_of_project` serves it; ids sort by creation.
+_LIST = """
+select * from commands
+where project = %(project)s
+  and (%(before)s::uuid is null or id < %(before)s)
+  and (%(status)s::text is null or status = %(status)s)
+  and (%(kind)s::text is null or kind = %(kind)s)
+order by id desc
+limit %(limit)s
+"""
+
+_POSITION = """
+select count(*) as queue_position
+from commands c, commands me
+where me.id = %s and me.status = 'queued'
+  and c.status = 'queued' and c.project = me.project
+  and (c.level, c.created_at, c.id) <= (me.level, me.created_at, me.id)
+"""
+
+# Two racing cancels, or a cancel and a claim: the row's lock decides, the loser's condition no
+# longer holds. A claim that came first makes this a request on a running command.
+_CANCEL = """
+with ended as (
+    update commands
+    set status = 'cancelled', reason = 'cancelled', finished_at = now(), spec = null,
+        last_seq = last_seq + 2, cancel_requested_at = now()
+    where id = %(id)s and status = 'queued'
+    returning day, id, last_seq
+), event as (
+    insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
+    select day, id, last_seq - 1, last_seq, 0, 0, %(payload)s from ended
+)
+select id from ended
+"""
+
+_REQUEST_CANCEL = """
+update commands
+set cancel_requested_at = coalesce(cancel_requested_at, now())
+where id = %s and status = 'running'
+"""
+
+_LEVEL_PRIORITY = {priority.level: priority for priority in Priority}
+
+
+class PostgresCommands:
+    """The `CommandStore` port. Source of contract: `rdev/ports/commands.py`."""
+
+    def __init__(self, *, pool: Pool) -> None:
+        self._pool = pool
+
+    async def insert(self, new: NewCommand) -> Accepted:
+        """See `CommandStore.insert`."""
+        row = await self._one(_INSERT, _insert_parameters(new))
+        if row is None:
+            raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {new.project!r}")
+        return Accepted(command=to_command(row), queue_position=row["queue_position"])
+
+    async def get(self, command: CommandId) -> Command | None:
+        """See `CommandStore.get`."""
+        row = await self._one(_GET, (command_uuid(command),))
+        return None if row is None else to_command(row)
+
+    async def list_for_project(
+        self,
+        project: ProjectId,
+        *,
+        status: Status | None,
+        kind: Kind | None,
+        before: CommandId | None,
+        limit: int,
+    ) -> list[Command]:
+        """See `CommandStore.list_for_project`."""
+        parameters = {
+            "project": project,
+            "status": status,
+            "kind": kind,
+            "before": None if before is None else command_uuid(before),
+            "limit": limit,
+        }
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = connection.cursor(row_factory=dict_row)
+                await cursor.execute(_LIST, parameters)
+                return [to_command(row) for row in await cursor.fetchall()]
+
+    async def queue_position(self, command: CommandId) -> int | None:
+        """See `CommandStore.queue_position`."""
+        row = await self._one(_POSITION, (command_uuid(command),))
+        return row["queue_position"] or None if row is not None else None
+
+    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+        """See `CommandStore.request_cancel`."""
+        outcome = Outcome(status=Status.CANCELLED, reason="cancelled")
+        payload = final_lines(outcome, attempt=0, truncated=False, stdout_bytes=0, stderr_bytes=0)
+        ended = await self._one(_CANCEL, {"id": command_uuid(command), "payload": payload})
+        if ended is None:
+            with translate_errors():
+                async with self._pool.connection() as connection:
+                    await connection.execute(_REQUEST_CANCEL, (command_uuid(command),))
+        found = await self.get(command)
+        if found is None:
+            return None
+        return CancelResult(command=found, ended_now=ended is not None)
+
+    async def _one(self, statement: str, parameters: object) -> DictRow | None:
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = connection.cursor(row_factory=dict_row)
+                await cursor.execute(statement, parameters)  # type: ignore[arg-type]
+                return await cursor.fetchone()
+
+
+def _insert_parameters(new: NewCommand) -> dict[str, object]:
+    return {
+        "id": command_uuid(new.id),
+        "project": new.project,
+        "kind": new.kind,
+        "lane_class": LANE_CLASS[new.kind],
+        "level": new.priority.level,
+        "retry": new.retry,
+        "key_id": new.key_id,
+        "request_id": new.request_id,
+        "argv": Jsonb(list(new.argv)),
+        "spec": encode_spec(new.spec),
+        "expires_in_s": new.expires_in_s,
+    }
+
+
+def encode_spec(spec: Spec) -> bytes:
+    """The stored form of a spec; it leaves the database when the command ends."""
+    return msgspec.msgpack.encode(spec)
+
+
+def decode_spec(stored: bytes) -> Spec:
+    """The inverse of `encode_spec`."""
+    return msgspec.msgpack.decode(stored, type=Spec)
+
+
+def to_command(row: DictRow) -> Command:
+    """A row of `commands` as the domain's value."""
+    wait = None if row["started_at"] is None else row["started_at"] - row["created_at"]
+    return Command(
+        id=command_id(row["id"]),
+        project=ProjectId(row["project"]),
+        kind=Kind(row["kind"]),
+        status=Status(row["status"]),
+        priority=_LEVEL_PRIORITY[row["level"]],
+        attempt=row["attempt"],
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+        reason=row["reason"],
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+        duration_ms=row["duration_ms"],
+        queue_wait_ms=None if wait is None else int(wait.total_seconds() * 1000),
+        stdout_bytes=row["out_offset"],
+        stderr_bytes=row["err_offset"],
+        dropped_bytes=row["dropped_bytes"],
+        truncated=row["dropped_bytes"] > 0,
+        argv=tuple(row["argv"]),
+        key_id=row["key_id"],
+        session_id=row["session_id"],
+        usage=row["usage"],
+        kill=None if row["kill"] is None else KillReport(**row["kill"]),
+        last_seq=row["last_seq"],
+    )

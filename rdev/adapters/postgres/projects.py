@@ -1,0 +1,84 @@
+"""Projects in PostgreSQL."""
+
+import msgspec
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import Jsonb
+
+from rdev.adapters.postgres.connection import translate_errors
+from rdev.adapters.postgres.pool import Pool
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.ids import ProjectId
+from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
+
+# Two racing requests with the same id: one inserts, the other finds its row.
+_INSERT = """
+insert into projects (id, executor, reach, definition)
+values (%s, %s, %s, %s)
+on conflict (id) do nothing
+"""
+
+# The counts are taken over the partial indexes of queued and running commands.
+_SELECT = """
+select p.*,
+       (select count(*) from commands c where c.project = p.id and c.status = 'queued') as queued,
+       (select count(*) from commands c where c.project = p.id and c.status = 'running') as running
+from projects p
+"""
+_GET = _SELECT + "where p.id = %s"
+_LIST = _SELECT + "where %(after)s::text is null or p.id > %(after)s order by p.id limit %(limit)s"
+
+
+class PostgresProjects:
+    """The `ProjectStore` port."""
+
+    def __init__(self, *, pool: Pool) -> None:
+        self._pool = pool
+
+    async def insert(
+        self, definition: ProjectDefinition, *, executor: str, reach: str
+    ) -> tuple[Project, bool]:
+        """See `ProjectStore.insert`."""
+        stored = Jsonb(msgspec.to_builtins(definition))
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                values = (definition.id, executor, reach, stored)
+                made = (await connection.execute(_INSERT, values)).rowcount == 1
+        project = await self.get(definition.id)
+        if project is None:
+            raise RdevError(ErrorCode.CONFLICT, f"project {definition.id!r} is being deleted")
+        if project.definition != definition:
+            message = f"project {definition.id!r} exists with another definition"
+            raise RdevError(ErrorCode.CONFLICT, message)
+        return project, made
+
+    async def get(self, project: ProjectId) -> Project | None:
+        """See `ProjectStore.get`."""
+        rows = await self._select(_GET, (project,))
+        return rows[0] if rows else None
+
+    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
+        """See `ProjectStore.list_all`."""
+        return await self._select(_LIST, {"after": after, "limit": limit})
+
+    async def _select(self, statement: str, parameters: object) -> list[Project]:
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = connection.cursor(row_factory=dict_row)
+                await cursor.execute(statement, parameters)  # type: ignore[arg-type]
+                return [_to_project(row) for row in await cursor.fetchall()]
+
+
+def _to_project(row: DictRow) -> Project:
+    definition = msgspec.convert(row["definition"], ProjectDefinition)
+    return Project(
+        id=ProjectId(row["id"]),
+        name=row["id"],
+        status=ProjectStatus(row["status"]),
+        executor=row["executor"],
+        reach=row["reach"],
+        image=definition.image,
+        created_at=row["created_at"],
+        definition=definition,
+        queued=row["queued"],
+        running=row["running"],
+    )

@@ -1,0 +1,130 @@
+"""Submitting, reading, awaiting and cancelling commands."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from rdev.domain.commands import Command, Kind, NewCommand
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import Spec
+from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
+from rdev.domain.requests import Common
+from rdev.domain.stream import Chunk, Source
+from rdev.ports.commands import Accepted, CommandStore, Wakeups
+from rdev.ports.output import OutputLog
+from rdev.services.shield import commit_shield
+from rdev.services.stream import Fanout
+
+# Even with every hint lost, `?wait` looks this often.
+WAIT_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks: what is stored with a command."""
+
+    key_id: str
+    request_id: str
+
+
+class Commands:
+    """The use cases of commands."""
+
+    def __init__(
+        self,
+        *,
+        store: CommandStore,
+        log: OutputLog,
+        fanout: Fanout,
+        wakeups: Sequence[Wakeups],
+        cancel_here: Callable[[CommandId], None],
+        new_uuid: NewUuid,
+    ) -> None:
+        """`wakeups` are told of every change; `cancel_here` reaches an attempt of this process."""
+        self._store = store
+        self._log = log
+        self._fanout = fanout
+        self._wakeups = wakeups
+        self._cancel_here = cancel_here
+        self._new_uuid = new_uuid
+
+    async def submit(
+        self,
+        caller: Caller,
+        project: ProjectId,
+        kind: Kind,
+        *,
+        argv: tuple[str, ...],
+        common: Common,
+        env: dict[str, str] | None = None,
+    ) -> Accepted:
+        """Store a command and wake the workers. Errors: NOT_FOUND, SERVICE_UNAVAILABLE.
+
+        `env` is what rdev adds for the kind. Cancellation: the command is stored and announced,
+        or neither.
+        """
+        spec = Spec(
+            argv=argv,
+            env={**common.env, **(env or {})},
+            cwd=common.cwd,
+            stdin=common.stdin,
+            timeout_s=common.timeout_s,
+        )
+        new = NewCommand(
+            id=command_id(self._new_uuid()),
+            project=project,
+            kind=kind,
+            spec=spec,
+            argv=argv,
+            priority=common.priority,
+            retry=common.retry,
+            expires_in_s=common.expires_in_s,
+            key_id=caller.key_id,
+            request_id=caller.request_id,
+        )
+        with commit_shield():
+            accepted = await self._store.insert(new)
+            for wakeups in self._wakeups:
+                wakeups.queue_changed()
+        return accepted
+
+    async def get(self, command: CommandId) -> Command:
+        """The command as it is now. Errors: NOT_FOUND."""
+        found = await self._store.get(command)
+        if found is None:
+            raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
+        return found
+
+    async def ended(self, command: CommandId, *, within_s: float) -> Command:
+        """The command when it has ended, or as it is after `within_s` seconds."""
+        deadline = trio.current_time() + within_s
+        while True:
+            with self._fanout.end_of(command) as hint:
+                found = await self.get(command)
+                left_s = deadline - trio.current_time()
+                if found.status.is_terminal or left_s <= 0 or self._fanout.draining:
+                    return found
+                with trio.move_on_after(min(WAIT_POLL_S, left_s)):
+                    await hint.wait()
+
+    async def cancel(self, command: CommandId) -> Command:
+        """Ask for the end of a command: a queued one ends now, a running one is killed.
+
+        Errors: NOT_FOUND. Cancelling an ended command changes nothing.
+        """
+        with commit_shield():
+            result = await self._store.request_cancel(command)
+            if result is not None:
+                self._cancel_here(command)
+                for wakeups in self._wakeups:
+                    wakeups.queue_changed()
+                    wakeups.stream_changed(command)
+                self._fanout.wake(command)
+        if result is None:
+            raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
+        return result.command
+
+    async def tail(self, command: CommandId, source: Source, *, tail_bytes: int) -> list[Chunk]:
+        """The chunks that hold the last `tail_bytes` of one stream."""
+        return await self._log.read_tail(command, source, tail_bytes=tail_bytes)

@@ -1,0 +1,264 @@
+"""SUBSYSTEM CommandQueue: takes queued commands under leases and runs them.
+
+Woken by submissions here and on other replicas, by attempts that end, and by a tick each second.
+Bounds: `running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew
+all leases in one statement every third of a lease. At stop the leases are given back at once and
+the commands go on; `cancel_running` ends them instead.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from rdev.domain.backoff import Backoff
+from rdev.domain.commands import Claimed, Lease
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.ids import CommandId, ProjectId
+from rdev.ports.commands import Leases
+from rdev.ports.execution import Executor
+from rdev.ports.telemetry import Telemetry
+from rdev.services.appender import Appender, LeaseLostError
+from rdev.services.attempts import Attempt
+
+# The floor: with every wake-up lost, nothing waits longer than this.
+TICK_S = 1.0
+# What a last write to the database may take at stop.
+RELEASE_S = 5.0
+
+Log = Callable[[str, str, dict[str, object]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueStatistics:
+    """Counters since the start, and what runs here now."""
+
+    running: int
+    claimed: int
+    taken_over: int
+    finished: int
+    stale: int
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    attempt: Attempt
+    scope: trio.CancelScope
+
+
+class CommandQueue:
+    """Claim, permit, run, heartbeat."""
+
+    name = "queue"
+
+    def __init__(
+        self,
+        *,
+        leases: Leases,
+        executor: Executor,
+        appender: Appender,
+        telemetry: Telemetry,
+        backoff: Callable[[], Backoff],
+        holder: str,
+        lease_s: float,
+        running_max: int,
+        log: Log,
+    ) -> None:
+        """`holder` names this server across its restarts: what it held when it died is taken
+        back at once."""
+        self._leases = leases
+        self._executor = executor
+        self._appender = appender
+        self._telemetry = telemetry
+        self._backoff = backoff
+        self._holder = holder
+        self._lease_s = lease_s
+        self._running_max = running_max
+        self._log = log
+        self._running: dict[Lease, _Running] = {}
+        self._instances: dict[ProjectId, str] = {}
+        self._wakeup = trio.Event()
+        self._stop = trio.Event()
+        self._cancel_at_stop = False
+        self._claimed = self._taken_over = self._finished = self._stale = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop`, then give the leases back (or see the cancelled commands end).
+
+        Survives a database or a project that is out of reach: it tries again with growing pauses.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._appender.run)
+            nursery.start_soon(self._heartbeat_loop)
+            async with trio.open_nursery() as attempts:
+                attempts.start_soon(self._claim_loop, attempts)
+                task_status.started()
+                await self._stop.wait()
+                if self._cancel_at_stop:
+                    for running in self._running.values():
+                        running.attempt.cancel()
+                else:
+                    await self._give_back()
+                    attempts.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """Claim nothing more; commands that run here go on without us. Idempotent."""
+        self._stop.set()
+        self.wake()
+
+    def cancel_running(self) -> None:
+        """Make `stop` end the commands that run here instead of leaving them to the next server."""
+        self._cancel_at_stop = True
+
+    def wake(self) -> None:
+        """Something may be claimable. Never waits."""
+        self._wakeup.set()
+
+    def cancel(self, command: CommandId) -> None:
+        """End the command if it runs here; otherwise its holder hears of it by heartbeat."""
+        for lease, running in self._running.items():
+            if lease.command == command:
+                running.attempt.cancel()
+
+    def statistics(self) -> QueueStatistics:
+        """What runs here and what was done."""
+        return QueueStatistics(
+            running=len(self._running),
+            claimed=self._claimed,
+            taken_over=self._taken_over,
+            finished=self._finished,
+            stale=self._stale,
+        )
+
+    async def claim_once(self, attempts: trio.Nursery) -> int:
+        """Claim as many commands as there are permits, start their attempts, and end what expired.
+
+        Returns how many were claimed. Errors: SERVICE_UNAVAILABLE.
+        """
+        await self._leases.expire(reach=self._executor.reach, limit=1_000)
+        permits = self._running_max - len(self._running)
+        if permits <= 0 or self._stop.is_set():
+            return 0
+        # shielded: a claim that commits unseen would wait for its lease to expire
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
+            claimed = await self._leases.claim(
+                reach=self._executor.reach,
+                instances=self._instances,
+                holder=self._holder,
+                limit=permits,
+            )
+            for one in claimed:
+                self._start(one, attempts)
+            return len(claimed)
+        return 0
+
+    async def heartbeat_once(self) -> None:
+        """Renew the leases; leave what is no longer ours, cancel what is to be cancelled.
+
+        Errors: SERVICE_UNAVAILABLE.
+        """
+        held = list(self._running)
+        if not held:
+            return
+        beat = await self._leases.heartbeat(held)
+        for lease in beat.stale:
+            if (running := self._running.get(lease)) is not None:
+                running.scope.cancel()
+        for lease in beat.cancel_requested:
+            if (running := self._running.get(lease)) is not None:
+                running.attempt.cancel()
+
+    def _start(self, claimed: Claimed, attempts: trio.Nursery) -> None:
+        self._claimed += 1
+        self._taken_over += claimed.take_over
+        attempt = Attempt(
+            claimed=claimed,
+            writer=self._appender.open(claimed),
+            executor=self._executor,
+            leases=self._leases,
+            backoff=self._backoff,
+        )
+        running = _Running(attempt=attempt, scope=trio.CancelScope())
+        self._running[claimed.lease] = running
+        self._telemetry.command_started(claimed.project, claimed.kind)
+        attempts.start_soon(self._run_attempt, running, name=claimed.lease.command)
+
+    async def _run_attempt(self, running: _Running) -> None:
+        """One attempt to its end; a fault concerns this command only, and is logged."""
+        claimed = running.attempt.claimed
+        status = "interrupted"
+        started_at = trio.current_time()
+        try:
+            with running.scope:
+                finished = await running.attempt.run()
+                status = finished.outcome.status
+                self._finished += 1
+            if running.scope.cancelled_caught:
+                self._stale += 1
+        except* LeaseLostError:
+            self._stale += 1
+            self._log("info", "lease lost", {"command_id": claimed.lease.command})
+        except* RdevError as group:
+            await self._set_aside(claimed.lease, group)
+        finally:
+            del self._running[claimed.lease]
+            self._telemetry.command_finished(
+                claimed.project, claimed.kind, status, trio.current_time() - started_at
+            )
+            self.wake()
+
+    async def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
+        """An attempt that cannot go on now: its lease runs out, and somebody tries again."""
+        error = group.exceptions[0]
+        fields: dict[str, object] = {"command_id": lease.command, "error": str(error)}
+        self._log("warning", "attempt set aside", fields)
+
+    async def _claim_loop(self, attempts: trio.Nursery) -> None:
+        backoff = self._backoff()
+        await self._take_back()
+        while not self._stop.is_set():
+            self._wakeup = trio.Event()
+            try:
+                claimed = await self.claim_once(attempts)
+            except RdevError as error:
+                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                    raise
+                await trio.sleep(backoff.next_s())
+                continue
+            backoff = self._backoff()
+            if not claimed:
+                with trio.move_on_after(TICK_S):
+                    await self._wakeup.wait()
+
+    async def _heartbeat_loop(self) -> None:
+        while True:
+            await trio.sleep(self._lease_s / 3)
+            try:
+                await self.heartbeat_once()
+            except RdevError as error:
+                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                    raise
+                self._log("warning", "heartbeat failed", {"error": str(error)})
+
+    async def _take_back(self) -> None:
+        """What this server held when it died can be taken over at once: it is dead (the state
+        folder's lock is ours)."""
+        backoff = self._backoff()
+        while not self._stop.is_set():
+            try:
+                await self._leases.release_holder(self._holder)
+                return
+            except RdevError as error:
+                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                    raise
+            await trio.sleep(backoff.next_s())
+
+    async def _give_back(self) -> None:
+        """Release every lease at once, so that another server goes on within a tick."""
+        with trio.move_on_after(RELEASE_S):
+            try:
+                if self._running:
+                    await self._leases.release(list(self._running))
+            except RdevError as error:
+                self._log("warning", "leases were not given back", {"error": str(error)})
