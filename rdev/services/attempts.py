@@ -35,7 +35,7 @@ class Splitter(Protocol):
 
     def feed(self, data: bytes) -> Encoded: ...
 
-    def flush(self) -> Encoded: ...
+    def flush(self, *, idle: bool = False) -> Encoded: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,11 +145,11 @@ class Attempt:
             item = await self._next(receive)
             match item:
                 case None:
-                    await self._flush()
+                    await self._flush(idle=True)
                 case Piece():
                     await self._take(item)
                 case Exit() | Lost():
-                    await self._flush()
+                    await self._flush(idle=False)
                     return await self._finish(item)
 
     async def _next(
@@ -175,10 +175,10 @@ class Attempt:
             await self._write(piece.stream, encoded)
         self._unfinished.add(piece.stream)
 
-    async def _flush(self) -> None:
-        for stream in Stream:
-            if stream in self._unfinished:
-                await self._write(stream, self._splitters[stream].flush())
+    async def _flush(self, *, idle: bool) -> None:
+        """Show unfinished lines; at the end (`idle` false) everything goes out."""
+        for stream, splitter in self._splitters.items():
+            await self._write(stream, splitter.flush(idle=idle))
         self._unfinished.clear()
 
     async def _write(self, stream: Stream, encoded: Encoded) -> None:

@@ -1,0 +1,157 @@
+"""The settings, read once: environment first, then a TOML file; all faults are told together.
+
+Known to `app` and `cli` alone; everyone else gets plain values.
+"""
+
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+PREFIX = "RDEV_"
+# Variables of clients, tests and commands, which are no settings of the server.
+_FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
+_ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
+
+
+class SettingsError(Exception):
+    """One line for each fault of the settings; `str()` joins them."""
+
+
+def _address(text: str) -> str:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit() or int(port) > 65_535:
+        raise ValueError("must be HOST:PORT with a port from 0 to 65535")
+    return text
+
+
+def _secret(value: SecretStr) -> SecretStr:
+    if len(value.get_secret_value()) < 32:
+        raise ValueError("must have at least 32 characters")
+    return value
+
+
+class Settings(BaseSettings):
+    """Every setting of `rdev serve`, with its unit in its name. Frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    bind: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8080"
+    state_dir: Path = Path(".rdev")
+    database_dsn: SecretStr | None = None
+    database_pool_max: int = Field(default=12, ge=2, le=200)
+    admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None
+    admin_key_file: Path | None = None
+    executor: Literal["local"] = "local"
+    projects_dir: Path | None = None
+    claude_command: str = Field(default="claude", min_length=1)
+    lease_s: float = Field(default=30, ge=1, le=600)
+    grace_s: float = Field(default=30, ge=0, le=600)
+    drain_delay_s: float | None = Field(default=None, ge=0, le=600)
+    running_max: int = Field(default=64, ge=1, le=1_000)
+    streams_max: int = Field(default=3_000, ge=1, le=100_000)
+    in_flight_max: int = Field(default=200, ge=1, le=10_000)
+    body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    log_level: Literal["debug", "info", "warn", "error"] = "info"
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether rdev brings its own PostgreSQL."""
+        return self.database_dsn is None
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds between readiness off and the stop; 0 when nobody balances load to us."""
+        return (
+            self.drain_delay_s if self.drain_delay_s is not None else 0 if self.is_embedded else 5
+        )
+
+    @property
+    def projects_folder(self) -> Path:
+        """Where local projects live."""
+        return (self.projects_dir or self.state_dir / "projects").absolute()
+
+    @property
+    def claude_argv(self) -> tuple[str, ...]:
+        """The agent's command with its leading arguments, as a shell would split it."""
+        return tuple(shlex.split(self.claude_command))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # What the file says is given as init values: the environment goes before it.
+        return (env_settings, init_settings)
+
+
+def load_settings(environment: Mapping[str, str], file: Path | None = None) -> Settings:
+    """Read the settings. `environment` is looked at for the original's `DB_*` names only; pydantic
+    reads the process's own. Errors: SettingsError with every fault."""
+    values = _from_file(file) if file is not None else {}
+    if "RDEV_DATABASE_DSN" not in environment and (dsn := _original_dsn(environment)) is not None:
+        values.setdefault("database_dsn", dsn)
+    try:
+        return Settings(**values)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [_fault_line(fault["loc"], fault["msg"]) for fault in error.errors()]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Names that look like settings of rdev and are none: a typo, or a newer version's."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(
+        name
+        for name in environment
+        if name.startswith(PREFIX) and name not in known and not _FOREIGN.fullmatch(name)
+    )
+
+
+def _from_file(file: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(file.read_text())
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"{file}: {error}") from None
+
+
+def _original_dsn(environment: Mapping[str, str]) -> str | None:
+    """The DSN that the Go server's variables describe; None when `DB_HOST` is not set."""
+    if not environment.get("DB_HOST"):
+        return None
+    keys = ("host", "port", "user", "password", "dbname")
+    parts = [
+        f"{key}={_quoted(environment[name])}"
+        for key, name in zip(keys, _ORIGINAL_DATABASE, strict=True)
+        if environment.get(name)
+    ]
+    return " ".join(parts)
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _fault_line(location: tuple[int | str, ...], message: str) -> str:
+    name = PREFIX + "_".join(str(part).upper() for part in location[:1])
+    return f"{name}: {message.removeprefix('Value error, ')}"
