@@ -108,6 +108,10 @@ class Fields:
         self.fault(name, "must be an object")
         return None
 
+    def ignore(self, name: str) -> None:
+        """The field is known, and somebody else judges it."""
+        self._known.add(name)
+
     def finish(self) -> None:
         """Refuse unknown fields and raise everything that was wrong. Errors: BAD_REQUEST."""
         for name in self._body:

@@ -15,7 +15,7 @@ COMMAND_PREFIX = "cmd_"
 
 _COMMAND = re.compile(r"cmd_[0-9a-f]{32}")
 # A DNS-1123 label of at most 40 characters (the HTTP contract).
-_PROJECT = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+PROJECT_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 
 
 def command_id(uuid: UUID) -> CommandId:
@@ -35,4 +35,4 @@ def is_command_id(text: str) -> bool:
 
 def is_project_id(text: str) -> bool:
     """Whether the text is a DNS-1123 label of 1–40 characters."""
-    return _PROJECT.fullmatch(text) is not None
+    return PROJECT_PATTERN.fullmatch(text) is not None

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
-from rdev.domain.ids import ProjectId
+from rdev.domain.fields import Fields, Json
+from rdev.domain.ids import PROJECT_PATTERN, ProjectId
 
 
 class ProjectStatus(StrEnum):
@@ -43,3 +44,20 @@ class Project:
     definition: ProjectDefinition
     queued: int = 0
     running: int = 0
+
+
+# Fields that only make sense where a project is a pod.
+_POD_FIELDS = ("image", "git_url", "git_ref", "env", "resources")
+
+
+def parse_project(body: Json) -> ProjectDefinition:
+    """`POST /projects` for projects that are local folders. Errors: BAD_REQUEST, all faults."""
+    fields = Fields(body)
+    project = fields.text("id", max_bytes=40, required=True, pattern=PROJECT_PATTERN)
+    for name in _POD_FIELDS:
+        if body.get(name) is not None:
+            fields.fault(name, "is not supported by the local executor")
+        fields.ignore(name)
+    fields.finish()
+    assert project is not None
+    return ProjectDefinition(id=ProjectId(project))

@@ -119,15 +119,3 @@ class Leases(Protocol):
     async def expire(self, *, reach: str, limit: int) -> list[CommandId]:
         """End queued commands whose `expires_in_s` has passed, with their last events."""
         ...
-
-
-class Wakeups(Protocol):
-    """Hints to other processes; may be lost, doubled or late."""
-
-    def queue_changed(self) -> None:
-        """Something may be claimable, or a cancel was asked for. Never waits."""
-        ...
-
-    def stream_changed(self, command: CommandId) -> None:
-        """The command's stream has new committed events. Never waits."""
-        ...

@@ -1,6 +1,6 @@
 """Submitting, reading, awaiting and cancelling commands."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -11,7 +11,7 @@ from rdev.domain.execution import Spec
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
 from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
-from rdev.ports.commands import Accepted, CommandStore, Wakeups
+from rdev.ports.commands import Accepted, CommandStore
 from rdev.ports.output import OutputLog
 from rdev.services.shield import commit_shield
 from rdev.services.stream import Fanout
@@ -37,15 +37,16 @@ class Commands:
         store: CommandStore,
         log: OutputLog,
         fanout: Fanout,
-        wakeups: Sequence[Wakeups],
+        wake_workers: Callable[[], None],
         cancel_here: Callable[[CommandId], None],
         new_uuid: NewUuid,
     ) -> None:
-        """`wakeups` are told of every change; `cancel_here` reaches an attempt of this process."""
+        """`wake_workers` reaches the queues of all processes, `cancel_here` an attempt of this one;
+        neither waits."""
         self._store = store
         self._log = log
         self._fanout = fanout
-        self._wakeups = wakeups
+        self._wake_workers = wake_workers
         self._cancel_here = cancel_here
         self._new_uuid = new_uuid
 
@@ -85,8 +86,7 @@ class Commands:
         )
         with commit_shield():
             accepted = await self._store.insert(new)
-            for wakeups in self._wakeups:
-                wakeups.queue_changed()
+            self._wake_workers()
         return accepted
 
     async def get(self, command: CommandId) -> Command:
@@ -117,10 +117,8 @@ class Commands:
             result = await self._store.request_cancel(command)
             if result is not None:
                 self._cancel_here(command)
-                for wakeups in self._wakeups:
-                    wakeups.queue_changed()
-                    wakeups.stream_changed(command)
-                self._fanout.wake(command)
+                self._wake_workers()
+                self._fanout.announce(command)
         if result is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
         return result.command

@@ -118,6 +118,8 @@ class Subscription:
                 self._ended = found.is_final
                 return found
             if not self.buffer.behind and not await self._news():
+                # A lost wake-up costs this much at most: the next call looks at the log.
+                self.buffer.behind = True
                 return Signal.HEARTBEAT
 
     async def _from_log(self) -> Frames | None:
@@ -164,12 +166,12 @@ class Fanout:
     name = "stream"
 
     def __init__(
-        self, *, log: OutputLog, announce: Callable[[CommandId], None], open_streams_max: int
+        self, *, log: OutputLog, tell_replicas: Callable[[CommandId], None], open_streams_max: int
     ) -> None:
-        """`announce` tells other replicas that a stream has news; it never waits."""
+        """`tell_replicas` says to the others that a stream has news; it never waits."""
         self.draining = False
         self._log = log
-        self._announce = announce
+        self._tell_replicas = tell_replicas
         self._open_streams_max = open_streams_max
         self._readers: dict[CommandId, set[Subscription]] = {}
         self._ends: dict[CommandId, list[trio.Event]] = {}
@@ -198,7 +200,7 @@ class Fanout:
     def publish(self, chunk: Chunk) -> None:
         """Offer a committed chunk to the readers here and tell the other replicas. Never waits."""
         self._published += 1
-        self._announce(chunk.command)
+        self._tell_replicas(chunk.command)
         if chunk.is_final:
             self._end(chunk.command)
         readers = self._readers.get(chunk.command)
@@ -214,6 +216,11 @@ class Fanout:
         for reader in self._readers.get(command, ()):
             reader.buffer.fall_back()
         self._end(command)
+
+    def announce(self, command: CommandId) -> None:
+        """A stream got events that were not published here (a cancel): everybody looks."""
+        self._tell_replicas(command)
+        self.wake(command)
 
     def wake_all(self) -> None:
         """Wake-ups may have been missed: everybody looks at the log."""

@@ -10,8 +10,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
 from rdev.adapters.postgres.commands import decode_spec
-from rdev.adapters.postgres.connection import translate_errors
-from rdev.adapters.postgres.pool import Pool
+from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import LANE_CAP, Claimed, Kind, LaneClass, Lease, Outcome, Status
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid

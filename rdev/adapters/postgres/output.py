@@ -11,8 +11,8 @@ import msgspec
 from psycopg import DataError, IntegrityError, InternalError, ProgrammingError
 from psycopg.rows import DictRow, dict_row
 
-from rdev.adapters.postgres.connection import TrioConnection, translate_errors
-from rdev.adapters.postgres.pool import Pool
+from rdev.adapters.postgres.connection import TrioConnection
+from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import Lease, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets

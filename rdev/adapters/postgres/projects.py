@@ -4,8 +4,7 @@ import msgspec
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
-from rdev.adapters.postgres.connection import translate_errors
-from rdev.adapters.postgres.pool import Pool
+from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus

@@ -1,7 +1,6 @@
 """The housekeeper's duties in PostgreSQL."""
 
-from rdev.adapters.postgres.connection import translate_errors
-from rdev.adapters.postgres.pool import Pool
+from rdev.adapters.postgres.pool import Pool, translate_errors
 
 
 class PostgresUpkeep:
