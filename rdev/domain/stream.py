@@ -6,6 +6,7 @@ any other begins with one tag byte: `a` agent, `s` status, `c` complete, `g` gap
 in its chunk, covers the chunk's whole range, and its id is the range's last number.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -44,6 +45,17 @@ class Chunk:
     def is_final(self) -> bool:
         """Whether this chunk ends the stream (it holds `complete`)."""
         return self.source is Source.LIFE and b"\nc{" in self.payload
+
+    @property
+    def event_counts(self) -> Mapping[str, int]:
+        """How many events of each type the chunk holds, without decoding them."""
+        events = self.last_seq - self.first_seq + 1
+        if self.is_gap:
+            return {"gap": 1}
+        if self.source is Source.LIFE:
+            return {"status": 1, "complete": 1} if self.is_final else {"status": events}
+        agents = self.payload.count(b"\na{")
+        return {"output": events - agents, "agent": agents} if agents else {"output": events}
 
     @property
     def is_gap(self) -> bool:

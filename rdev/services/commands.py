@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import trio
 
-from rdev.domain.commands import Command, Kind, NewCommand
+from rdev.domain.commands import Command, Kind, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Spec
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
@@ -18,6 +18,8 @@ from rdev.services.stream import Fanout
 
 # Even with every hint lost, `?wait` looks this often.
 WAIT_POLL_S = 1.0
+# What one read of the log brings at most.
+PAGE_BYTES = 1_048_576
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,26 @@ class Commands:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
         return found
 
+    async def list_for_project(
+        self,
+        project: ProjectId,
+        *,
+        status: Status | None,
+        kind: Kind | None,
+        before: CommandId | None,
+        limit: int,
+    ) -> list[Command]:
+        """Commands of a project, newest first."""
+        return await self._store.list_for_project(
+            project, status=status, kind=kind, before=before, limit=limit
+        )
+
+    async def queue_position(self, command: Command) -> int | None:
+        """Where a queued command stands; None for any other."""
+        if command.status is not Status.QUEUED:
+            return None
+        return await self._store.queue_position(command.id)
+
     async def ended(self, command: CommandId, *, within_s: float) -> Command:
         """The command when it has ended, or as it is after `within_s` seconds."""
         deadline = trio.current_time() + within_s
@@ -126,3 +148,11 @@ class Commands:
     async def tail(self, command: CommandId, source: Source, *, tail_bytes: int) -> list[Chunk]:
         """The chunks that hold the last `tail_bytes` of one stream."""
         return await self._log.read_tail(command, source, tail_bytes=tail_bytes)
+
+    async def read_log(self, command: CommandId, *, after: int) -> list[Chunk]:
+        """A page of the command's events after a number, in order; empty at the end."""
+        return await self._log.read(command, after=after, limit_bytes=PAGE_BYTES)
+
+    async def oldest_seq(self, command: CommandId) -> int | None:
+        """The first event that is still stored; None when none is."""
+        return await self._log.oldest_seq(command)

@@ -7,15 +7,14 @@ reader whose buffer is full, or who sees a hole, goes back to reading the log. C
 once for all readers. At stop every stream is told `disconnecting` and ends.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import trio
 
-from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.domain.sse import frames
 from rdev.domain.stream import Chunk
@@ -36,12 +35,13 @@ class Signal(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frames:
-    """Encoded SSE frames of the events up to `last_seq`."""
+    """Encoded SSE frames of the events up to `last_seq`; `counts` by type of event."""
 
     data: bytes
     first_seq: int
     last_seq: int
     is_final: bool
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,18 +161,15 @@ class Subscription:
 
 
 class Fanout:
-    """The hub. `open_streams_max` bounds the subscriptions of this process."""
+    """The hub. The HTTP edge bounds how many subscriptions there are."""
 
     name = "stream"
 
-    def __init__(
-        self, *, log: OutputLog, tell_replicas: Callable[[CommandId], None], open_streams_max: int
-    ) -> None:
+    def __init__(self, *, log: OutputLog, tell_replicas: Callable[[CommandId], None]) -> None:
         """`tell_replicas` says to the others that a stream has news; it never waits."""
         self.draining = False
         self._log = log
         self._tell_replicas = tell_replicas
-        self._open_streams_max = open_streams_max
         self._readers: dict[CommandId, set[Subscription]] = {}
         self._ends: dict[CommandId, list[trio.Event]] = {}
         self._stop = trio.Event()
@@ -229,13 +226,7 @@ class Fanout:
 
     @contextmanager
     def subscribe(self, command: CommandId, *, after: int) -> Iterator[Subscription]:
-        """A subscription for the length of the block; leaving it is synchronous.
-
-        Errors: SERVICE_UNAVAILABLE when too many streams are open here.
-        """
-        if self._open >= self._open_streams_max:
-            message = f"this server has its limit of {self._open_streams_max} streams open"
-            raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message, retry_after_s=2)
+        """A subscription for the length of the block; leaving it is synchronous."""
         subscription = Subscription(command=command, after=after, log=self._log, hub=self)
         self._readers.setdefault(command, set()).add(subscription)
         self._open += 1
@@ -272,13 +263,20 @@ def _framed(chunk: Chunk, *, after: int) -> Frames:
         first_seq=chunk.first_seq,
         last_seq=chunk.last_seq,
         is_final=chunk.is_final,
+        counts=chunk.event_counts,
     )
 
 
 def _join(parts: list[Frames]) -> Frames:
+    if len(parts) == 1:
+        return parts[0]
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(part.counts)
     return Frames(
         data=b"".join(part.data for part in parts),
         first_seq=parts[0].first_seq,
         last_seq=parts[-1].last_seq,
         is_final=parts[-1].is_final,
+        counts=counts,
     )

@@ -1,0 +1,184 @@
+"""Routes of commands: submit, read, cancel."""
+
+from collections.abc import Sequence
+
+from quart import Blueprint, Response
+
+from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
+from rdev.adapters.http.exchange import exchange, hold, principal
+from rdev.adapters.http.output import output_bytes, output_lines, tail_text
+from rdev.adapters.http.query import choice_of, limit_of, number_of, text_of, whole_of
+from rdev.domain.claude import claude_argv, parse_claude
+from rdev.domain.commands import Command, Kind, Status
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.git import GIT_ENV, git_argv
+from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
+from rdev.domain.requests import parse_git, parse_shell
+from rdev.domain.stream import Source
+from rdev.ports.commands import Accepted
+from rdev.services.commands import Caller, Commands
+
+WAIT_MAX_S = 60.0
+OUTPUT_MAX_BYTES = 1 << 30
+_SOURCES = {"stdout": Source.STDOUT, "stderr": Source.STDERR}
+
+
+def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> Blueprint:
+    """`POST /projects/{id}/shell|git|claude`."""
+    routes = Blueprint("submissions", __name__)
+
+    @routes.post("/projects/<project>/shell")
+    async def submit_shell(project: str) -> Response:
+        request = parse_shell(await read_json())
+        argv = ("sh", "-c", request.command)
+        made = await commands.submit(
+            _caller(), _project(project), Kind.SHELL, argv=argv, common=request.common
+        )
+        return await _submitted(commands, made)
+
+    @routes.post("/projects/<project>/git")
+    async def submit_git(project: str) -> Response:
+        request = parse_git(await read_json())
+        made = await commands.submit(
+            _caller(),
+            _project(project),
+            Kind.GIT,
+            argv=git_argv(request.args),
+            common=request.common,
+            env=GIT_ENV,
+        )
+        return await _submitted(commands, made)
+
+    @routes.post("/projects/<project>/claude")
+    async def submit_claude(project: str) -> Response:
+        request = parse_claude(await read_json())
+        made = await commands.submit(
+            _caller(),
+            _project(project),
+            Kind.CLAUDE,
+            argv=claude_argv(claude_command, request),
+            common=request.common,
+        )
+        return await _submitted(commands, made)
+
+    return routes
+
+
+def command_routes(commands: Commands) -> Blueprint:
+    """`/projects/{id}/commands`, `/commands/{id}` and its output."""
+    routes = Blueprint("commands", __name__)
+
+    @routes.get("/projects/<project>/commands")
+    async def list_commands(project: str) -> Response:
+        limit = limit_of()
+        cursor = text_of("cursor")
+        found = await commands.list_for_project(
+            _project(project),
+            status=choice_of("status", Status),
+            kind=choice_of("kind", Kind),
+            before=_command(cursor) if cursor else None,
+            limit=limit + 1,
+        )
+        more = found[limit - 1].id if len(found) > limit else None
+        return success([_shown(command) for command in found[:limit]], next_cursor=more)
+
+    @routes.get("/commands/<command>")
+    async def get_command(command: str) -> Response:
+        found = await commands.get(_command(command))
+        position = await commands.queue_position(found)
+        return success(_shown(found) | ({"queue_position": position} if position else {}))
+
+    @routes.delete("/commands/<command>")
+    async def cancel_command(command: str) -> Response:
+        return accepted(_shown(await commands.cancel(_command(command))))
+
+    @routes.get("/commands/<command>/output")
+    async def get_output(command: str) -> Response:
+        found = await commands.get(_command(command))
+        which = text_of("stream") or "stdout"
+        tail_bytes = whole_of("tail_bytes", least=1, most=OUTPUT_MAX_BYTES)
+        if which == "all":
+            body = output_lines(commands, found)
+            return stream(body, content_type="application/x-ndjson")
+        if which not in _SOURCES:
+            message = "the parameter stream must be one of stdout, stderr, all"
+            raise RdevError(ErrorCode.BAD_REQUEST, message)
+        body = output_bytes(commands, found, _SOURCES[which], tail_bytes=tail_bytes)
+        return stream(body, content_type="text/plain; charset=utf-8")
+
+    return routes
+
+
+async def _submitted(commands: Commands, made: Accepted) -> Response:
+    """201; with `?wait=` it is held until the command ends, and says how."""
+    wait_s = number_of("wait", least=0, most=WAIT_MAX_S)
+    command = made.command
+    shown: dict[str, object] = {
+        "id": command.id,
+        "project": command.project,
+        "kind": command.kind,
+        "status": command.status,
+        "priority": command.priority,
+        "queue_position": made.queue_position,
+        "stream_url": f"/commands/{command.id}/events",
+        "created_at": command.created_at,
+    }
+    if wait_s is not None:
+        hold()
+        ended = await commands.ended(command.id, within_s=wait_s)
+        shown |= {
+            "status": ended.status,
+            "exit_code": ended.exit_code,
+            "duration_ms": ended.duration_ms,
+            "stdout_tail": await tail_text(commands, ended, Source.STDOUT),
+            "stderr_tail": await tail_text(commands, ended, Source.STDERR),
+        }
+    return created(shown, location=f"/commands/{command.id}")
+
+
+def _shown(command: Command) -> dict[str, object]:
+    """A command as clients see it."""
+    return {
+        "id": command.id,
+        "project": command.project,
+        "kind": command.kind,
+        "status": command.status,
+        "priority": command.priority,
+        "attempt": command.attempt,
+        "exit_code": command.exit_code,
+        "signal": command.signal,
+        "reason": command.reason,
+        "created_at": command.created_at,
+        "started_at": command.started_at,
+        "finished_at": command.finished_at,
+        "duration_ms": command.duration_ms,
+        "queue_wait_ms": command.queue_wait_ms,
+        "stdout_bytes": command.stdout_bytes,
+        "stderr_bytes": command.stderr_bytes,
+        "dropped_bytes": command.dropped_bytes,
+        "truncated": command.truncated,
+        "argv": command.argv,
+        "key_id": command.key_id,
+        "session_id": command.session_id,
+        "usage": command.usage,
+        "kill": command.kill,
+        "stream_url": f"/commands/{command.id}/events",
+    }
+
+
+def _caller() -> Caller:
+    return Caller(key_id=principal().key_id, request_id=exchange().request_id)
+
+
+def _project(text: str) -> ProjectId:
+    """A well-formed project id. Errors: NOT_FOUND, as for one that does not exist."""
+    if not is_project_id(text):
+        raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {text!r}")
+    return ProjectId(text)
+
+
+def _command(text: str) -> CommandId:
+    """A well-formed command id. Errors: NOT_FOUND, as for one that does not exist."""
+    if not is_command_id(text):
+        raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {text!r}")
+    return CommandId(text)

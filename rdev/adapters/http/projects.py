@@ -1,0 +1,52 @@
+"""Routes of projects."""
+
+from quart import Blueprint, Response
+
+from rdev.adapters.http.envelope import created, read_json, success
+from rdev.adapters.http.query import limit_of, text_of
+from rdev.domain.ids import ProjectId
+from rdev.domain.projects import Project, parse_project
+from rdev.services.projects import Projects
+
+
+def project_routes(projects: Projects) -> Blueprint:
+    """`/projects`."""
+    routes = Blueprint("projects", __name__)
+
+    @routes.post("/projects")
+    async def create_project() -> Response:
+        project, is_new = await projects.create(parse_project(await read_json()))
+        if is_new:
+            return created(_shown(project), location=f"/projects/{project.id}")
+        return success(_shown(project))
+
+    @routes.get("/projects")
+    async def list_projects() -> Response:
+        limit = limit_of()
+        after = text_of("cursor")
+        found = await projects.list_all(after=ProjectId(after) if after else None, limit=limit + 1)
+        more = found[limit - 1].id if len(found) > limit else None
+        return success([_shown(project) for project in found[:limit]], next_cursor=more)
+
+    @routes.get("/projects/<project>")
+    async def get_project(project: str) -> Response:
+        return success(_shown(await projects.get(project)))
+
+    return routes
+
+
+def _shown(project: Project) -> dict[str, object]:
+    """A project as clients see it; what only pods have is null for a local folder."""
+    return {
+        "id": project.id,
+        "name": project.name,
+        "status": project.status,
+        "executor": project.executor,
+        "pod": None,
+        "image": project.image,
+        "labels": {},
+        "annotations": {},
+        "last_seen": None,
+        "created_at": project.created_at,
+        "commands": {"queued": project.queued, "running": project.running},
+    }

@@ -1,0 +1,61 @@
+"""Reading query parameters; a wrong one is BAD_REQUEST and names the parameter."""
+
+from enum import StrEnum
+from typing import TypeVar
+
+from quart import request
+
+from rdev.domain.errors import Fault, bad_request
+
+LIMIT_DEFAULT = 50
+LIMIT_MAX = 200
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+def text_of(name: str) -> str | None:
+    """The parameter, or None where it is absent or empty."""
+    return request.args.get(name) or None
+
+
+def number_of(name: str, *, least: float, most: float) -> float | None:
+    """A number in [`least`, `most`], or None where it is absent."""
+    text = text_of(name)
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not least <= value <= most:
+        raise _wrong(name, f"must be a number from {least:g} to {most:g}")
+    return value
+
+
+def whole_of(name: str, *, least: int, most: int) -> int | None:
+    """A whole number in [`least`, `most`], or None where it is absent."""
+    text = text_of(name)
+    if text is None:
+        return None
+    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= most:
+        raise _wrong(name, f"must be a whole number from {least} to {most}")
+    return int(text)
+
+
+def limit_of() -> int:
+    """`?limit=` of a list."""
+    return whole_of("limit", least=1, most=LIMIT_MAX) or LIMIT_DEFAULT
+
+
+def choice_of(name: str, choices: type[Choice]) -> Choice | None:
+    """One value of an enumeration, or None where it is absent."""
+    text = text_of(name)
+    if text is None:
+        return None
+    if text not in {*choices}:
+        raise _wrong(name, f"must be one of {', '.join(choices)}")
+    return choices(text)
+
+
+def _wrong(name: str, message: str) -> Exception:
+    return bad_request([Fault(pointer="", message=f"the parameter {name} {message}")])
