@@ -115,6 +115,14 @@ def test_a_cut_never_splits_a_character() -> None:
     ]
 
 
+def test_the_limit_counts_bytes_not_characters() -> None:
+    assert split("漢漢漢\nß\n".encode(), limit=8) == [
+        out("漢漢", partial=True),
+        out("漢"),
+        out("ß"),
+    ]
+
+
 def test_a_cut_among_stray_continuation_bytes_still_makes_progress() -> None:
     assert split(b"\x80" * 9 + b"\n", limit=8) == [
         {"stream": "stdout", "base64": "gICAgICAgIA=", "partial": True},
