@@ -171,8 +171,13 @@ def decode(payload: bytes, stream: Stream | None = None) -> bytes:
     Only those of `stream` when given. Other events of the payload (a line that does not begin
     with `{`) are passed over. Errors: msgspec.DecodeError when it is no payload.
     """
+    return b"".join([output.content() for output in output_events(payload, stream)])
+
+
+def output_events(payload: bytes, stream: Stream | None = None) -> list[Output]:
+    """The output events of a payload, in order; see `decode`."""
     outputs = [_decoder.decode(line) for line in payload.split(b"\n") if line.startswith(b"{")]
-    return b"".join([o.content() for o in outputs if stream is None or o.stream is stream])
+    return [output for output in outputs if stream is None or output.stream is stream]
 
 
 def _character_boundary(data: bytes, at: int) -> int:
