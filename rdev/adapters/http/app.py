@@ -1,0 +1,364 @@
+"""The shell around all routes: what happens to every request, whatever it asks for.
+
+In order: request id and trace (taken or made), the limit of requests in work, the body limit, then
+Quart: route, authentication, further hooks, the route itself. Every way out is a response with the
+request id, one log line and one count. Routes raise `RdevError`; it becomes a problem here.
+"""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from http import HTTPStatus
+
+import trio
+from hypercorn.typing import (
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    HTTPScope,
+    Scope,
+)
+from quart import Blueprint, Response, g, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from rdev.adapters.http import probes
+from rdev.adapters.http.exchange import (
+    Exchange,
+    Network,
+    begin,
+    client_ip_of,
+    exchange,
+    log_fields,
+    request_id_of,
+    trace_id_of,
+)
+from rdev.adapters.http.guards import BodyLimit, refuse
+from rdev.adapters.http.limits import Admission
+from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.ports.authentication import Authenticate, Principal
+from rdev.ports.telemetry import AuthFailure, Telemetry, log_context
+
+_log = logging.getLogger("rdev.http")
+
+# Routes that ask for no credential.
+PUBLIC_PATHS = probes.PATHS | {"/openapi.json", "/docs"}
+
+# nginx's number for a client that went away before its answer; never sent, only counted.
+_CLIENT_LEFT = 499
+
+_FAILURE_OF_CODE = {
+    ErrorCode.UNAUTHORIZED: AuthFailure.INVALID,
+    ErrorCode.KEY_REVOKED: AuthFailure.REVOKED,
+    ErrorCode.KEY_EXPIRED: AuthFailure.EXPIRED,
+    ErrorCode.IP_NOT_ALLOWED: AuthFailure.IP_BLOCKED,
+}
+
+# Runs after the authentication, in order; may raise RdevError.
+Hook = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpLimits:
+    """What the shell refuses. Sizes in bytes, times in seconds."""
+
+    max_in_flight: int = 512
+    max_held: int = 10_000
+    body_bytes: int = 1 << 20
+    # How long a route waits for the body, and how long a response that is no stream may take.
+    body_timeout_s: int = 30
+    response_timeout_s: int = 60
+
+
+def build_app(
+    *,
+    routes: Sequence[Blueprint],
+    authenticate: Authenticate,
+    telemetry: Telemetry,
+    now: Callable[[], datetime],
+    new_request_id: Callable[[], str],
+    hooks: Sequence[Hook] = (),
+    trusted_proxies: Sequence[Network] = (),
+    public_paths: frozenset[str] = PUBLIC_PATHS,
+    limits: HttpLimits | None = None,
+) -> "Shell":
+    """The ASGI app of the server.
+
+    `public_paths` are templates of routes that need no credential; all others do.
+    """
+    limits = limits or HttpLimits()
+    quart = _quart(limits)
+    for blueprint in routes:
+        quart.register_blueprint(blueprint)
+    quart.before_request(_Gate(authenticate, telemetry, public_paths, hooks).enter)
+    quart.register_error_handler(RdevError, _on_rdev_error)
+    quart.register_error_handler(HTTPException, _on_http_exception)
+    quart.register_error_handler(Exception, _on_fault)
+    return Shell(
+        quart=quart,
+        telemetry=telemetry,
+        now=now,
+        new_request_id=new_request_id,
+        trusted_proxies=trusted_proxies,
+        limits=limits,
+    )
+
+
+class Shell:
+    """The ASGI app: opens an exchange per request, and closes it whatever happens inside."""
+
+    def __init__(
+        self,
+        *,
+        quart: QuartTrio,
+        telemetry: Telemetry,
+        now: Callable[[], datetime],
+        new_request_id: Callable[[], str],
+        trusted_proxies: Sequence[Network],
+        limits: HttpLimits,
+    ) -> None:
+        """Wraps the routes; opens nothing."""
+        self.admission = Admission(
+            max_in_flight=limits.max_in_flight, max_held=limits.max_held, telemetry=telemetry
+        )
+        self._quart = quart
+        self._guarded = BodyLimit(quart, limit_bytes=limits.body_bytes, telemetry=telemetry)
+        self._telemetry = telemetry
+        self._now = now
+        self._new_request_id = new_request_id
+        self._trusted_proxies = trusted_proxies
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        """Serve one request. WebSockets are refused; rdev has none."""
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1000, "reason": None})
+        elif scope["type"] == "lifespan":
+            await self._quart(scope, receive, send)
+        else:
+            await self._serve(scope, receive, send)
+
+    async def _serve(
+        self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        """One HTTP request from its first hook to its log line."""
+        this = self._open(scope)
+        answer = _Answer(this, send, self._telemetry)
+        try:
+            error = self._refusal(this)
+            if error is None:
+                await self._guarded(scope, receive, answer)
+            else:
+                await refuse(answer, error)
+            # Quart returns without an answer when the client left.
+            this.status = this.status or _CLIENT_LEFT
+        finally:
+            this.status = this.status or HTTPStatus.INTERNAL_SERVER_ERROR
+            this.slot.release()
+            _count(this, self._telemetry)
+            _log_request(this)
+
+    def _open(self, scope: HTTPScope) -> Exchange:
+        """The exchange for a request, made the current one."""
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        peer = scope["client"]
+        this = Exchange(
+            request_id=request_id_of(headers.get(b"x-request-id"), self._new_request_id),
+            trace_id=trace_id_of(headers.get(b"traceparent")),
+            client_ip=client_ip_of(
+                peer[0] if peer else None, _forwarded_for(scope), self._trusted_proxies
+            ),
+            method=scope["method"],
+            path=scope["path"],
+            started_at_s=trio.current_time(),
+            slot=self.admission.slot(),
+            now=self._now,
+            credential=_credential(headers),
+        )
+        begin(this)
+        log_context.set(log_fields(this))
+        return this
+
+    def _refusal(self, this: Exchange) -> RdevError | None:
+        """Why the request may not come in, or None. The probes always may."""
+        if this.path in probes.PATHS:
+            return None
+        if not this.path.startswith("/") and "://" not in this.path:
+            # Quart fails on a target without path ("?a=b") outside of its error handling.
+            return of_http(HTTPStatus.BAD_REQUEST, "the request target has no path")
+        try:
+            this.slot.enter()
+        except RdevError as error:
+            return error
+        return None
+
+
+class _Answer:
+    """`send` of one exchange: adds the headers every answer has, and takes down its status."""
+
+    def __init__(self, this: Exchange, send: ASGISendCallable, telemetry: Telemetry) -> None:
+        self._this = this
+        self._send = send
+        self._telemetry = telemetry
+
+    async def __call__(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            this = self._this
+            this.status = message["status"]
+            own = [(b"x-request-id", this.request_id.encode()), *this.headers]
+            message["headers"] = [*message["headers"], *own]
+            _count(this, self._telemetry)
+        await self._send(message)
+
+
+class _Gate:
+    """Runs before every route: names the route, asks who it is, then the further hooks."""
+
+    def __init__(
+        self,
+        authenticate: Authenticate,
+        telemetry: Telemetry,
+        public_paths: frozenset[str],
+        hooks: Sequence[Hook],
+    ) -> None:
+        self._authenticate = authenticate
+        self._telemetry = telemetry
+        self._public_paths = public_paths
+        self._hooks = hooks
+
+    async def enter(self) -> None:
+        """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
+        this = exchange()
+        rule = request.url_rule
+        if rule is None:
+            return  # no such route or method: Quart answers that, whoever asks
+        this.route = _template(rule.rule)
+        this.is_counted = True
+        self._telemetry.request_started(this.method_label, this.route)
+        if this.route in self._public_paths:
+            return
+        g.principal = this.principal = await self._checked(this)
+        for hook in self._hooks:
+            await hook()
+
+    async def _checked(self, this: Exchange) -> Principal:
+        """The principal; every check is counted, whatever came out."""
+        try:
+            principal = await self._authenticate(this.credential, this.client_ip)
+        except RdevError as error:
+            failure = _FAILURE_OF_CODE.get(error.code)
+            if failure is not None:
+                self._telemetry.authenticated(failure)
+            raise
+        self._telemetry.authenticated(None)
+        return principal
+
+
+def _quart(limits: HttpLimits) -> QuartTrio:
+    """Quart with the settings that the guards rely on."""
+    quart = QuartTrio("rdev", static_folder=None)
+    # The body limit stands before Quart, which would buffer before it looks (see BodyLimit).
+    quart.config["MAX_CONTENT_LENGTH"] = None
+    quart.config["BODY_TIMEOUT"] = limits.body_timeout_s
+    quart.config["RESPONSE_TIMEOUT"] = limits.response_timeout_s
+    quart.config["PROPAGATE_EXCEPTIONS"] = False
+    return quart
+
+
+async def _on_rdev_error(error: RdevError) -> Response:
+    """A refusal that a route or a hook decided on."""
+    return _problem_response(error)
+
+
+async def _on_http_exception(error: HTTPException) -> Response:
+    """What Quart itself refuses: no route, wrong method, a body that stalled."""
+    status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    response = _problem_response(of_http(status, _sentence(error, status)), status=status)
+    if isinstance(error, MethodNotAllowed) and error.valid_methods:
+        response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
+    return response
+
+
+async def _on_fault(error: Exception) -> Response:
+    """A fault of ours: the trace goes to the log, the client gets a number to ask for."""
+    _log.error("request failed", exc_info=error)
+    return _problem_response(internal_error())
+
+
+def _problem_response(error: RdevError, *, status: int | None = None) -> Response:
+    """The problem document of the running exchange as a Quart response."""
+    this = exchange()
+    told = problem(
+        error, request_id=this.request_id, instance=this.path, now=this.now(), status=status
+    )
+    return Response(told.body, status=told.status, headers=dict(told.headers))
+
+
+def _sentence(error: HTTPException, status: int) -> str:
+    """Why HTTP refused, for the client."""
+    match status:
+        case HTTPStatus.NOT_FOUND:
+            return "there is nothing under this path"
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return f"this path does not take {exchange().method_label}"
+        case HTTPStatus.REQUEST_TIMEOUT:
+            return "the body did not arrive in time"
+        case _:
+            return error.name.lower()
+
+
+def _count(this: Exchange, telemetry: Telemetry) -> None:
+    """Tell of the request once: at its head, or at its end when it got none."""
+    if this.is_finished:
+        return
+    this.is_finished = True
+    if not this.is_counted:
+        telemetry.request_started(this.method_label, this.route)
+    if this.latency_s is None:
+        this.latency_s = trio.current_time() - this.started_at_s
+    assert this.status is not None
+    telemetry.request_finished(this.method_label, this.route, this.status, this.latency_s)
+
+
+def _log_request(this: Exchange) -> None:
+    """The one line per request, without the query, which may hold a token."""
+    level = logging.INFO
+    if this.path in probes.PATHS:
+        level = logging.DEBUG
+    elif this.status is not None and this.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        level = logging.WARNING
+    if _log.isEnabledFor(level):
+        facts = {
+            "method": this.method,
+            "path": this.path,
+            "status": this.status,
+            "duration_ms": round((trio.current_time() - this.started_at_s) * 1000),
+            "client_ip": this.client_ip,
+        }
+        _log.log(level, "request completed", extra=facts)
+
+
+def _credential(headers: dict[bytes, str]) -> str | None:
+    """The key that the request carries: `X-API-Key`, else a bearer token."""
+    key = headers.get(b"x-api-key")
+    if key:
+        return key
+    scheme, _, token = headers.get(b"authorization", "").partition(" ")
+    return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _forwarded_for(scope: HTTPScope) -> str | None:
+    """All `X-Forwarded-For` lines as one list."""
+    found = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
+    return b",".join(found).decode("latin-1") if found else None
+
+
+@cache
+def _template(rule: str) -> str:
+    """`/projects/<string:id>` as clients write it: `/projects/{id}`."""
+    return re.sub(r"<(?:[^<>]*:)?([^<>:]+)>", r"{\1}", rule)

@@ -1,0 +1,152 @@
+"""One request and its answer, as the shell knows them while they last.
+
+The exchange of the running task is found by `exchange()`; routes need it for the request id, the
+client's address and to say that they hold the request on purpose (`hold`).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from typing import Final
+
+import trio
+
+from rdev.adapters.http.limits import Slot
+from rdev.ports.authentication import Principal
+
+# Label of requests that no route answers: unknown paths must not make new time series.
+UNKNOWN_ROUTE: Final = "unknown"
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid; later versions append.
+_TRACEPARENT = re.compile(
+    r"(?!ff)(?P<version>[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})"
+    r"-(?P<parent>(?!0{16})[0-9a-f]{16})-[0-9a-f]{2}(?P<more>-.*)?"
+)
+
+# A unix socket has no peer address; who may open the socket is on this machine.
+_LOCAL_PEER = "127.0.0.1"
+
+Network = IPv4Network | IPv6Network
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """What is known of one request. Times are `trio.current_time()`, in seconds."""
+
+    request_id: str
+    trace_id: str | None
+    client_ip: str
+    method: str
+    path: str
+    started_at_s: float
+    slot: Slot
+    now: Callable[[], datetime]
+    credential: str | None = field(default=None, repr=False)
+    route: str = UNKNOWN_ROUTE
+    principal: Principal | None = None
+    status: int | None = None
+    latency_s: float | None = None
+    # Whether telemetry was told of its start and of its end.
+    is_counted: bool = False
+    is_finished: bool = False
+    # Sent with whatever answer is given, also with a refusal (rate limits).
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    @property
+    def method_label(self) -> str:
+        """The method as a metric label: one value for all that HTTP does not know."""
+        return self.method if self.method in _METHODS else "OTHER"
+
+
+_current: ContextVar[Exchange] = ContextVar("exchange")
+
+
+def exchange() -> Exchange:
+    """The exchange this task serves. Only inside a request."""
+    return _current.get()
+
+
+def begin(started: Exchange) -> None:
+    """Make it the exchange of this task and of the tasks it starts."""
+    _current.set(started)
+
+
+def principal() -> Principal:
+    """Who asks. Only in routes, which run after the authentication."""
+    found = exchange().principal
+    assert found is not None, "this route is public"
+    return found
+
+
+def hold() -> None:
+    """Say that the request is held open on purpose from here on (a stream, `?wait`).
+
+    Its latency ends here, and it counts as held instead of in work; idempotent.
+    Errors: SERVICE_UNAVAILABLE when too many are held.
+    """
+    held = exchange()
+    held.slot.hold()
+    if held.latency_s is None:
+        held.latency_s = trio.current_time() - held.started_at_s
+
+
+def client_ip_of(
+    peer: str | None, forwarded_for: str | None, trusted_proxies: Sequence[Network]
+) -> str:
+    """The client's own address.
+
+    Walks `X-Forwarded-For` from the right while the hop that vouches for the next one is in
+    `trusted_proxies`: what stands left of the first foreign hop is the client's own invention.
+    """
+    hops = [part.strip() for part in (forwarded_for or "").split(",") if part.strip()]
+    address = peer or _LOCAL_PEER
+    while hops and _is_within(address, trusted_proxies):
+        candidate = hops.pop()
+        if not _is_address(candidate):
+            break
+        address = candidate
+    return address
+
+
+def request_id_of(offered: str | None, new_request_id: Callable[[], str]) -> str:
+    """The client's id where it is sane, else a fresh one."""
+    if offered is not None and _REQUEST_ID.fullmatch(offered):
+        return offered
+    return new_request_id()
+
+
+def trace_id_of(traceparent: str | None) -> str | None:
+    """The trace the client is in, or None when the header is absent or invalid.
+
+    Source: W3C Trace Context, section 3.2.
+    """
+    found = _TRACEPARENT.fullmatch(traceparent or "")
+    if found is None or (found["version"] == "00" and found["more"] is not None):
+        return None
+    return found["trace"]
+
+
+def log_fields(started: Exchange) -> Mapping[str, str]:
+    """What every log line of the request carries."""
+    if started.trace_id is None:
+        return {"request_id": started.request_id}
+    return {"request_id": started.request_id, "trace_id": started.trace_id}
+
+
+def _is_address(text: str) -> bool:
+    """Whether the text is an IP address."""
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_within(address: str, networks: Sequence[Network]) -> bool:
+    """Whether the address lies in one of the networks; no address of another family does."""
+    return bool(networks) and any(ip_address(address) in network for network in networks)

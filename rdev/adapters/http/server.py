@@ -1,0 +1,262 @@
+"""The HTTP server: listeners, connections, and their end.
+
+Bounds: connections, and the grace that open requests get at shutdown. Runs hypercorn's connections
+on listeners of its own, because hypercorn's own loop (`hypercorn.trio.serve`) waits for ever for a
+client that stopped reading and gives no hold on its connections.
+"""
+
+import logging
+import os
+import resource
+import socket
+import stat
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from email.utils import formatdate
+from time import CLOCK_REALTIME, clock_gettime
+from typing import TypeAlias
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ASGIFramework
+from hypercorn.utils import repr_socket_addr
+
+from rdev.adapters.http.connection import Connection, Stream
+from rdev.ports.telemetry import Telemetry
+
+_log = logging.getLogger("rdev.http")
+
+# Connections the kernel keeps for us while we accept; the kernel caps it at net.core.somaxconn.
+_BACKLOG = 1024
+_TLS_HANDSHAKE_TIMEOUT_S = 10.0
+_UNIX = "unix:"
+
+Listener: TypeAlias = trio.SocketListener | trio.SSLListener[trio.SocketStream]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TlsFiles:
+    """Where the certificate chain and its key are (PEM)."""
+
+    cert_file: str
+    key_file: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionTimes:
+    """How long a connection may do nothing, in seconds."""
+
+    # Between two requests. Longer than the 60 s that load balancers keep theirs.
+    keep_alive_s: float = 75.0
+    # Until the head of a request is complete.
+    header_s: float = 10.0
+    # Until the client takes the next 64 KiB, and until it acknowledges what was sent.
+    write_s: float = 30.0
+
+
+class HttpServer:
+    """Serves an ASGI app on the given addresses.
+
+    At `stop` it accepts no more, idle connections close at once, requests under way have `grace_s`;
+    what is left then is cancelled and its sockets closed, also where a client does not read.
+    """
+
+    name = "http"
+
+    def __init__(
+        self,
+        *,
+        app: ASGIFramework,
+        bind: Sequence[str],
+        grace_s: float,
+        telemetry: Telemetry,
+        tls: TlsFiles | None = None,
+        times: ConnectionTimes | None = None,
+        max_connections: int = 12_000,
+    ) -> None:
+        """Opens nothing. `bind`: `host:port`, `[v6]:port` or `unix:path`; port 0 picks one."""
+        self._app = app
+        self._bind = list(bind)
+        self._grace_s = grace_s
+        self._telemetry = telemetry
+        self._times = times or ConnectionTimes()
+        self._max_connections = max_connections
+        self._context = WorkerContext(None)
+        self._config = _Config(keep_alive_s=self._times.keep_alive_s, tls=tls)
+        self._one_closed = trio.Event()
+        self._accepting = trio.CancelScope()
+        self._open: set[Connection] = set()
+        self._bound: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> tuple[str, ...]:
+        """Where it listens, as URLs with the real ports; empty before `started`."""
+        return self._bound
+
+    @property
+    def open_connections(self) -> int:
+        """Connections that exist now."""
+        return len(self._open)
+
+    def stop(self) -> None:
+        """Accept no more and let `run` come to its end. Synchronous, idempotent."""
+        self._accepting.cancel()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop`; started once it listens.
+
+        Errors: OSError when an address cannot be bound, before it has started.
+        Cancellation: all sockets are closed at once. Blocks: at most `grace_s` after `stop`.
+        """
+        raise_descriptor_limit()
+        with ExitStack() as cleanup:
+            listeners = self._listen(cleanup)
+            async with trio.open_nursery() as connections:
+                try:
+                    with self._accepting:
+                        task_status.started()
+                        await trio.serve_listeners(
+                            self._serve, listeners, handler_nursery=connections
+                        )
+                    await self._finish()
+                    connections.cancel_scope.cancel()
+                finally:
+                    # A task inside a shielded write is reached by no cancellation.
+                    for connection in tuple(self._open):
+                        connection.abort()
+
+    async def _finish(self) -> None:
+        """Let what is under way come to its end, for `grace_s` at most."""
+        await self._context.terminated.set()
+        with trio.move_on_after(self._grace_s):
+            while self._open:
+                self._one_closed = trio.Event()
+                await self._one_closed.wait()
+        if self._open:
+            _log.warning("connections closed by force", extra={"connections": len(self._open)})
+
+    async def _serve(self, stream: Stream) -> None:
+        """One connection, for its whole life. Its faults are its own: logged, nobody else's."""
+        if len(self._open) >= self._max_connections:
+            self._telemetry.limit_checked("connections", refused=True)
+            await trio.aclose_forcefully(stream)
+            return
+        connection = Connection(
+            self._app,
+            self._config,
+            self._context,
+            stream,
+            header_timeout_s=self._times.header_s,
+            write_timeout_s=self._times.write_s,
+        )
+        self._open.add(connection)
+        try:
+            await connection.run()
+        except Exception:  # noqa: BLE001  # one client's fault must not end all others
+            _log.exception("connection failed")
+        finally:
+            # Also after a cancellation, where hypercorn skips its own close (hypercorn#106).
+            connection.abort()
+            self._open.discard(connection)
+            self._one_closed.set()
+
+    def _listen(self, cleanup: ExitStack) -> list[Listener]:
+        """Open all listeners; `cleanup` closes them, also where the second cannot be opened."""
+        context = self._config.create_ssl_context()
+        scheme = "https" if context else "http"
+        listeners: list[Listener] = []
+        bound = []
+        for bind in self._bind:
+            opened = cleanup.enter_context(_listening_socket(bind, self._times.write_s))
+            if opened.family is socket.AF_UNIX:
+                cleanup.callback(_unlink, bind.removeprefix(_UNIX))
+            bound.append(f"{scheme}://{repr_socket_addr(opened.family, opened.getsockname())}")
+            plain = trio.SocketListener(trio.socket.from_stdlib_socket(opened))
+            tls = context and trio.SSLListener(plain, context, https_compatible=True)
+            listeners.append(tls or plain)
+        self._bound = tuple(bound)
+        return listeners
+
+
+class _Config(Config):
+    """Hypercorn's settings, with headers that are made once a second."""
+
+    def __init__(self, *, keep_alive_s: float, tls: TlsFiles | None) -> None:
+        super().__init__()
+        self.accesslog = None  # the shell writes one structured line per request
+        self.errorlog = logging.getLogger("hypercorn.error")
+        self.keep_alive_timeout = keep_alive_s
+        self.ssl_handshake_timeout = _TLS_HANDSHAKE_TIMEOUT_S
+        # No connection is closed for its number of requests alone: a close under load costs the
+        # client a round trip and, with bad timing, a request.
+        self.keep_alive_max_requests = 1_000_000
+        self.include_server_header = False
+        if tls is not None:
+            self.certfile, self.keyfile = tls.cert_file, tls.key_file
+        self._second = -1
+        self._date: list[tuple[bytes, bytes]] = []
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        """The `Date` header; on every response, so it is not formatted for every response."""
+        moment = clock_gettime(CLOCK_REALTIME)
+        if int(moment) != self._second:
+            self._second = int(moment)
+            self._date = [(b"date", formatdate(moment, usegmt=True).encode())]
+        return self._date
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many descriptors as the hard limit allows.
+
+    The soft limit is 1024 on most systems, which is 1,000 clients.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _listening_socket(bind: str, user_timeout_s: float) -> socket.socket:
+    """A socket that listens on `host:port`, `[v6]:port` or `unix:path`. Errors: OSError."""
+    if bind.startswith(_UNIX):
+        path = bind.removeprefix(_UNIX)
+        if _is_socket(path):
+            _unlink(path)  # left behind by a process that was killed
+        opened = socket.socket(socket.AF_UNIX)
+        return _listening(opened, path)
+    host, _, port = bind.rpartition(":")
+    host = host.strip("[]")
+    opened = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Inherited by the connections: the kernel gives up on a peer that acknowledges nothing.
+    user_timeout_ms = int(user_timeout_s * 1000)
+    opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, user_timeout_ms)
+    return _listening(opened, (host, int(port)))
+
+
+def _listening(opened: socket.socket, address: str | tuple[str, int]) -> socket.socket:
+    """The socket, bound and listening; closed when that fails."""
+    try:
+        opened.bind(address)
+        opened.listen(_BACKLOG)
+        opened.setblocking(False)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def _is_socket(path: str) -> bool:
+    """Whether a socket lies there."""
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _unlink(path: str) -> None:
+    """Remove the file; somebody else may have done it."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,151 @@
+"""One stream of JSON lines for everything the process logs, with the guide's fields.
+
+structlog and the standard library's loggers (ours and the vendors') go through the same processors
+to the same handler. Secrets are taken out last, so nothing that was added later escapes.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TextIO
+
+import msgspec
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from rdev.ports.telemetry import log_context
+
+REDACTED = "[redacted]"
+
+# Parts of a field's name that make its value a secret, whatever it is.
+_SECRET_NAMES = ("password", "secret", "token", "authorization", "credential", "cookie")
+# Names that are secret as a whole; as parts they would hide `key_id` and `environment`.
+_SECRET_WORDS = frozenset({"key", "api_key", "x-api-key", "env", "stdin", "dsn"})
+
+# Shorter values are words that occur by chance.
+_MIN_SECRET_CHARACTERS = 8
+
+# Values deeper than this are not looked into but cut: a log line is no place for a tree.
+_MAX_DEPTH = 6
+
+_LEVELS = {"warning": "warn", "critical": "error", "exception": "error"}
+
+
+def configure_logs(
+    *, level: str, secrets: Iterable[str] = (), output: TextIO | None = None
+) -> None:
+    """Send every log of the process to `output` (default: stdout) as JSON lines.
+
+    `level` is `debug`, `info`, `warn` or `error`. `secrets` are values (of at least 8 characters)
+    that are replaced wherever they stand. On a terminal the lines are for people instead.
+    Call again to change any of it.
+    """
+    output = output or sys.stdout
+    handler = logging.StreamHandler(output)
+    handler.setFormatter(_formatter(secrets, is_terminal=output.isatty()))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(_level_number(level))
+    structlog.configure(
+        processors=[*_shared(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def _level_number(level: str) -> int:
+    """The number the standard library knows the level by. Errors: ValueError."""
+    names = {"warn": "WARNING"}
+    return logging.getLevelNamesMapping()[names.get(level, level.upper())]
+
+
+def _shared() -> list[Processor]:
+    """What is added to a line before it reaches the handler."""
+    return [
+        _add_context,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+    ]
+
+
+def _formatter(secrets: Iterable[str], *, is_terminal: bool) -> structlog.stdlib.ProcessorFormatter:
+    """From an event to the text of its line."""
+    render: Processor = structlog.dev.ConsoleRenderer(event_key="msg") if is_terminal else _to_json
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[*_shared(), structlog.stdlib.ExtraAdder()],
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            _guide_names,
+            Redaction(secrets),
+            render,
+        ],
+    )
+
+
+def _add_context(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The fields of the running request; what the line says itself goes before them."""
+    for name, value in (log_context.get() or {}).items():
+        event.setdefault(name, value)
+    return event
+
+
+def _guide_names(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    """The guide's names and order: level, time, msg, then the rest."""
+    level = str(event.pop("level", "info"))
+    return {
+        "level": _LEVELS.get(level, level),
+        "time": event.pop("time", None),
+        "msg": event.pop("event", ""),
+        **event,
+    }
+
+
+def _to_json(_: WrappedLogger, __: str, event: EventDict) -> str:
+    """One line; values JSON does not know are written as text."""
+    return msgspec.json.encode(event, enc_hook=str).decode()
+
+
+class Redaction:
+    """Takes secrets out of a line: by the name of the field, and by value wherever it stands."""
+
+    def __init__(self, secrets: Iterable[str]) -> None:
+        """Values shorter than 8 characters are ignored."""
+        # Longest first: a secret that contains another one goes as a whole.
+        known = {secret for secret in secrets if len(secret) >= _MIN_SECRET_CHARACTERS}
+        self._secrets = sorted(known, key=len, reverse=True)
+
+    def __call__(self, _: WrappedLogger, __: str, event: EventDict) -> EventDict:
+        """The line without secrets."""
+        return {name: self._field(name, value, 0) for name, value in event.items()}
+
+    def _field(self, name: object, value: object, depth: int) -> object:
+        """A named value."""
+        return REDACTED if _is_secret_name(str(name)) else self._value(value, depth)
+
+    def _value(self, value: object, depth: int) -> object:
+        """A value, looked into."""
+        if value is None or isinstance(value, (bool, int, float)):
+            return value
+        if depth > _MAX_DEPTH:
+            return "…"
+        if isinstance(value, Mapping):
+            return {str(k): self._field(k, item, depth + 1) for k, item in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self._value(item, depth + 1) for item in value]
+        return self._text(value if isinstance(value, str) else str(value))
+
+    def _text(self, text: str) -> str:
+        """Text without the known secrets."""
+        for secret in self._secrets:
+            if secret in text:
+                text = text.replace(secret, REDACTED)
+        return text
+
+
+def _is_secret_name(name: str) -> bool:
+    """Whether a field of this name holds a secret."""
+    name = name.lower()
+    return name in _SECRET_WORDS or any(part in name for part in _SECRET_NAMES)

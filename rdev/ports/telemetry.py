@@ -1,0 +1,103 @@
+"""What rdev counts, in domain verbs, and what every log line of a running task carries.
+
+No verb blocks, awaits or raises: telling is free of consequences for the one who tells. What a verb
+becomes (a counter, a histogram) is the adapter's business.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from enum import StrEnum
+from typing import Protocol
+
+from rdev.domain.ids import ProjectId
+
+# Fields that the logs adapter adds to each line written by this task and the tasks it starts
+# (`request_id`, `trace_id`). Set it, never change the mapping in place: children share it.
+log_context: ContextVar[Mapping[str, str] | None] = ContextVar("log_context", default=None)
+
+
+class AuthFailure(StrEnum):
+    """Why a credential was refused, in the words of the monitoring guide."""
+
+    INVALID = "invalid"
+    REVOKED = "revoked"
+    EXPIRED = "expired"
+    IP_BLOCKED = "ip_blocked"
+
+
+class Telemetry(Protocol):
+    """One verb per thing that an operator watches."""
+
+    def request_started(self, method: str, path: str) -> None:
+        """An HTTP request was matched to a route; `path` is the route's template."""
+        ...
+
+    def request_finished(self, method: str, path: str, status: int, latency_s: float) -> None:
+        """The request that `request_started` told of is answered.
+
+        A held request (a stream, `?wait`) counts as finished at its head, and its latency ends
+        where the holding began.
+        """
+        ...
+
+    def command_started(self, project: ProjectId, kind: str) -> None:
+        """A command runs now."""
+        ...
+
+    def command_finished(
+        self, project: ProjectId, kind: str, status: str, duration_s: float | None
+    ) -> None:
+        """A command has its final status; `duration_s` is None where it never started."""
+        ...
+
+    def stream(self, project: ProjectId) -> AbstractContextManager[None]:
+        """A client follows the project's events for as long as the block lasts."""
+        ...
+
+    def events_sent(self, project: ProjectId, event_type: str, count: int) -> None:
+        """`count` events of one type were written to a stream."""
+        ...
+
+    def authenticated(self, failure: AuthFailure | None) -> None:
+        """A credential was checked; `failure` is None where it was accepted."""
+        ...
+
+    def limit_checked(self, limit: str, *, refused: bool) -> None:
+        """A limit was asked. Only `rate_limit` tells of every check; the others of refusals.
+
+        `limit` comes from a closed set in the code: `rate_limit`, `in_flight`, `held`, `body`, …
+        """
+        ...
+
+
+class Silence:
+    """Telemetry that nobody listens to: for tests and for parts that run without a server."""
+
+    def request_started(self, method: str, path: str) -> None:
+        """Nothing."""
+
+    def request_finished(self, method: str, path: str, status: int, latency_s: float) -> None:
+        """Nothing."""
+
+    def command_started(self, project: ProjectId, kind: str) -> None:
+        """Nothing."""
+
+    def command_finished(
+        self, project: ProjectId, kind: str, status: str, duration_s: float | None
+    ) -> None:
+        """Nothing."""
+
+    @contextmanager
+    def stream(self, project: ProjectId) -> Iterator[None]:
+        """Nothing."""
+        yield
+
+    def events_sent(self, project: ProjectId, event_type: str, count: int) -> None:
+        """Nothing."""
+
+    def authenticated(self, failure: AuthFailure | None) -> None:
+        """Nothing."""
+
+    def limit_checked(self, limit: str, *, refused: bool) -> None:
+        """Nothing."""
