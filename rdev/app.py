@@ -2,3 +2,351 @@
 
 Reads top to bottom: state folder, database, adapters, services, subsystems, run.
 """
+
+import logging
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+import uuid_utils.compat
+
+from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.http.app import HttpLimits, build_app
+from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.probes import Readiness, probe_routes
+from rdev.adapters.http.projects import project_routes
+from rdev.adapters.http.server import HttpServer, TlsFiles
+from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.postgres.checks import DatabaseChecks
+from rdev.adapters.postgres.commands import PostgresCommands
+from rdev.adapters.postgres.connection import ConnectionSettings
+from rdev.adapters.postgres.embedded import open_embedded
+from rdev.adapters.postgres.leases import PostgresLeases
+from rdev.adapters.postgres.listen import Listener
+from rdev.adapters.postgres.migrate import up
+from rdev.adapters.postgres.notifier import QUEUE_CHANNEL, STREAM_CHANNEL, Notifier
+from rdev.adapters.postgres.output import PostgresOutput
+from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
+from rdev.adapters.postgres.projects import PostgresProjects
+from rdev.adapters.postgres.state import hold_state
+from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
+from rdev.config import ADMIN_KEY_CHARACTERS_MIN, Settings
+from rdev.domain.backoff import Backoff
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.services.appender import Appender
+from rdev.services.commands import Commands
+from rdev.services.housekeeper import Housekeeper
+from rdev.services.keys import Keys
+from rdev.services.projects import Projects
+from rdev.services.queue import CommandQueue
+from rdev.services.stream import Fanout
+from rdev.services.subsystems import Subsystem, run_subsystems
+
+_log = logging.getLogger("rdev")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Names this server has for others. `holder` survives a restart: the state folder keeps it."""
+
+    holder: str
+    machine: str
+    admin_key: str
+    # Where the key was written, when this start made it.
+    made_admin_key: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools:
+    """Connections to the database, by what must not wait for what."""
+
+    settings: ConnectionSettings
+    requests: Pool
+    heartbeats: Pool
+    appends: Pool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """What was built, as far as running it needs to know."""
+
+    subsystems: tuple[Subsystem, ...]
+    readiness: Readiness
+    queue: CommandQueue
+    http: HttpServer
+
+
+async def serve(
+    settings: Settings,
+    identity: Identity,
+    *,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a server until SIGTERM or SIGINT; `started` gives the URL when it can serve.
+
+    SIGTERM leaves the commands running for the next server; SIGINT (Ctrl-C) ends them. A second
+    signal ends at once. Errors: RdevError when it cannot start; whatever a subsystem raised.
+    """
+    async with AsyncExitStack() as stack:
+        dsn = await stack.enter_async_context(_database(settings))
+        connection = ConnectionSettings(dsn=dsn)
+        pools = Pools(
+            settings=connection,
+            requests=await stack.enter_async_context(
+                open_pool(connection, max_size=settings.database_pool_max)
+            ),
+            heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
+            appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+        )
+        server = _build(settings, identity, pools)
+        stop = trio.Event()
+
+        async def drain() -> None:
+            server.readiness.drain()
+            await trio.sleep(settings.drain_s)
+
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_heed_signals, server, stop, nursery.cancel_scope)
+
+            async def run(task_status: trio.TaskStatus[None]) -> None:
+                await run_subsystems(
+                    server.subsystems,
+                    stop=stop,
+                    drain=drain,
+                    grace_s=settings.grace_s,
+                    task_status=task_status,
+                )
+                nursery.cancel_scope.cancel()
+
+            await nursery.start(run)
+            url = server.http.bound[0]
+            _write_address(settings.state_dir, url)
+            _log.info("serving", extra={"url": url})
+            task_status.started(url)
+
+
+def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
+    """Every part, and who needs whom."""
+    telemetry = PrometheusTelemetry()
+    notifier = Notifier(pool=pools.requests, server=identity.holder)
+    store = PostgresCommands(pool=pools.requests)
+    leases = PostgresLeases(
+        pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
+    )
+    log = PostgresOutput(pool=pools.requests, appends=pools.appends)
+    executor = LocalExecutor(
+        projects_dir=settings.projects_folder,
+        machine_id=identity.machine,
+        base_env=_base_env(),
+    )
+
+    fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
+    appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
+    queue = CommandQueue(
+        leases=leases,
+        executor=executor,
+        appender=appender,
+        log=log,
+        telemetry=telemetry,
+        backoff=_backoff,
+        holder=identity.holder,
+        lease_s=settings.lease_s,
+        running_max=settings.running_max,
+    )
+
+    def wake_workers() -> None:
+        queue.wake()
+        notifier.queue_changed()
+
+    commands = Commands(
+        store=store,
+        log=log,
+        fanout=fanout,
+        wake_workers=wake_workers,
+        cancel_here=queue.cancel,
+        new_uuid=uuid_utils.compat.uuid7,
+    )
+    projects = Projects(
+        store=PostgresProjects(pool=pools.requests),
+        executor=executor,
+        executor_name=settings.executor,
+    )
+
+    def look_again() -> None:
+        """Notifications may have been missed."""
+        queue.wake()
+        fanout.wake_all()
+
+    listener = Listener(
+        pools.settings,
+        {
+            QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
+            STREAM_CHANNEL: notifier.heard(fanout.wake_each),
+        },
+        on_connect=look_again,
+    )
+    housekeeper = Housekeeper(upkeep=PostgresUpkeep(pool=pools.requests), backoff=_backoff)
+
+    checks = DatabaseChecks(pool=pools.requests)
+    readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
+    app = build_app(
+        routes=[
+            probe_routes(readiness=readiness, render_metrics=telemetry.render),
+            project_routes(projects),
+            submission_routes(commands, claude_command=settings.claude_argv),
+            command_routes(commands),
+            stream_routes(commands, fanout, telemetry),
+        ],
+        authenticate=Keys(admin_key=identity.admin_key).authenticate,
+        telemetry=telemetry,
+        now=_now,
+        new_request_id=_new_request_id,
+        limits=HttpLimits(
+            max_in_flight=settings.in_flight_max,
+            max_held=settings.streams_max,
+            body_bytes=settings.body_max_bytes,
+        ),
+    )
+    http = HttpServer(
+        app=app,
+        bind=[settings.bind],
+        grace_s=settings.grace_s,
+        telemetry=telemetry,
+        tls=_tls(settings),
+    )
+    subsystems = (notifier, listener, housekeeper, fanout, queue, http)
+    return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
+
+
+@asynccontextmanager
+async def _database(settings: Settings) -> AsyncIterator[str]:
+    """The DSN given, or an embedded PostgreSQL with its migrations applied."""
+    if settings.database_dsn is not None:
+        yield settings.database_dsn.get_secret_value()
+        return
+    async with open_embedded(settings.state_dir) as dsn:
+        for name in await trio.to_thread.run_sync(up, dsn):
+            _log.info("migration applied", extra={"migration": name})
+        yield dsn
+
+
+async def _heed_signals(
+    server: Server,
+    stop: trio.Event,
+    everything: trio.CancelScope,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """The first signal stops, the second cancels."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            if stop.is_set():
+                _log.warning("stopping at once", extra={"signal": signal.Signals(number).name})
+                everything.cancel()
+                return
+            _log.info("stopping", extra={"signal": signal.Signals(number).name})
+            if number == signal.SIGINT:
+                server.queue.cancel_running()
+            stop.set()
+
+
+@asynccontextmanager
+async def open_identity(settings: Settings) -> AsyncIterator[Identity]:
+    """Hold the state folder, and find or make there what names this server and its admin key.
+
+    Errors: CONFLICT when another server holds the folder.
+    """
+    with hold_state(settings.state_dir) as state_dir:
+        key_file = state_dir / "admin-key"
+        given = _given_admin_key(settings)
+        is_first = given is None and not key_file.exists()
+        yield Identity(
+            holder=_kept(state_dir / "server-id", _new_name),
+            machine=_machine(),
+            admin_key=given or _kept(key_file, lambda: f"rdev_admin_{os.urandom(24).hex()}"),
+            made_admin_key=key_file if is_first else None,
+        )
+
+
+def _given_admin_key(settings: Settings) -> str | None:
+    """The bootstrap key of the settings. Errors: BAD_REQUEST for a file that cannot serve."""
+    if settings.admin_key is not None:
+        return settings.admin_key.get_secret_value()
+    if settings.admin_key_file is None:
+        return None
+    try:
+        key = settings.admin_key_file.read_text().strip()
+    except OSError as error:
+        message = f"RDEV_ADMIN_KEY_FILE: {settings.admin_key_file}: {error.strerror}"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
+    if len(key) < ADMIN_KEY_CHARACTERS_MIN:
+        message = f"RDEV_ADMIN_KEY_FILE: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters"
+        raise RdevError(ErrorCode.BAD_REQUEST, message)
+    return key
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """The text in a file of the state folder, made at the first start (mode 0600)."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        text = make()
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text + "\n")
+        return text
+
+
+def _machine() -> str:
+    """What names this machine for the reach of local projects."""
+    try:
+        return Path("/etc/machine-id").read_text().strip() or "machine"
+    except FileNotFoundError:
+        return os.uname().nodename
+
+
+def _base_env() -> dict[str, str]:
+    """What every local command gets: nothing of the server's environment."""
+    return {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "HOME": str(Path("~").expanduser()),
+        "LANG": "C.UTF-8",
+    }
+
+
+def _tls(settings: Settings) -> TlsFiles | None:
+    if settings.tls_cert_file is None or settings.tls_key_file is None:
+        return None
+    return TlsFiles(cert_file=str(settings.tls_cert_file), key_file=str(settings.tls_key_file))
+
+
+def _write_address(state_dir: Path, url: str) -> None:
+    """Where this server listens, for whoever knows only its state folder; by rename."""
+    path = state_dir / "address"
+    fresh = path.with_suffix(".new")
+    fresh.write_text(url.split("://", 1)[1].rstrip("/") + "\n")
+    fresh.rename(path)
+
+
+def _backoff() -> Backoff:
+    return Backoff(random=random.random)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)  # noqa: TID251  (this is the `now` that is injected)
+
+
+def _new_name() -> str:
+    return uuid_utils.compat.uuid7().hex
+
+
+def _new_request_id() -> str:
+    return f"req-{uuid_utils.compat.uuid7().hex}"

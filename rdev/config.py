@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 
 PREFIX = "RDEV_"
+ADMIN_KEY_CHARACTERS_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
 _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
 _ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
@@ -35,8 +36,8 @@ def _address(text: str) -> str:
 
 
 def _secret(value: SecretStr) -> SecretStr:
-    if len(value.get_secret_value()) < 32:
-        raise ValueError("must have at least 32 characters")
+    if len(value.get_secret_value()) < ADMIN_KEY_CHARACTERS_MIN:
+        raise ValueError(f"must have at least {ADMIN_KEY_CHARACTERS_MIN} characters")
     return value
 
 

@@ -1,7 +1,7 @@
 """A client of the HTTP API for the command line: requests, and streams that survive a restart."""
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import click
@@ -96,10 +96,9 @@ class Client:
             if response.status_code != 200:
                 await response.aread()
                 raise _refusal(response)
-            async with aclosing(aiter(source)) as events:
-                async for event in events:
-                    heed(Event(name=event.event, data=msgspec.json.decode(event.data)))
-                    position.advance(event.event, event.id)
+            async for event in source:
+                heed(Event(name=event.event, data=msgspec.json.decode(event.data)))
+                position.advance(event.event, event.id)
 
     async def _request(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
         try:

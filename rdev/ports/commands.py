@@ -4,7 +4,7 @@ All stamps are the database's. A lease is a fence: every write of an attempt com
 writer whose lease is no longer the command's changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,13 +90,13 @@ class Leases(Protocol):
     """The queue's side of the store."""
 
     async def claim(
-        self, *, reach: str, instances: Mapping[ProjectId, str], holder: str, limit: int
+        self, *, reach: str, instance: str | None, holder: str, limit: int
     ) -> list[Claimed]:
         """Take up to `limit` commands of this reach under fresh leases, in one transaction.
 
         First those whose lease has expired (take-over: attempt and instance stay), then queued
         ones by priority and order of acceptance, within the caps of their lanes. A fresh claim
-        stores `running`, the event `status: running`, and the project's instance where known.
+        stores `running`, the event `status: running`, and `instance` where it is given.
         """
         ...
 

@@ -32,6 +32,12 @@ class Executor(Protocol):
         servers with the same reach can take over each other's commands."""
         ...
 
+    @property
+    def standing_instance(self) -> str | None:
+        """The instance of every project of this reach, where it cannot change while this process
+        lives (local folders); None where each project has its own."""
+        ...
+
     async def prepare(self, project: ProjectId) -> None:
         """Make the project's place (idempotent). Errors: SERVICE_UNAVAILABLE."""
         ...

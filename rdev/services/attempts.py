@@ -12,7 +12,7 @@ from typing import Protocol
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.claude import AgentSplitter
+from rdev.domain.claude import AgentLines, AgentSplitter
 from rdev.domain.commands import AgentReport, Claimed, Kind, Outcome, judge
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, KillReport, Lost, Piece, Stream
@@ -20,7 +20,7 @@ from rdev.domain.lines import Encoded, LineSplitter
 from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines
 from rdev.ports.commands import Leases
 from rdev.ports.execution import Executor
-from rdev.ports.output import NewChunk
+from rdev.ports.output import NewChunk, OutputLog
 from rdev.services.appender import SOURCE, Writer
 
 # A line without its end is shown after this much silence (the contract).
@@ -28,6 +28,8 @@ PARTIAL_AFTER_S = 0.1
 # A CLI that does not exit after its `result` is ended (claude-code#25629 and others).
 HANG_AFTER_RESULT_S = 30.0
 KILL_GRACE_S = 5
+# One page of the log when it is read again after a take-over.
+REPLAY_BYTES = 1_048_576
 
 
 class Splitter(Protocol):
@@ -56,14 +58,16 @@ class Attempt:
         writer: Writer,
         executor: Executor,
         leases: Leases,
+        log: OutputLog,
         backoff: Callable[[], Backoff],
     ) -> None:
         self.claimed = claimed
         self._writer = writer
         self._executor = executor
         self._leases = leases
+        self._log = log
         self._backoff = backoff
-        self._agent = AgentSplitter(Stream.STDOUT) if claimed.kind is Kind.CLAUDE else None
+        self._agent = AgentSplitter() if claimed.kind is Kind.CLAUDE else None
         self._splitters: dict[Stream, Splitter] = {
             Stream.STDOUT: self._agent or LineSplitter(Stream.STDOUT),
             Stream.STDERR: LineSplitter(Stream.STDERR),
@@ -89,6 +93,7 @@ class Attempt:
         Cancellation: at any point; the command goes on, and what was committed stays.
         """
         instance = await self._instance()
+        await self._replay()
         send, receive = trio.open_memory_channel[Piece | Exit | Lost](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._observe, instance, send)
@@ -106,6 +111,19 @@ class Attempt:
             message = f"{self.claimed.lease.command} was taken over before it began"
             raise RdevError(ErrorCode.CONFLICT, message)
         return instance
+
+    async def _replay(self) -> None:
+        """After a take-over the agent's stream is read again as far as it is stored."""
+        if self._agent is None or not self.claimed.take_over:
+            return
+        after = 0
+        while chunks := await self._log.read(
+            self.claimed.lease.command, after=after, limit_bytes=REPLAY_BYTES
+        ):
+            after = chunks[-1].last_seq
+            for chunk in chunks:
+                if chunk.source is Source.STDOUT:
+                    self._agent.replay(chunk.payload)
 
     async def _observe(
         self, instance: str, send: trio.MemorySendChannel[Piece | Exit | Lost]
@@ -156,7 +174,7 @@ class Attempt:
         self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]
     ) -> Piece | Exit | Lost | None:
         """The next item; None when an unfinished line has waited long enough."""
-        if self._agent is not None and self._agent.result_seen and not self._cancel.is_set():
+        if self._agent is not None and self._agent.agent.result_seen and not self._cancel.is_set():
             with trio.move_on_after(HANG_AFTER_RESULT_S):
                 return await receive.receive()
             self._cancel.set()
@@ -192,7 +210,7 @@ class Attempt:
             await self._writer.write(stream, chunk)
 
     async def _finish(self, end: Exit | Lost) -> Outcome:
-        report = None if self._agent is None else _report(self._agent)
+        report = None if self._agent is None else _report(self._agent.agent)
         outcome = judge(end, cancel_requested=self._cancel_asked, agent=report, kill=self._kill)
         dropped = self._writer.dropped_bytes
         payload = final_lines(
@@ -221,7 +239,5 @@ class _SliceSize:
         self.bytes = max(2_048, min(2 * self.bytes, int(0.9 * CHUNK_MAX_BYTES / growth)))
 
 
-def _report(agent: AgentSplitter) -> AgentReport:
-    return AgentReport(
-        session_id=agent.session_id, usage=agent.usage, is_error=bool(agent.is_error)
-    )
+def _report(agent: AgentLines) -> AgentReport:
+    return AgentReport(session_id=agent.session_id, usage=agent.usage, is_error=agent.is_error)

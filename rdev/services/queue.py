@@ -6,6 +6,7 @@ all leases in one statement every third of a lease. At stop the leases are given
 the commands go on; `cancel_running` ends them instead.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,10 @@ import trio
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Claimed, Lease
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import CommandId
 from rdev.ports.commands import Leases
 from rdev.ports.execution import Executor
+from rdev.ports.output import OutputLog
 from rdev.ports.telemetry import Telemetry
 from rdev.services.appender import Appender, LeaseLostError
 from rdev.services.attempts import Attempt
@@ -26,7 +28,7 @@ TICK_S = 1.0
 # What a last write to the database may take at stop.
 RELEASE_S = 5.0
 
-Log = Callable[[str, str, dict[str, object]], None]
+_log = logging.getLogger("rdev.queue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,26 +59,25 @@ class CommandQueue:
         leases: Leases,
         executor: Executor,
         appender: Appender,
+        log: OutputLog,
         telemetry: Telemetry,
         backoff: Callable[[], Backoff],
         holder: str,
         lease_s: float,
         running_max: int,
-        log: Log,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once."""
         self._leases = leases
         self._executor = executor
         self._appender = appender
+        self._output = log
         self._telemetry = telemetry
         self._backoff = backoff
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
-        self._log = log
         self._running: dict[Lease, _Running] = {}
-        self._instances: dict[ProjectId, str] = {}
         self._wakeup = trio.Event()
         self._stop = trio.Event()
         self._cancel_at_stop = False
@@ -144,7 +145,7 @@ class CommandQueue:
         with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
             claimed = await self._leases.claim(
                 reach=self._executor.reach,
-                instances=self._instances,
+                instance=self._executor.standing_instance,
                 holder=self._holder,
                 limit=permits,
             )
@@ -177,6 +178,7 @@ class CommandQueue:
             writer=self._appender.open(claimed),
             executor=self._executor,
             leases=self._leases,
+            log=self._output,
             backoff=self._backoff,
         )
         running = _Running(attempt=attempt, scope=trio.CancelScope())
@@ -198,9 +200,9 @@ class CommandQueue:
                 self._stale += 1
         except* LeaseLostError:
             self._stale += 1
-            self._log("info", "lease lost", {"command_id": claimed.lease.command})
+            _log.info("lease lost", extra={"command_id": claimed.lease.command})
         except* RdevError as group:
-            await self._set_aside(claimed.lease, group)
+            self._set_aside(claimed.lease, group)
         finally:
             del self._running[claimed.lease]
             self._telemetry.command_finished(
@@ -208,11 +210,10 @@ class CommandQueue:
             )
             self.wake()
 
-    async def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
+    def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
         """An attempt that cannot go on now: its lease runs out, and somebody tries again."""
         error = group.exceptions[0]
-        fields: dict[str, object] = {"command_id": lease.command, "error": str(error)}
-        self._log("warning", "attempt set aside", fields)
+        _log.warning("attempt set aside", extra={"command_id": lease.command, "error": str(error)})
 
     async def _claim_loop(self, attempts: trio.Nursery) -> None:
         backoff = self._backoff()
@@ -239,7 +240,7 @@ class CommandQueue:
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
-                self._log("warning", "heartbeat failed", {"error": str(error)})
+                _log.warning("heartbeat failed", extra={"error": str(error)})
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state
@@ -261,4 +262,4 @@ class CommandQueue:
                 if self._running:
                     await self._leases.release(list(self._running))
             except RdevError as error:
-                self._log("warning", "leases were not given back", {"error": str(error)})
+                _log.warning("leases were not given back", extra={"error": str(error)})

@@ -8,7 +8,7 @@ once for all readers. At stop every stream is told `disconnecting` and ends.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -213,6 +213,11 @@ class Fanout:
         for reader in self._readers.get(command, ()):
             reader.buffer.fall_back()
         self._end(command)
+
+    def wake_each(self, commands: Iterable[CommandId]) -> None:
+        """Another replica appended to several streams."""
+        for command in commands:
+            self.wake(command)
 
     def announce(self, command: CommandId) -> None:
         """A stream got events that were not published here (a cancel): everybody looks."""

@@ -7,7 +7,7 @@ import msgspec
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
-from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
 from rdev.domain.commands import (
     LANE_CLASS,
     Command,
@@ -155,11 +155,11 @@ class PostgresCommands:
             return None
         return CancelResult(command=found, ended_now=ended is not None)
 
-    async def _one(self, statement: str, parameters: object) -> DictRow | None:
+    async def _one(self, statement: str, parameters: Parameters) -> DictRow | None:
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(row_factory=dict_row)
-                await cursor.execute(statement, parameters)  # type: ignore[arg-type]
+                await cursor.execute(statement, parameters)
                 return await cursor.fetchone()
 
 

@@ -4,7 +4,7 @@ A simple queue: claims are made one after another under an advisory lock, which 
 the lanes exact. All times are the database's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
@@ -54,7 +54,7 @@ with expired as (
         attempt = attempt + (not t.take_over)::integer,
         last_seq = last_seq + (not t.take_over)::integer,
         started_at = coalesce(started_at, clock_timestamp()),
-        instance = coalesce(instance, %(instances)s ->> project),
+        instance = coalesce(instance, %(instance)s),
         lease_id = nextval('lease_ids'),
         lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
         holder = %(holder)s
@@ -136,7 +136,7 @@ class PostgresLeases:
         self._lease_s = lease_s
 
     async def claim(
-        self, *, reach: str, instances: Mapping[ProjectId, str], holder: str, limit: int
+        self, *, reach: str, instance: str | None, holder: str, limit: int
     ) -> list[Claimed]:
         """See `Leases.claim`."""
         parameters = {
@@ -145,7 +145,7 @@ class PostgresLeases:
             "holder": holder,
             "lease_s": self._lease_s,
             "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
-            "instances": Jsonb(dict(instances)),
+            "instance": instance,
             "running_event": status_line(Status.RUNNING, attempt=1),
         }
         with translate_errors():

@@ -215,7 +215,7 @@ class PostgresOutput:
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(binary=True)
-                await cursor.execute(statement, parameters)  # type: ignore[arg-type]
+                await cursor.execute(statement, parameters)
                 return [
                     Chunk(
                         command=command,

@@ -12,9 +12,10 @@ one task keeps connecting, with jitter, and callers fail after `wait_s`.
 
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import psycopg
 import trio
@@ -31,6 +32,9 @@ from rdev.domain.errors import ErrorCode, RdevError
 
 # What a caller told SERVICE_UNAVAILABLE by the database should wait before it asks again.
 RETRY_AFTER_S = 1.0
+
+# What a statement is given.
+Parameters: TypeAlias = Sequence[object] | Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

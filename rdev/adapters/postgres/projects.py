@@ -4,7 +4,7 @@ import msgspec
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
-from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
@@ -59,11 +59,11 @@ class PostgresProjects:
         """See `ProjectStore.list_all`."""
         return await self._select(_LIST, {"after": after, "limit": limit})
 
-    async def _select(self, statement: str, parameters: object) -> list[Project]:
+    async def _select(self, statement: str, parameters: Parameters) -> list[Project]:
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(row_factory=dict_row)
-                await cursor.execute(statement, parameters)  # type: ignore[arg-type]
+                await cursor.execute(statement, parameters)
                 return [_to_project(row) for row in await cursor.fetchall()]
 
 

@@ -1,0 +1,43 @@
+"""What `/ready` asks of the database."""
+
+import importlib.resources
+
+from rdev.adapters.postgres.migration_files import is_migration
+from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.domain.errors import ErrorCode, RdevError
+
+_APPLIED = "select version from schema_migrations"
+_HAS_TABLE = "select to_regclass('schema_migrations') is not null"
+
+
+class DatabaseChecks:
+    """Cheap questions over the pool that requests use; a pool that is exhausted is unhealthy."""
+
+    def __init__(self, *, pool: Pool) -> None:
+        """The migrations of this build are listed once."""
+        self._pool = pool
+        folder = importlib.resources.files("rdev") / "sql"
+        self._names = sorted(entry.name for entry in folder.iterdir() if is_migration(entry))
+
+    async def database(self) -> None:
+        """A round trip. Errors: SERVICE_UNAVAILABLE."""
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                await connection.execute("select 1")
+
+    async def migrations(self) -> None:
+        """Every migration of this build is applied; a newer database is fine.
+
+        Errors: SERVICE_UNAVAILABLE, naming what is missing.
+        """
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                has_table = await (await connection.execute(_HAS_TABLE)).fetchone()
+                rows = []
+                if has_table is not None and has_table[0]:
+                    rows = await (await connection.execute(_APPLIED)).fetchall()
+        applied = {row[0] for row in rows}
+        missing = [name for name in self._names if name.partition("_")[0] not in applied]
+        if missing:
+            message = f"not applied: {', '.join(missing)}; run `rdev migrate up`"
+            raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message)

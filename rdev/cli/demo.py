@@ -1,0 +1,76 @@
+"""`rdev demo`: a server, a project, a command whose lines are seen live; then it keeps serving."""
+
+import os
+from pathlib import Path
+
+import click
+import trio
+
+from rdev.adapters.telemetry.logs import configure_logs
+from rdev.app import open_identity, serve
+from rdev.cli.client import Client, Event, open_client
+from rdev.cli.failures import run_trio
+from rdev.config import Settings, load_settings
+
+PROJECT = "demo"
+SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0.5; done'
+
+
+@click.command()
+def demo() -> None:
+    """Show the main road: embedded PostgreSQL, a project, a command, its live stream."""
+    settings = load_settings(os.environ)
+
+    async def main() -> int:
+        async with open_identity(settings) as identity, trio.open_nursery() as nursery:
+            configure_logs(level="warn", secrets=[identity.admin_key])
+            click.echo("starting PostgreSQL and rdev …")
+            url = await nursery.start(serve, settings, identity)
+            async with open_client(url, identity.admin_key) as client:
+                await _show(client)
+            _say_more(url, settings)
+        return 0
+
+    run_trio(main)
+
+
+async def _show(client: Client) -> None:
+    """Make the project, submit the script, print every event as it arrives."""
+    await client.post("/projects", {"id": PROJECT})
+    submitted = await client.post(f"/projects/{PROJECT}/shell", {"command": SCRIPT})
+    click.echo(f"\n$ POST /projects/{PROJECT}/shell  →  {submitted['id']}")
+    click.echo(f"$ GET /commands/{submitted['id']}/events\n")
+    await client.follow(f"/commands/{submitted['id']}/events", _print, lost=_lost)
+
+
+def _print(event: Event) -> None:
+    shown = event.data.get("line") or ", ".join(
+        f"{name} {event.data[name]}"
+        for name in ("status", "exit_code", "duration_ms")
+        if event.data.get(name) is not None
+    )
+    click.echo(f"  {event.name:<10} {shown}")
+
+
+def _lost(reason: str) -> None:
+    click.echo(f"  ({reason}; resuming)")
+
+
+def _say_more(url: str, settings: Settings) -> None:
+    key_file = settings.state_dir / "admin-key"
+    key = f"$(cat {_shown(key_file)})" if key_file.exists() else "$RDEV_ADMIN_KEY"
+    click.echo(f"""
+Serving on {url}    (Ctrl-C stops the server, its commands and its database)
+The key is in {_shown(key_file)}. Try:
+
+  curl -sS {url}/projects/{PROJECT}/shell?wait=5 -H "Authorization: Bearer {key}" \\
+       -H 'Content-Type: application/json' -d '{{"command": "uname -a"}}'
+""")
+
+
+def _shown(path: Path) -> str:
+    """Relative to the current folder where that is shorter."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path.absolute())
