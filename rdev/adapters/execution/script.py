@@ -1,6 +1,6 @@
 """The text that runs in a project, and how a command's spec becomes part of it.
 
-Owns the quoting. The text (supervisor.sh and attach.sh, about 18 KB) travels over the exec's stdin
+Owns the quoting. The text (start.sh, supervisor.sh, attach.sh: about 15 KB) travels over the exec's stdin
 with its length in front, so nothing has to be installed in a project and no secret is ever an
 argument of a process. Only names of folders and numbers are.
 """
@@ -23,7 +23,7 @@ _UNSETTABLE: Final = frozenset(
 # Reads exactly the announced bytes (dd, since busybox's head takes more than it gives) and refuses
 # what is short: a stream that was cut is not a script.
 _BOOTSTRAP: Final = (
-    'LC_ALL=C; IFS= read -r N && TEXT=$(dd bs="$N" count=1 iflag=fullblock 2>/dev/null)'
+    'PATH=$1; export PATH; shift; LC_ALL=C; IFS= read -r N && TEXT=$(dd bs="$N" count=1 iflag=fullblock 2>/dev/null)'
     ' && [ "${#TEXT}" = "$N" ] && eval "$TEXT"'
 )
 
@@ -35,7 +35,8 @@ def _without_comments(text: str) -> str:
 
 def _read_text() -> bytes:
     folder = files("rdev.adapters.execution")
-    parts = (folder.joinpath(name).read_text("utf-8") for name in ("supervisor.sh", "attach.sh"))
+    names = ("start.sh", "supervisor.sh", "attach.sh")
+    parts = (folder.joinpath(name).read_text("utf-8") for name in names)
     return "\n".join(_without_comments(part) for part in parts).encode("ascii")
 
 
@@ -43,14 +44,14 @@ _TEXT: Final = _read_text()
 
 
 def argv(shell: str, path: str, verb: str, *arguments: str | int) -> tuple[str, ...]:
-    """The exec that runs a verb: an environment of nothing but PATH, the bootstrap, no secrets."""
-    clean = ("env", "-i", f"PATH={path}", shell, "-c", _BOOTSTRAP, shell, verb)
-    return (*clean, *(str(argument) for argument in arguments))
+    """The exec that runs a verb: the bootstrap, names of folders, numbers; no secrets."""
+    words = (verb, *(str(argument) for argument in arguments))
+    return (shell, "-c", _BOOTSTRAP, shell, path, *words)
 
 
 def payload(become: bytes = b"", stdin: bytes = b"") -> bytes:
     """What is sent first over the exec's stdin: length, text, the command's stdin."""
-    text = b"\n".join((_TEXT, become, b'"$@"')) if become else _TEXT + b'\n"$@"'
+    text = b"\n".join((become, _TEXT, b'"$@"'))
     return b"%d\n%s%s" % (len(text), text, stdin)
 
 

@@ -1,5 +1,5 @@
 # The supervisor: what stays with a command in its project when rdev is gone. POSIX sh (dash,
-# busybox, bash); one text with attach.sh, which is evaluated there and run as a file here.
+# busybox, bash); one text with start.sh before and attach.sh behind it.
 #
 # A command's folder ($D, the working directory of all of this) holds
 #   spec.*   this text with the command's secrets, gone before the command runs
@@ -16,18 +16,6 @@
 #
 # Redirections that may fail stand on `printf`, never on `:`: a failed one on a special builtin
 # ends the shell.
-
-# proc_read PID: sets P_STATE P_PPID P_PGRP P_SESSION P_START; fails where there is no process.
-# A process may have any bytes but ")" and more in its name, line feeds included.
-proc_read() {
-  P_LINE= P_START=
-  while IFS= read -r P_PART; do P_LINE="$P_LINE$P_PART "; done 2>/dev/null <"/proc/$1/stat"
-  [ -n "$P_LINE" ] || return 1
-  set -- ${P_LINE##*) }
-  P_STATE=$1 P_PPID=$2 P_PGRP=$3 P_SESSION=$4
-  shift 19
-  P_START=$1
-}
 
 # alive PID START: a pid that was taken by another process, or a zombie, is not alive.
 alive() {
@@ -57,37 +45,20 @@ is_number() { case $1 in '' | *[!0-9]*) return 1 ;; esac; }
 
 # --- starting ---------------------------------------------------------------------------------
 
-# launch SHELL ARG…: run this text as a detached process. The first setsid leads a session, so the
-# second one has to fork and does not keep us waiting; a `&` would leave SIGINT ignored for ever.
-# Where perl is at hand the process adopts orphaned descendants (PR_SET_CHILD_SUBREAPER is 36), so
-# a kill finds daemons too.
+# launch SHELL ARG…: run this text as a detached process with no environment but PATH. A `&` would
+# leave SIGINT ignored in all that follows. perl, where it is at hand, also makes the process adopt
+# orphaned descendants (prctl 36, PR_SET_CHILD_SUBREAPER), so that a kill finds daemons too; else
+# the first setsid leads a session, and so the second one forks and does not keep us waiting.
 launch() {
-  if command -v perl >/dev/null; then
-    setsid setsid perl -e 'use Config; my ($m) = split /-/, $Config{archname};
-      my $n = {x86_64 => 157, aarch64 => 167}->{$m}; syscall($n, 36, 1, 0, 0, 0) if $n;
-      exec @ARGV' "$@" </dev/null >/dev/null 2>&1
+  SETSID= PRCTL=
+  [ ! -e /lib64/ld-linux-x86-64.so.2 ] || SETSID=112 PRCTL=157
+  [ ! -e /lib/ld-linux-aarch64.so.1 ] || SETSID=157 PRCTL=167
+  if [ -n "$PRCTL" ] && command -v perl >/dev/null; then
+    perl -e 'exit if fork; syscall(shift); syscall(shift, 36, 1, 0, 0, 0);
+      %ENV = (PATH => $ENV{PATH}); exec @ARGV' $SETSID $PRCTL "$@"
   else
-    setsid setsid "$@" </dev/null >/dev/null 2>&1
-  fi
-}
-
-# start TAG FOLDER HOME SUPERVISOR START INSTANCE: becomes the command. Alone in its session.
-# The command's secrets are off the disk before go/ is made; after go/ nothing but exec is left.
-start() {
-  TAG=$1 D=$2
-  proc_read $$ || exit 126
-  LINE="$$ $P_START $4 $5 $6"
-  exec </dev/null
-  [ ! -e "$D/stdin.$TAG" ] || exec <"$D/stdin.$TAG"
-  printf '%s\n' "$LINE" >"$D/pid.$$" || exit 126
-  exec >>"$D/out"
-  rm -f "$D"/spec.* "$D"/stdin.* 2>/dev/null
-  mkdir "$D/go" 2>/dev/null || { rm -f "$D/pid.$$" 2>/dev/null; exit 126; }
-  printf '%s\n' "$LINE" >"$D/pid" 2>/dev/null || exit 126
-  exec 2>>"$D/err"
-  umask 022
-  cd "$3" && become
-  exit 126
+    setsid setsid env -i PATH="$PATH" "$@"
+  fi </dev/null >/dev/null 2>&1
 }
 
 # --- supervising ------------------------------------------------------------------------------
