@@ -306,11 +306,10 @@ async def test_long_work_without_waiting_lets_other_tasks_run(connection):
     began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(count_turns)
-        async with connection.cursor() as cursor:
-            async with cursor.copy("copy t from stdin") as copy:
-                while trio.current_time() - began < 0.3:
-                    for n in range(100):
-                        await copy.write_row((n,))
+        async with connection.cursor() as cursor, cursor.copy("copy t from stdin") as copy:
+            while trio.current_time() - began < 0.3:
+                for n in range(100):
+                    await copy.write_row((n,))
         nursery.cancel_scope.cancel()
     assert turns >= 15  # 300 ms hold 60 turns of 5 ms; without the checkpoints there are about 3
 
@@ -397,13 +396,12 @@ async def test_the_lock_goes_to_the_longest_waiting_and_survives_a_cancelled_one
                 order.append(n)
 
     scopes = [trio.CancelScope() for _ in range(4)]
-    async with trio.open_nursery() as nursery:
-        async with lock:
-            for n, scope in enumerate(scopes):
-                nursery.start_soon(take, n, scope)
-                await trio.testing.wait_all_tasks_blocked()
-            scopes[1].cancel()
+    async with trio.open_nursery() as nursery, lock:
+        for n, scope in enumerate(scopes):
+            nursery.start_soon(take, n, scope)
             await trio.testing.wait_all_tasks_blocked()
+        scopes[1].cancel()
+        await trio.testing.wait_all_tasks_blocked()
     assert order == [0, 2, 3]
     assert not lock.locked()
 
