@@ -385,10 +385,14 @@ async def test_a_commit_that_the_server_refuses_is_not_announced(connection):
 
 async def test_a_commit_that_postgres_turns_into_a_rollback_is_an_error(connection):
     announced = []
-    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+
+    async def swallow_an_error() -> None:
         async with connection.transaction(after_commit=lambda: announced.append(1)):
             with pytest.raises(psycopg.errors.DivisionByZero):
                 await connection.execute("select 1 / 0")
+
+    with pytest.raises(psycopg.errors.InFailedSqlTransaction):
+        await swallow_an_error()
     assert announced == []
     assert connection.at_rest
 
@@ -409,10 +413,14 @@ async def test_a_connection_lost_in_commit_has_an_unknown_outcome(proxy, observe
     connection.cleanup_s = 0.1
     await connection.execute("create table t (n int)")
     announced = []
-    with pytest.raises(OutcomeUnknownError) as caught:
+
+    async def lose_the_network_before_commit() -> None:
         async with connection.transaction(after_commit=lambda: announced.append(1)):
             await connection.execute("insert into t values (1)")
             proxy.black_hole()
+
+    with pytest.raises(OutcomeUnknownError) as caught:
+        await lose_the_network_before_commit()
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
     assert caught.value.details == {"outcome": "unknown"}
     assert announced == []

@@ -4,6 +4,7 @@ import pytest
 import trio
 import trio.testing
 
+from rdev.adapters.postgres import listen as listen_module
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
 from rdev.adapters.postgres.listen import Listener, notify
 
@@ -99,6 +100,18 @@ async def test_a_half_open_connection_is_noticed_and_replaced(proxy, sender, nur
     await notify(sender, "a", "after")
     await ears.until(lambda: ears.heard)
     assert ears.listener.statistics().losses >= 1
+
+
+async def test_a_connection_that_answers_but_does_not_hear_is_replaced(
+    database_dsn, nursery, monkeypatch
+):
+    async def into_the_void(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    ears = Ears(database_dsn, ping_every_s=0.01, pong_within_s=0.2)
+    monkeypatch.setattr(listen_module, "notify", into_the_void)
+    await nursery.start(ears.listener.run)
+    await ears.until(lambda: ears.connects >= 2)
 
 
 async def test_a_listener_started_without_a_database_connects_when_it_comes(proxy, sender, nursery):
