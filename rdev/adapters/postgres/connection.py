@@ -26,7 +26,7 @@ from typing import Self
 
 import psycopg
 import trio
-from psycopg import AsyncConnection, AsyncCursor, errors, pq
+from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, errors, pq
 from psycopg._capabilities import capabilities
 from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen, PQGenConn
 from psycopg.adapt import AdaptersMap
@@ -141,6 +141,16 @@ class FreeLock:
         return self._owner is not None
 
 
+class TrioServerCursor(AsyncServerCursor[Row]):
+    """A server cursor that is closed also when its task is being cancelled."""
+
+    async def close(self) -> None:
+        """Close it on the server, if the transaction is in order. Blocks: `CLEANUP_S` at most."""
+        # shielded: psycopg closes it on leaving the block, also when that is by cancellation
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_S):
+            await super().close()
+
+
 class TrioConnection(AsyncConnection[Row]):
     """psycopg's asynchronous connection, on trio. See psycopg for what it does.
 
@@ -158,6 +168,7 @@ class TrioConnection(AsyncConnection[Row]):
             super().__init__(pgconn)
         else:
             super().__init__(pgconn, row_factory)
+        self.server_cursor_factory = TrioServerCursor
         self.lock = FreeLock()  # type: ignore[assignment]  # psycopg only enters and leaves it
         self._yielded_at = trio.current_time()
 
@@ -242,8 +253,12 @@ class TrioConnection(AsyncConnection[Row]):
 
     @property
     def _in_flight(self) -> bool:
+        """Whether the server owes a reply. In a pipeline it always may: without the Sync that ends
+        the pipeline it would skip whatever is sent next, while libpq calls the connection idle."""
         pgconn = self.pgconn
-        return pgconn.status == _CONNECTED and pgconn.transaction_status == _ACTIVE
+        return pgconn.status == _CONNECTED and (
+            pgconn.transaction_status == _ACTIVE or pgconn.pipeline_status != _NO_PIPELINE
+        )
 
     @property
     def has_input(self) -> bool:
@@ -302,7 +317,7 @@ class TrioConnection(AsyncConnection[Row]):
         Cancellation: see the module. What is begun in a cancelled scope while something is in
         flight is psycopg's own clean-up and is driven like any other.
         """
-        if self._pipeline is None and self.pgconn.transaction_status != _ACTIVE:
+        if not self._in_flight:
             await trio.lowlevel.checkpoint_if_cancelled()
         if timeout is None:
             return await self._run(gen)
@@ -335,8 +350,10 @@ class TrioConnection(AsyncConnection[Row]):
                     wanted = gen.send(await self._ready_now_or_later(fd, wanted))
                     look_first = False
         except StopIteration as end:
-            if not waited:
-                await self._breathe()
+            if not waited and self._is_hogging:
+                # What is done is reported, not cancelled: psycopg counts on it.
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                self._yielded_at = trio.current_time()
             result: RV = end.value
             return result
         except (trio.ClosedResourceError, OSError) as error:
@@ -344,18 +361,18 @@ class TrioConnection(AsyncConnection[Row]):
 
     async def _ready_now_or_later(self, fd: int, wanted: Wait) -> int:
         # A socket is nearly always writable: asking the kernel is cheaper than the scheduler.
-        await self._breathe()
+        if self._is_hogging:
+            await trio.lowlevel.checkpoint()
+            self._yielded_at = trio.current_time()
         ready = _ready(fd, wanted)
         if not ready:
             ready = await _wait_either(fd, wanted)
             self._yielded_at = trio.current_time()
         return ready
 
-    async def _breathe(self) -> None:
-        """Let other tasks run if this connection has not waited for `MAX_BUSY_S`."""
-        if trio.current_time() - self._yielded_at >= MAX_BUSY_S:
-            await trio.lowlevel.checkpoint()
-            self._yielded_at = trio.current_time()
+    @property
+    def _is_hogging(self) -> bool:
+        return trio.current_time() - self._yielded_at >= MAX_BUSY_S
 
     async def _settle(self, gen: PQGen[RV]) -> None:
         """After a cancelled wait: cancel on the server and read the end, or close the socket."""
@@ -367,7 +384,7 @@ class TrioConnection(AsyncConnection[Row]):
             except psycopg.Error:
                 # QueryCanceled is what was asked for; a lost connection shows in its status.
                 pass
-        # A pipeline stays ACTIVE until its own end, which follows; COPY and stream() do not end.
+        # A pipeline has an end of its own, which follows; COPY and stream() are not at an end.
         if scope.cancelled_caught or (self._in_flight and self._pipeline is None):
             self.abort()
 
