@@ -18,7 +18,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from rdev.adapters.postgres import cluster
+from rdev.adapters.postgres import cluster, migrate
 from rdev.adapters.postgres.binaries import (
     Binaries,
     Identity,
@@ -83,10 +83,26 @@ def server_dsn(quick_place: Path) -> Iterator[str]:
         guard.wait()
 
 
+@pytest.fixture(scope="session")
+def migrated_template(server_dsn: str) -> Iterator[str]:
+    """The name of a database at this build's version, without connections: it can be cloned."""
+    with _database(server_dsn, template="template0") as name:
+        if migrate.packaged().is_dir():
+            migrate.up(make_conninfo(server_dsn, dbname=name))
+        yield name
+
+
 @pytest.fixture
 def database_dsn(server_dsn: str) -> Iterator[str]:
     """The conninfo of a fresh, empty database of this test's own."""
     with _database(server_dsn, template="template0") as name:
+        yield make_conninfo(server_dsn, dbname=name)
+
+
+@pytest.fixture
+def migrated_dsn(server_dsn: str, migrated_template: str) -> Iterator[str]:
+    """The conninfo of a fresh database of this test's own, at this build's version."""
+    with _database(server_dsn, template=migrated_template) as name:
         yield make_conninfo(server_dsn, dbname=name)
 
 
