@@ -76,6 +76,11 @@ class ScriptExecutor:
         """See `Executor.reach`."""
         return self._reach
 
+    @property
+    def standing_instance(self) -> str | None:
+        """See `Executor.standing_instance`; a place in general has its own."""
+        return None
+
     async def prepare(self, project: ProjectId) -> None:
         """See `Executor.prepare`; also tells which tool the place lacks."""
         place = self._place(project)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -96,3 +97,17 @@ class LocalExecutor(ScriptExecutor):
             place=lambda project: Place(home=str(root / project), commands=str(root / ".commands")),
             settings=settings,
         )
+
+    @property
+    def standing_instance(self) -> str | None:
+        """See `Executor.standing_instance`: this machine, whose pid 1 outlives this process."""
+        return _instance()
+
+
+@cache
+def _instance() -> str:
+    """What the script says of this place (`read_instance`), without asking it each time."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    # The name in field 2 may hold anything, a closing bracket included; field 22 is the start.
+    start = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{boot_id}:{start}"
