@@ -98,5 +98,3 @@ def _quote(what: str, text: str) -> bytes:
 def folder(commands_dir: str, command: str) -> str:
     """A command's folder."""
     return f"{commands_dir.rstrip('/')}/{command}"
-
-
