@@ -12,8 +12,8 @@ from enum import StrEnum
 
 import msgspec
 
-from rdev.domain.fields import Fields, text_fault
 from rdev.domain.execution import Stream
+from rdev.domain.fields import Fields, text_fault
 from rdev.domain.lines import PIECE_MAX_BYTES, Encoded, LineSplitter, joined, output_events
 from rdev.domain.sse import TAGS, EventName, stored
 
