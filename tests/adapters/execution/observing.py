@@ -149,5 +149,8 @@ def shell_path(name: str, folder: Path) -> Iterator[str]:
 def local(projects_dir: Path, path: str = SYSTEM_PATH, **rest: object) -> LocalExecutor:
     env = {"PATH": path, "HOME": "/nowhere", "LANG": "C.UTF-8"}
     return LocalExecutor(
-        projects_dir=projects_dir, base_env=env, machine_id="test", **rest  # type: ignore[arg-type]
+        projects_dir=projects_dir,
+        base_env=env,
+        machine_id="test",
+        **rest,  # type: ignore[arg-type]
     )
