@@ -26,9 +26,7 @@ class Streams:
 class Transport(Protocol):
     """Runs an argv in a project."""
 
-    def run(
-        self, project: ProjectId, argv: Sequence[str]
-    ) -> AbstractAsyncContextManager[Streams]:
+    def run(self, project: ProjectId, argv: Sequence[str]) -> AbstractAsyncContextManager[Streams]:
         """Run it as the leader of a process group; stderr is nobody's.
 
         Leaving the block closes its stdin and forgets it; what it detached goes on.
