@@ -54,12 +54,20 @@ rm -rf "$FOLDER"
 
 
 @pytest.fixture(scope="session")
-def server_dsn() -> Iterator[str]:
+def quick_place() -> Path:
+    """Where to make folders for clusters: in memory if there is room, else with temporary files."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_MIN_BYTES:
+        return MEMORY
+    return Path(tempfile.gettempdir())
+
+
+@pytest.fixture(scope="session")
+def server_dsn(quick_place: Path) -> Iterator[str]:
     """The conninfo of a superuser on the session's server (database `postgres`)."""
     if given := os.environ.get("RDEV_TEST_DSN"):
         yield given
         return
-    folder = Path(tempfile.mkdtemp(prefix="rdev-test-", dir=_quickest_place()))
+    folder = Path(tempfile.mkdtemp(prefix="rdev-test-", dir=quick_place))
     files = cluster.Files(state_dir=folder)
     binaries = find_binaries()
     identity = choose_identity(binaries, folder, files.data)
@@ -77,7 +85,7 @@ def server_dsn() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def migrated_template(server_dsn: str) -> Iterator[str]:
-    """The name of a database at this build's version; it has no connections, so it can be cloned."""
+    """The name of a database at this build's version, without connections: it can be cloned."""
     with _database(server_dsn, template="template0") as name:
         if migrate.packaged().is_dir():
             migrate.up(make_conninfo(server_dsn, dbname=name))
@@ -112,17 +120,15 @@ def _database(server_dsn: str, *, template: str) -> Iterator[str]:
         connection.execute(drop.format(sql.Identifier(name)))
 
 
-def _quickest_place() -> Path | None:
-    """A folder in memory where there is room; None: the usual temporary folder."""
-    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_MIN_BYTES:
-        return MEMORY
-    return None
-
-
 def _start_cluster(
     files: cluster.Files, binaries: Binaries, identity: Identity
 ) -> subprocess.Popen[bytes]:
-    who = {"user": identity.uid, "group": identity.gid, "extra_groups": identity.groups}
+    who = {
+        "user": identity.uid,
+        "group": identity.gid,
+        "extra_groups": identity.groups,
+        "cwd": files.state_dir,
+    }
     cluster.prepare_initdb(files, identity)
     argv = cluster.initdb_argv(files, binaries, identity)
     subprocess.run(

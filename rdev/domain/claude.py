@@ -12,8 +12,8 @@ from enum import StrEnum
 
 import msgspec
 
-from rdev.domain.errors import Fault
 from rdev.domain.execution import Stream
+from rdev.domain.fields import Fields, text_fault
 from rdev.domain.lines import PIECE_MAX_BYTES, Encoded, LineSplitter, joined, output_events
 from rdev.domain.sse import TAGS, EventName, stored
 
@@ -42,7 +42,7 @@ class PermissionMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaudeRequest:
-    """What a client asked of claude; made by `parse_claude`. `mcp_config` is JSON text."""
+    """What a client asked of claude; made by `read_claude`. `mcp_config` is JSON text."""
 
     prompt: str
     session_id: str | None = None
@@ -55,9 +55,6 @@ class ClaudeRequest:
     append_system_prompt: str | None = None
     mcp_config: str | None = None
 
-
-# The fields of a body that `parse_claude` reads; others are the caller's.
-CLAUDE_FIELDS = frozenset(ClaudeRequest.__dataclass_fields__)
 
 _SESSION = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 # A session's id or its title. A leading dash would be read as an option.
@@ -92,117 +89,57 @@ def claude_argv(command: Sequence[str], request: ClaudeRequest) -> tuple[str, ..
     return (*command, "-p", request.prompt, *options)
 
 
-def parse_claude(body: Mapping[str, object]) -> ClaudeRequest | list[Fault]:
-    """The request in a body, or everything that is wrong with it. null is the same as absent.
-
-    Fields outside `CLAUDE_FIELDS` are not looked at.
-    """
-    fields = _Fields(body)
+def read_claude(fields: Fields) -> ClaudeRequest:
+    """Read the fields of a claude command; what is wrong with them stays in `fields`."""
     request = ClaudeRequest(
-        prompt=fields.text("prompt", required=True) or "",
-        session_id=fields.word("session_id", _SESSION, "a UUID"),
-        resume=fields.word("resume", _RESUME, "a session id or title"),
-        model=fields.word("model", _MODEL, "a model's name"),
-        allowed_tools=fields.tools("allowed_tools"),
-        disallowed_tools=fields.tools("disallowed_tools"),
-        max_turns=fields.turns("max_turns"),
-        permission_mode=fields.mode("permission_mode"),
-        append_system_prompt=fields.text("append_system_prompt"),
-        mcp_config=fields.servers("mcp_config"),
+        prompt=fields.text("prompt", max_bytes=ARGUMENT_MAX_BYTES, required=True) or "",
+        session_id=fields.text("session_id", max_bytes=_NAME_MAX_BYTES, pattern=_SESSION),
+        resume=fields.text("resume", max_bytes=_NAME_MAX_BYTES, pattern=_RESUME),
+        model=fields.text("model", max_bytes=_NAME_MAX_BYTES, pattern=_MODEL),
+        allowed_tools=_read_tools(fields, "allowed_tools"),
+        disallowed_tools=_read_tools(fields, "disallowed_tools"),
+        max_turns=fields.integer("max_turns", least=1, most=TURNS_MAX),
+        permission_mode=_read_mode(fields),
+        append_system_prompt=fields.text("append_system_prompt", max_bytes=ARGUMENT_MAX_BYTES),
+        mcp_config=_read_servers(fields),
     )
+    if request.prompt and not request.prompt.strip():
+        fields.fault("prompt", "must not be blank")  # claude would print nothing
     if request.session_id is not None and request.resume is not None:
-        fields.refuse("session_id", "cannot be combined with resume")
-    return fields.faults or request
+        fields.fault("session_id", "cannot be combined with resume")
+    return request
 
 
-class _Fields:
-    """Reads typed fields out of a body and collects what is wrong with them."""
+def _read_tools(fields: Fields, name: str) -> tuple[str, ...]:
+    tools = fields.texts(name, max_items=TOOLS_MAX, max_bytes=_TOOL_MAX_BYTES) or ()
+    for index, tool in enumerate(tools):
+        if not _TOOL.fullmatch(tool):
+            message = "must be a tool such as Edit or Bash(git log:*)"
+            fields.fault(name, message, within=str(index))
+    return tools
 
-    def __init__(self, body: Mapping[str, object]) -> None:
-        self._body = body
-        self.faults: list[Fault] = []
 
-    def refuse(self, pointer: str, message: str) -> None:
-        self.faults.append(Fault(pointer=f"/{pointer}", message=message))
+def _read_mode(fields: Fields) -> PermissionMode | None:
+    mode = fields.choice("permission_mode", [*PermissionMode])
+    return None if mode is None else PermissionMode(mode)
 
-    def text(self, name: str, *, required: bool = False) -> str | None:
-        """Free text that fits into one argument and is not blank (claude would print nothing)."""
-        value = self._body.get(name)
-        if value is None and not required:
-            return None
-        if not isinstance(value, str) or not value.strip():
-            self.refuse(name, "must be text that is not blank")
-            return None
-        return value if self._fits(name, value, ARGUMENT_MAX_BYTES) else None
 
-    def word(self, name: str, pattern: re.Pattern[str], what: str) -> str | None:
-        value = self._body.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            self.refuse(name, f"must be {what}")
-            return None
-        return value if self._fits(name, value, _NAME_MAX_BYTES) else None
-
-    def tools(self, name: str) -> tuple[str, ...]:
-        value = self._body.get(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list) or len(value) > TOOLS_MAX:
-            self.refuse(name, f"must be a list of at most {TOOLS_MAX} tools")
-            return ()
-        return tuple([tool for i, tool in enumerate(value) if self._is_tool(f"{name}/{i}", tool)])
-
-    def _is_tool(self, pointer: str, tool: object) -> bool:
-        if not isinstance(tool, str) or not _TOOL.fullmatch(tool):
-            self.refuse(pointer, "must be a tool such as Edit or Bash(git log:*)")
-            return False
-        return self._fits(pointer, tool, _TOOL_MAX_BYTES)
-
-    def turns(self, name: str) -> int | None:
-        value = self._body.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= TURNS_MAX:
-            self.refuse(name, f"must be a whole number from 1 to {TURNS_MAX}")
-            return None
-        return value
-
-    def mode(self, name: str) -> PermissionMode | None:
-        value = self._body.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, str) or value not in set(PermissionMode):
-            self.refuse(name, f"must be one of {', '.join(PermissionMode)}")
-            return None
-        return PermissionMode(value)
-
-    def servers(self, name: str) -> str | None:
-        """The JSON text of an MCP configuration; claude wants the key `mcpServers` in it."""
-        value = self._body.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict) or not isinstance(value.get("mcpServers"), dict):
-            self.refuse(name, "must be an object with the object mcpServers in it")
-            return None
-        try:
-            text = msgspec.json.encode(value).decode()
-        except UnicodeEncodeError:
-            self.refuse(name, "holds text that is not Unicode")
-            return None
-        return text if self._fits(name, text, ARGUMENT_MAX_BYTES) else None
-
-    def _fits(self, pointer: str, text: str, max_bytes: int) -> bool:
-        try:
-            size_bytes = len(text.encode())
-        except UnicodeEncodeError:
-            self.refuse(pointer, "is not Unicode text")
-            return False
-        if "\0" in text:
-            self.refuse(pointer, "must not hold a NUL character")
-        elif size_bytes > max_bytes:
-            self.refuse(pointer, f"is {size_bytes} bytes long; at most {max_bytes} are allowed")
-        return "\0" not in text and size_bytes <= max_bytes
+def _read_servers(fields: Fields) -> str | None:
+    """The JSON text of an MCP configuration; claude wants the key `mcpServers` in it."""
+    value = fields.mapping("mcp_config")
+    if value is None:
+        return None
+    if not isinstance(value.get("mcpServers"), dict):
+        fields.fault("mcp_config", "must have the object mcpServers in it")
+        return None
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        fields.fault("mcp_config", "must be valid Unicode (it has a lone surrogate)")
+        return None
+    if (message := text_fault(text, max_bytes=ARGUMENT_MAX_BYTES)) is not None:
+        fields.fault("mcp_config", message)
+    return text
 
 
 class _Known(msgspec.Struct):

@@ -6,8 +6,10 @@ One place per field; the limits are those of the project's kernel or of the HTTP
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.fields import Fields, Json, text_fault
+from rdev.domain.git import check_args
 
 # MAX_ARG_STRLEN of Linux is 131,072 with its NUL: one argv element or one NAME=value.
 ARG_MAX_BYTES = 131_071
@@ -65,6 +67,42 @@ def parse_shell(body: Json) -> ShellRequest:
     fields.finish()
     assert command is not None
     return ShellRequest(command=command, common=common)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaudeSubmission:
+    """The coding agent in the project."""
+
+    request: ClaudeRequest
+    common: Common
+
+
+def parse_claude(body: Json) -> ClaudeSubmission:
+    """Errors: BAD_REQUEST with every fault of the body."""
+    fields = Fields(body)
+    request = read_claude(fields)
+    common = read_common(fields, Kind.CLAUDE, stdin=False)
+    fields.finish()
+    return ClaudeSubmission(request=request, common=common)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GitRequest:
+    """git with an argv, no shell."""
+
+    args: tuple[str, ...]
+    common: Common
+
+
+def parse_git(body: Json) -> GitRequest:
+    """Errors: BAD_REQUEST with every fault of the body."""
+    fields = Fields(body)
+    args = fields.texts("args", max_items=ARGS_MAX_ITEMS, max_bytes=ARG_MAX_BYTES, required=True)
+    common = read_common(fields, Kind.GIT)
+    fields.faults += check_args(args, common.env) if args is not None else []
+    fields.finish()
+    assert args is not None
+    return GitRequest(args=args, common=common)
 
 
 def _env(fields: Fields) -> Mapping[str, str]:

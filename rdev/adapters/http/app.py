@@ -152,8 +152,8 @@ class Shell:
         try:
             error = self._refusal(this)
             if error is None:
-                await self._guarded(scope, receive, answer)
-            else:
+                error = await self._enter_quart(scope, receive, answer)
+            if error is not None and this.status is None:
                 await refuse(answer, error)
             # Quart returns without an answer when the client left.
             this.status = this.status or _CLIENT_LEFT
@@ -162,6 +162,18 @@ class Shell:
             this.slot.release()
             _count(this, self._telemetry)
             _log_request(this)
+
+    async def _enter_quart(
+        self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> RdevError | None:
+        """Let Quart answer. Returns what it refuses outside of its own error handling: Quart 0.22
+        raises for a broken `Host` before it has a request to handle."""
+        found: RdevError | None = None
+        try:
+            await self._guarded(scope, receive, send)
+        except* HTTPException:
+            found = of_http(HTTPStatus.BAD_REQUEST, "the request has no usable host")
+        return found
 
     def _open(self, scope: HTTPScope) -> Exchange:
         """The exchange for a request, made the current one."""

@@ -8,12 +8,12 @@ from rdev.adapters.http.envelope import accepted, created, read_json, stream, su
 from rdev.adapters.http.exchange import exchange, hold, principal
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
 from rdev.adapters.http.query import choice_of, limit_of, number_of, text_of, whole_of
-from rdev.domain.claude import claude_argv, parse_claude
+from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.git import GIT_ENV, git_argv
 from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
-from rdev.domain.requests import parse_git, parse_shell
+from rdev.domain.requests import parse_claude, parse_git, parse_shell
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted
 from rdev.services.commands import Caller, Commands
@@ -51,13 +51,13 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
 
     @routes.post("/projects/<project>/claude")
     async def submit_claude(project: str) -> Response:
-        request = parse_claude(await read_json())
+        submission = parse_claude(await read_json())
         made = await commands.submit(
             _caller(),
             _project(project),
             Kind.CLAUDE,
-            argv=claude_argv(claude_command, request),
-            common=request.common,
+            argv=claude_argv(claude_command, submission.request),
+            common=submission.common,
         )
         return await _submitted(commands, made)
 

@@ -195,6 +195,7 @@ def _ask(argv: list[str], identity: Identity) -> str | None:
             capture_output=True,
             text=True,
             timeout=PROBE_TIMEOUT_S,
+            cwd="/",
             env=server_env(),
             user=identity.uid,
             group=identity.gid,

@@ -26,9 +26,9 @@ from typing import Self
 
 import psycopg
 import trio
-from psycopg import AsyncConnection, AsyncCursor, errors, pq
+from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, errors, pq
 from psycopg._capabilities import capabilities
-from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen, PQGenConn
+from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import (
     conninfo_attempts,
@@ -44,6 +44,7 @@ from rdev.adapters.postgres.transaction import (
     TrioTransaction,
     commit_and_announce,
 )
+from rdev.adapters.postgres.waiting import FreeLock, follow, wait_either
 
 # After a cancel, the server gets this long to end the statement; then the socket is closed.
 CLEANUP_S = 5.0
@@ -108,37 +109,14 @@ class ConnectionSettings:
         return make_conninfo("", **(patience | given | ours))
 
 
-class FreeLock:
-    """A mutex, first come first served, that does not yield when it is free.
+class TrioServerCursor(AsyncServerCursor[Row]):
+    """A server cursor that is closed also when its task is being cancelled."""
 
-    `trio.Lock` always yields: 23 instead of 18 µs CPU per query.
-    """
-
-    __slots__ = ("_owner", "_waiting")
-
-    def __init__(self) -> None:
-        """Begin free."""
-        self._owner: trio.lowlevel.Task | None = None
-        self._waiting = trio.lowlevel.ParkingLot()
-
-    async def __aenter__(self) -> None:
-        """Take it. Errors: RuntimeError when this task has it already."""
-        task = trio.lowlevel.current_task()
-        if self._owner is None:
-            self._owner = task
-        elif self._owner is task:
-            raise RuntimeError("this task is using the connection already")
-        else:
-            await self._waiting.park()
-
-    async def __aexit__(self, *_: object) -> None:
-        """Hand it to the task that has waited longest."""
-        woken = self._waiting.unpark(count=1)
-        self._owner = woken[0] if woken else None
-
-    def locked(self) -> bool:
-        """Whether some task has it."""
-        return self._owner is not None
+    async def close(self) -> None:
+        """Close it on the server, if the transaction is in order. Blocks: `CLEANUP_S` at most."""
+        # shielded: psycopg closes it on leaving the block, also when that is by cancellation
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_S):
+            await super().close()
 
 
 class TrioConnection(AsyncConnection[Row]):
@@ -158,6 +136,7 @@ class TrioConnection(AsyncConnection[Row]):
             super().__init__(pgconn)
         else:
             super().__init__(pgconn, row_factory)
+        self.server_cursor_factory = TrioServerCursor
         self.lock = FreeLock()  # type: ignore[assignment]  # psycopg only enters and leaves it
         self._yielded_at = trio.current_time()
 
@@ -197,7 +176,7 @@ class TrioConnection(AsyncConnection[Row]):
         for address in addresses:
             try:
                 with trio.fail_after(timeout_s):
-                    return await _follow(cls._connect_gen(make_conninfo("", **address)))
+                    return await follow(cls._connect_gen(make_conninfo("", **address)))
             except trio.TooSlowError:
                 failures.append(errors.ConnectionTimeout("connection timeout expired"))
             except psycopg.Error as error:
@@ -242,8 +221,12 @@ class TrioConnection(AsyncConnection[Row]):
 
     @property
     def _in_flight(self) -> bool:
+        """Whether the server owes a reply. In a pipeline it always may: without the Sync that ends
+        the pipeline it would skip whatever is sent next, while libpq calls the connection idle."""
         pgconn = self.pgconn
-        return pgconn.status == _CONNECTED and pgconn.transaction_status == _ACTIVE
+        return pgconn.status == _CONNECTED and (
+            pgconn.transaction_status == _ACTIVE or pgconn.pipeline_status != _NO_PIPELINE
+        )
 
     @property
     def has_input(self) -> bool:
@@ -290,7 +273,7 @@ class TrioConnection(AsyncConnection[Row]):
         if not self._should_cancel():
             return
         if capabilities.has_cancel_safe():
-            await _follow(self._cancel_gen())
+            await follow(self._cancel_gen())
         else:  # a libpq older than 17 can only do it blocking
             await trio.to_thread.run_sync(self.cancel)
 
@@ -302,7 +285,7 @@ class TrioConnection(AsyncConnection[Row]):
         Cancellation: see the module. What is begun in a cancelled scope while something is in
         flight is psycopg's own clean-up and is driven like any other.
         """
-        if self._pipeline is None and self.pgconn.transaction_status != _ACTIVE:
+        if not self._in_flight:
             await trio.lowlevel.checkpoint_if_cancelled()
         if timeout is None:
             return await self._run(gen)
@@ -332,11 +315,14 @@ class TrioConnection(AsyncConnection[Row]):
                     waited = True
                     wanted = gen.send(Ready.R)
                 else:
-                    wanted = gen.send(await self._ready_now_or_later(fd, wanted))
+                    ready = _ready(fd, wanted) if look_first else 0
                     look_first = False
+                    wanted = gen.send(ready or await self._ready_now_or_later(fd, wanted))
         except StopIteration as end:
-            if not waited:
-                await self._breathe()
+            if not waited and self._is_hogging:
+                # What is done is reported, not cancelled: psycopg counts on it.
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                self._yielded_at = trio.current_time()
             result: RV = end.value
             return result
         except (trio.ClosedResourceError, OSError) as error:
@@ -344,18 +330,18 @@ class TrioConnection(AsyncConnection[Row]):
 
     async def _ready_now_or_later(self, fd: int, wanted: Wait) -> int:
         # A socket is nearly always writable: asking the kernel is cheaper than the scheduler.
-        await self._breathe()
+        if self._is_hogging:
+            await trio.lowlevel.checkpoint()
+            self._yielded_at = trio.current_time()
         ready = _ready(fd, wanted)
         if not ready:
-            ready = await _wait_either(fd, wanted)
+            ready = await wait_either(fd, wanted)
             self._yielded_at = trio.current_time()
         return ready
 
-    async def _breathe(self) -> None:
-        """Let other tasks run if this connection has not waited for `MAX_BUSY_S`."""
-        if trio.current_time() - self._yielded_at >= MAX_BUSY_S:
-            await trio.lowlevel.checkpoint()
-            self._yielded_at = trio.current_time()
+    @property
+    def _is_hogging(self) -> bool:
+        return trio.current_time() - self._yielded_at >= MAX_BUSY_S
 
     async def _settle(self, gen: PQGen[RV]) -> None:
         """After a cancelled wait: cancel on the server and read the end, or close the socket."""
@@ -367,7 +353,7 @@ class TrioConnection(AsyncConnection[Row]):
             except psycopg.Error:
                 # QueryCanceled is what was asked for; a lost connection shows in its status.
                 pass
-        # A pipeline stays ACTIVE until its own end, which follows; COPY and stream() do not end.
+        # A pipeline has an end of its own, which follows; COPY and stream() are not at an end.
         if scope.cancelled_caught or (self._in_flight and self._pipeline is None):
             self.abort()
 
@@ -412,51 +398,3 @@ async def _addresses(params: ConnDict, timeout_s: float) -> list[ConnDict]:
     with trio.move_on_after(timeout_s):
         return await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
     raise errors.ConnectionTimeout("name resolution timeout expired")
-
-
-async def _follow(gen: PQGenConn[RV]) -> RV:
-    """Drive a generator that connects: it names the descriptor with each wait."""
-    try:
-        fd, wanted = next(gen)
-        while True:
-            fd, wanted = gen.send(await _wait_either(fd, wanted))
-    except StopIteration as end:
-        result: RV = end.value
-        return result
-    except (trio.ClosedResourceError, OSError) as error:
-        raise psycopg.OperationalError("connection socket closed") from error
-    finally:
-        gen.close()
-
-
-async def _wait_either(fd: int, wanted: Wait) -> int:
-    """Wait until `fd` is ready for what is wanted; returns what it is ready for."""
-    if wanted == Wait.R:
-        await trio.lowlevel.wait_readable(fd)
-        return Ready.R
-    if wanted == Wait.W:
-        await trio.lowlevel.wait_writable(fd)
-        return Ready.W
-    return await _wait_both(fd)
-
-
-async def _wait_both(fd: int) -> int:
-    """Wait until `fd` is readable or writable (a full send buffer while the server talks)."""
-    ready = 0
-    closed = False
-
-    async def watch(waiting: Callable[[int], object], flag: Ready) -> None:
-        nonlocal ready, closed
-        try:
-            await waiting(fd)  # type: ignore[misc]
-            ready |= flag
-        except trio.ClosedResourceError:
-            closed = True  # noted, not raised: a nursery would wrap it in a group
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, trio.lowlevel.wait_readable, Ready.R)
-        nursery.start_soon(watch, trio.lowlevel.wait_writable, Ready.W)
-    if closed:
-        raise psycopg.OperationalError("connection socket closed")
-    return ready

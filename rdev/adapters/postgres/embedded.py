@@ -162,6 +162,7 @@ async def _spawn(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            cwd=files.state_dir,
             env=server_env(),
             start_new_session=True,
             user=identity.uid,
@@ -194,6 +195,7 @@ async def _initdb(files: Files, binaries: Binaries, identity: Identity) -> None:
         capture_stdout=True,
         capture_stderr=True,
         check=False,
+        cwd=files.state_dir,  # ours may be out of the other user's reach
         env=server_env(),
         start_new_session=True,
         user=identity.uid,

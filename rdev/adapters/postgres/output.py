@@ -71,7 +71,7 @@ with input as (
     from moved m
     join unnest(
         %(chunk_id)s::uuid[], %(chunk_skip)s::bigint[], %(chunk_events)s::bigint[],
-        %(chunk_source)s::smallint[], %(chunk_raw_bytes)s::integer[], %(chunk_payload)s::bytea[]
+        %(chunk_source)s::smallint[], %(chunk_raw_bytes)s::integer[], %(chunk_payload)b::bytea[]
     ) as k (id, skip, events, source, raw_bytes, payload) using (id)
 )
 select id from moved
@@ -135,20 +135,25 @@ where id = %s and lease_id = %s and status = 'running'
 for update
 """
 
-# The middle is what begins after the head and has a full tail behind it; gaps of earlier trims lie
-# in it and are merged with what goes now.
+# The middle begins after the head and has a full tail behind it; gaps of earlier trims lie in it
+# and are merged with what goes now. The range is found first: joined row by row, the planner
+# computed the windows once for each row (40 s for 1,500 chunks).
 _TRIM_DELETE = """
-with placed as (
+with placed as materialized (
     select first_seq,
            sum(raw_bytes) over (order by first_seq) - raw_bytes as before,
            sum(raw_bytes) over () - sum(raw_bytes) over (order by first_seq) as behind
     from output
     where day = %(day)s and command_id = %(id)s and source = %(source)s
+), middle as materialized (
+    select min(first_seq) as first, max(first_seq) as last
+    from placed
+    where before >= %(head_bytes)s and behind >= %(tail_bytes)s
 )
 delete from output o
-using placed p
-where o.day = %(day)s and o.command_id = %(id)s and o.first_seq = p.first_seq
-  and p.before >= %(head_bytes)s and p.behind >= %(tail_bytes)s
+using middle m
+where o.day = %(day)s and o.command_id = %(id)s and o.source = %(source)s
+  and o.first_seq between m.first and m.last
 returning o.first_seq, o.last_seq, o.raw_bytes, substr(o.payload, 1, 2) = 'g{'::bytea as is_gap
 """
 

@@ -12,6 +12,7 @@ class TcpProxy:
         self._heard: trio.Event = trio.Event()
         self._heard.set()
         self.accepted = 0
+        self.refusing = False  # hang up on whoever connects
         self.port = 0
 
     @property
@@ -36,6 +37,9 @@ class TcpProxy:
 
     async def _serve(self, client: trio.SocketStream) -> None:
         self.accepted += 1
+        if self.refusing:
+            await client.aclose()
+            return
         heard = self._heard
         await heard.wait()
         async with client, await self._connect() as server, trio.open_nursery() as nursery:

@@ -1,0 +1,73 @@
+# Everything a developer runs. `make` alone lists the targets. Needed: make and python3 >= 3.11.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+UV_COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --quiet \
+	--no-emit-index-url --no-header --python-version 3.11 $(if $(UPGRADE),--upgrade)
+# flake8-async takes files. 114, 124 and 128 misfire on functions that pass `task_status` on; 109 is off
+# for ruff too; 91x would have every short path make a checkpoint; 119 and 900 are against async
+# generators, which Quart takes as bodies and closes itself.
+FLAKE8_ASYNC := $(BIN)/flake8-async \
+	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve check test test-faults coverage bench lock hooks docs-states clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP) ## make the virtual environment with its rdev, once
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	@PYTHON='$(PYTHON)' VENV='$(VENV)' sh requirements/setup.sh
+	@touch $@
+
+demo: setup ## start rdev on its own PostgreSQL and show a command live
+	$(BIN)/rdev demo
+
+serve: setup ## start rdev
+	$(BIN)/rdev serve
+
+check: setup ## format, lint, trio rules, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	find rdev -name '*.py' -print0 | xargs -0 $(FLAKE8_ASYNC)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup ## all tests but the minutes-long suites
+	$(BIN)/python -m pytest -q -m 'not full' $(ARGS)
+
+test-faults: setup ## crashes, cuts and kills at the worst moment
+	$(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+coverage: setup ## tests with branch coverage and a floor for each room
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q -m 'not full' $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage json --quiet -o .coverage.json
+	$(BIN)/python tests/coverage_floors.py .coverage.json
+
+bench: setup ## measure; SCENARIO='name name' picks some
+	$(BIN)/python -m bench $(SCENARIO)
+
+lock: setup ## pin the dependencies anew (UPGRADE=1 takes the newest)
+	$(UV_COMPILE) --extra embedded -o requirements/runtime.txt
+	$(UV_COMPILE) --extra embedded --extra dev -o requirements/dev.txt
+
+hooks: setup ## run the checks before every commit
+	$(BIN)/prek install
+
+docs-states: setup ## write docs/states.md from the transition table
+	$(BIN)/python docs/generate_states.py
+
+clean: ## remove what was built; the state folder .rdev stays
+	rm -rf $(VENV) .venv-* build dist htmlcov coverage.xml .coverage* bench/results
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	find rdev tests bench docs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements: one scenario in each file, one harness, targets beside the figures."""

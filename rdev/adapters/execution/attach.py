@@ -1,0 +1,155 @@
+"""One command being observed, over any transport: connects, reads frames, connects again.
+
+A pump in its own nursery owns the exec (an exec may not outlive the task that opened it, and
+`receive` is called under other people's deadlines). Between pump and reader is a channel without
+room: the pump holds one read of at most 64 KiB, the pipe and the journal hold the rest.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+import trio
+
+from rdev.adapters.execution.frames import Alive, Frame, FrameDecoder, Hello, ProtocolError
+from rdev.adapters.execution.transport import Streams, TransportError
+from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Stream
+
+_READ_BYTES: Final = 65_536
+_BACKOFF_FIRST_S: Final = 0.02
+_BACKOFF_MOST_S: Final = 2.0
+
+_BROKEN: Final = (TransportError, ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """When an exec is given up, and when the place is.
+
+    `heartbeat_s`: how often the project is asked for a sign; it also bounds how late the death of a
+    supervisor is seen. `silence_s`: an exec that says nothing for so long is broken (a half-open
+    connection). `unreachable_s`: how long connecting may fail before the command is lost.
+    """
+
+    heartbeat_s: float = 5.0
+    silence_s: float = 20.0
+    unreachable_s: float = 30.0
+
+
+# Opens the exec that attaches at these offsets, and what is sent to it first.
+Open = Callable[[Offsets], AbstractAsyncContextManager[Streams]]
+
+
+class ScriptAttachment:
+    """Implements `Attachment`; an async context manager around the observation."""
+
+    def __init__(
+        self, open_exec: Open, payload: Sequence[bytes], offsets: Offsets, patience: Patience
+    ) -> None:
+        """`payload` is sent in order on each connect; nothing is opened before the block."""
+        self._open = open_exec
+        self._payload = payload
+        self._at = {Stream.STDOUT: offsets.stdout, Stream.STDERR: offsets.stderr}
+        self._patience = patience
+        self._send, self._receive = trio.open_memory_channel[Piece | Exit | Lost](0)
+        self._nursery_manager = trio.open_nursery()
+        self._stdin: trio.abc.SendStream | None = None  # of the exec that is being followed
+        self._failing_since: float | None = None  # trio's clock
+
+    async def __aenter__(self) -> "ScriptAttachment":
+        """Begin to observe."""
+        nursery = await self._nursery_manager.__aenter__()
+        self._scope = nursery.cancel_scope
+        nursery.start_soon(self._pump)
+        nursery.start_soon(self._beat)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the observation. The block's own error passes by, in no group."""
+        self._scope.cancel()
+        await self._nursery_manager.__aexit__(None, None, None)
+
+    async def receive(self) -> Piece | Exit | Lost:
+        """See `Attachment.receive`."""
+        return await self._receive.receive()
+
+    async def _pump(self) -> None:
+        """One exec after the other until the end is delivered."""
+        pause_s = _BACKOFF_FIRST_S
+        while True:
+            began = self._failing_since = self._failing_since or trio.current_time()
+            try:
+                if await self._observe_once():
+                    return
+            except _BROKEN:
+                pass  # the end of an exec says nothing about the command: ask again
+            finally:
+                self._stdin = None
+            if self._failing_since is None:
+                pause_s = _BACKOFF_FIRST_S
+            elif trio.current_time() - began >= self._patience.unreachable_s:
+                await self._send.send(Lost(reason=LostReason.UNREACHABLE, may_still_run=True))
+                return
+            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            pause_s = min(pause_s * 2, _BACKOFF_MOST_S)
+
+    async def _observe_once(self) -> bool:
+        """Follow one exec; whether the end was delivered. Errors: those of a broken exec."""
+        offsets = Offsets(stdout=self._at[Stream.STDOUT], stderr=self._at[Stream.STDERR])
+        decoder = FrameDecoder(offsets)
+        async with self._open(offsets) as streams:
+            with self._unless_silent():
+                for part in self._payload:
+                    await streams.stdin.send_all(part)
+            self._stdin = streams.stdin
+            while True:
+                with self._unless_silent():
+                    data = await streams.stdout.receive_some(_READ_BYTES)
+                if not data:
+                    return False
+                for frame in decoder.feed(data):
+                    if await self._deliver(frame):
+                        return True
+
+    async def _deliver(self, frame: Frame) -> bool:
+        """Whether this was the end. Blocks while the reader does not ask: the back-pressure."""
+        match frame:
+            case Hello():
+                return False
+            case Alive():
+                self._failing_since = None
+                return False
+            case Piece():
+                self._failing_since = None
+                self._at[frame.stream] += len(frame.data)
+                await self._send.send(frame)
+                return False
+            case Exit() | Lost():
+                await self._send.send(frame)
+                return True
+
+    async def _beat(self) -> None:
+        """Ask for a sign of life; also while the reader pauses, so that no proxy cuts the exec."""
+        while True:
+            await trio.sleep(self._patience.heartbeat_s)
+            try:
+                if self._stdin is not None:
+                    await self._stdin.send_all(b"\n")
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # the pump sees it too
+
+    @contextmanager
+    def _unless_silent(self) -> Iterator[None]:
+        """Errors: TransportError when the block takes longer than `silence_s`."""
+        with trio.move_on_after(self._patience.silence_s) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise TransportError("the exec is silent")

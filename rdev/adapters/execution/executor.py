@@ -1,0 +1,172 @@
+"""The `Executor` port over any transport: what Kubernetes and local folders have in common.
+
+Owns the verbs of the script and the translation of their answers; bounded by one exec per
+attachment and one short exec per verb.
+"""
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from rdev.adapters.execution import script
+from rdev.adapters.execution.attach import Patience, ScriptAttachment
+from rdev.adapters.execution.frames import ProtocolError, parse_kill
+from rdev.adapters.execution.transport import Streams, Transport, TransportError
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import KillReport, Offsets, Spec
+from rdev.domain.ids import CommandId, ProjectId
+
+_VERB_S: Final = 30.0  # a verb that only touches a few files
+_KILL_MARGIN_S: Final = 5.0  # the port: at most the grace and this
+_ANSWER_BYTES: Final = 65_536
+
+DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a project's working folder and the folders of its commands are, as seen inside it."""
+
+    home: str
+    commands: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScriptSettings:
+    """How commands run in a place.
+
+    `base_env`: what every command's environment begins with; its PATH is also where the script
+    finds its tools. `shell`: the POSIX sh to use, found on that PATH. A journal longer than
+    `journal_max_bytes` ends its command.
+    """
+
+    base_env: Mapping[str, str] = field(default_factory=dict)
+    shell: str = "sh"
+    journal_max_bytes: int = 1 << 30
+    patience: Patience = field(default_factory=Patience)
+
+    @property
+    def path(self) -> str:
+        """The PATH inside the place."""
+        return self.base_env.get("PATH", DEFAULT_PATH)
+
+
+class ScriptExecutor:
+    """Implements `Executor` with the script and a transport."""
+
+    def __init__(
+        self,
+        *,
+        reach: str,
+        transport: Transport,
+        place: Callable[[ProjectId], Place],
+        settings: ScriptSettings,
+    ) -> None:
+        """Opens nothing."""
+        self._reach = reach
+        self._transport = transport
+        self._place = place
+        self._settings = settings
+
+    @property
+    def reach(self) -> str:
+        """See `Executor.reach`."""
+        return self._reach
+
+    @property
+    def standing_instance(self) -> str | None:
+        """See `Executor.standing_instance`; a place in general has its own."""
+        return None
+
+    async def prepare(self, project: ProjectId) -> None:
+        """See `Executor.prepare`; also tells which tool the place lacks."""
+        place = self._place(project)
+        answer = await self._ask(project, "prepare", place.home, place.commands)
+        if answer != "ready":
+            raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, f"project cannot run commands: {answer}")
+
+    async def instance(self, project: ProjectId) -> str:
+        """See `Executor.instance`."""
+        answer = await self._ask(project, "instance", self._place(project).home)
+        if answer == "absent":
+            raise RdevError(ErrorCode.NOT_FOUND, "project has no folder")
+        return answer
+
+    @asynccontextmanager
+    async def attach(
+        self,
+        project: ProjectId,
+        command: CommandId,
+        *,
+        spec: Spec | None,
+        instance: str,
+        offsets: Offsets,
+    ) -> AsyncIterator[ScriptAttachment]:
+        """See `Executor.attach`. Errors: BAD_REQUEST for a spec no process can be given."""
+        place, settings = self._place(project), self._settings
+        env = {"PATH": settings.path, **settings.base_env}
+        become = script.become(spec, env, command) if spec else b""
+        rest = (
+            *(int(spec is not None), len(spec.stdin) if spec else 0),
+            *((spec.timeout_s, spec.grace_s) if spec else (0, 0)),
+            settings.journal_max_bytes,
+        )
+
+        def open_exec(at: Offsets) -> AbstractAsyncContextManager[Streams]:
+            where = (script.folder(place.commands, command), place.home, instance)
+            words = ("attach", settings.shell, *where, at.stdout, at.stderr, *rest)
+            return self._transport.run(project, script.argv(settings.shell, settings.path, *words))
+
+        parts = (script.payload(become), *([spec.stdin] if spec and spec.stdin else []))
+        async with ScriptAttachment(open_exec, parts, offsets, settings.patience) as attachment:
+            yield attachment
+
+    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+        """See `Executor.kill`."""
+        folder = script.folder(self._place(project).commands, command)
+        words = ("kill_command", self._settings.shell, folder, grace_s)
+        answer = await self._ask(project, *words, within_s=grace_s + _KILL_MARGIN_S)
+        try:
+            report = parse_kill(answer)
+        except ValueError as error:
+            raise _unavailable("no report of the kill") from error
+        if report is None:
+            raise _unavailable("no report of the kill")
+        return report
+
+    async def remove(self, project: ProjectId, command: CommandId) -> None:
+        """See `Executor.remove`. Errors: SERVICE_UNAVAILABLE."""
+        await self._ask(project, "remove", script.folder(self._place(project).commands, command))
+
+    async def _ask(
+        self, project: ProjectId, verb: str, *words: str | int, within_s: float = _VERB_S
+    ) -> str:
+        """Run a verb; its answer without the mark. Errors: SERVICE_UNAVAILABLE."""
+        argv = script.argv(self._settings.shell, self._settings.path, verb, *words)
+        try:
+            with trio.fail_after(within_s):
+                async with self._transport.run(project, argv) as streams:
+                    await streams.stdin.send_all(script.payload())
+                    return await _read_answer(streams)
+        except (TransportError, ProtocolError, trio.BrokenResourceError) as error:
+            raise _unavailable(f"project cannot be reached: {error}") from error
+        except trio.TooSlowError as error:
+            raise _unavailable("project does not answer") from error
+
+
+async def _read_answer(streams: Streams) -> str:
+    answer = bytearray()
+    while data := await streams.stdout.receive_some(_ANSWER_BYTES):
+        answer += data
+        if answer.endswith(b"\n") or len(answer) > _ANSWER_BYTES:
+            break
+    if not answer.startswith(b"= ") or not answer.endswith(b"\n"):
+        raise ProtocolError("no answer from the script")
+    return answer[2:-1].decode("utf-8", "replace")
+
+
+def _unavailable(message: str) -> RdevError:
+    return RdevError(ErrorCode.SERVICE_UNAVAILABLE, message)
