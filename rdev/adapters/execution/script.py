@@ -1,6 +1,6 @@
 """The text that runs in a project, and how a command's spec becomes part of it.
 
-Owns the quoting. The text (start.sh, supervisor.sh, attach.sh: about 15 KB) travels over the exec's stdin
+Owns the quoting. The text (start.sh, supervisor.sh, attach.sh: 15 KB) travels over the exec's stdin
 with its length in front, so nothing has to be installed in a project and no secret is ever an
 argument of a process. Only names of folders and numbers are.
 """
