@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
+from rdev.domain.execution import is_env_name
 from rdev.domain.fields import Fields, Json, text_fault
 from rdev.domain.git import check_args
 
@@ -15,6 +16,7 @@ from rdev.domain.git import check_args
 ARG_MAX_BYTES = 131_071
 ARGS_MAX_ITEMS = 1_000
 ENV_MAX_ITEMS = 200
+ENV_NAME_MAX_BYTES = 256
 # The kernel's limit for argv and environment together is at least 2 MiB; half of it is ours.
 ENV_MAX_BYTES = 524_288
 STDIN_MAX_BYTES = 524_288
@@ -125,13 +127,13 @@ def _env(fields: Fields) -> Mapping[str, str]:
 
 
 def _env_fault(name: str, value: object) -> str | None:
-    if not name or "=" in name or text_fault(name, max_bytes=256) is not None:
-        return "must have a name of 1–256 bytes without = or NUL"
+    if not is_env_name(name) or len(name) > ENV_NAME_MAX_BYTES:
+        return "must have a name that a POSIX shell can export: letters, digits and _"
     if name.startswith("RDEV_"):
         return "names that begin with RDEV_ belong to rdev"
     if not isinstance(value, str):
         return "must be a string"
-    return text_fault(value, max_bytes=ARG_MAX_BYTES - len(name.encode()) - 1)
+    return text_fault(value, max_bytes=ARG_MAX_BYTES - len(name) - 1)
 
 
 def _cwd(fields: Fields) -> str:
