@@ -1,7 +1,6 @@
 """`rdev demo`: a server, a project, a command whose lines are seen live; then it keeps serving."""
 
 import os
-from pathlib import Path
 
 import click
 import trio
@@ -10,7 +9,7 @@ from rdev.adapters.telemetry.logs import configure_logs
 from rdev.app import open_identity, serve
 from rdev.cli.client import Client, Event, open_client
 from rdev.cli.failures import run_trio
-from rdev.config import Settings, load_settings
+from rdev.config import load_settings
 
 PROJECT = "demo"
 SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0.5; done'
@@ -28,7 +27,7 @@ def demo() -> None:
             url = await nursery.start(serve, settings, identity)
             async with open_client(url, identity.admin_key) as client:
                 await _show(client)
-            _say_more(url, settings)
+            _say_more(url, identity.admin_key)
         return 0
 
     run_trio(main)
@@ -56,21 +55,11 @@ def _lost(reason: str) -> None:
     click.echo(f"  ({reason}; resuming)")
 
 
-def _say_more(url: str, settings: Settings) -> None:
-    key_file = settings.state_dir / "admin-key"
-    key = f"$(cat {_shown(key_file)})" if key_file.exists() else "$RDEV_ADMIN_KEY"
+def _say_more(url: str, key: str) -> None:
     click.echo(f"""
 Serving on {url}    (Ctrl-C stops the server, its commands and its database)
-The key is in {_shown(key_file)}. Try:
+The key is {key}    Try:
 
-  curl -sS {url}/projects/{PROJECT}/shell?wait=5 -H "Authorization: Bearer {key}" \\
+  curl -sS '{url}/projects/{PROJECT}/shell?wait=5' -H 'Authorization: Bearer {key}' \\
        -H 'Content-Type: application/json' -d '{{"command": "uname -a"}}'
 """)
-
-
-def _shown(path: Path) -> str:
-    """Relative to the current folder where that is shorter."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path.absolute())

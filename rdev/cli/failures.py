@@ -1,5 +1,7 @@
 """How the program ends when something failed: one line on stderr, exit status 1."""
 
+import os
+import sys
 from collections.abc import Callable, Coroutine
 
 import click
@@ -7,11 +9,15 @@ import trio
 
 from rdev.domain.errors import RdevError
 
+# 128 + SIGPIPE, the shell's convention.
+PIPE_STATUS = 141
+
 
 def run_trio(main: Callable[[], Coroutine[object, object, int]]) -> None:
     """Run `main` on trio and exit with its status; an `RdevError` becomes one line.
 
-    Other errors are defects and keep their traceback.
+    A reader that left (`rdev run … | head`) ends the program as SIGPIPE would. Other errors are
+    defects and keep their traceback.
     """
     try:
         status = trio.run(main)
@@ -19,6 +25,10 @@ def run_trio(main: Callable[[], Coroutine[object, object, int]]) -> None:
         for error in _leaves(group):
             click.echo(f"rdev: {error}", err=True)
         raise SystemExit(1) from None
+    except* BrokenPipeError:
+        # What is still buffered cannot be written either; without this Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(PIPE_STATUS) from None
     raise SystemExit(status)
 
 

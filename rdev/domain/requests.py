@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.execution import is_env_name
-from rdev.domain.fields import Fields, Json, text_fault
+from rdev.domain.fields import Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
 # MAX_ARG_STRLEN of Linux is 131,072 with its NUL: one argv element or one NAME=value.
@@ -112,28 +112,35 @@ def _env(fields: Fields) -> Mapping[str, str]:
     if given is None:
         return {}
     if len(given) > ENV_MAX_ITEMS:
-        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries")
+        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries", limit=True)
         return {}
     env: dict[str, str] = {}
     for name, value in given.items():
-        if (message := _env_fault(name, value)) is not None:
+        if (message := _name_fault(name)) is not None:
             fields.fault("env", message, within=name)
-        elif isinstance(value, str):
+        elif not isinstance(value, str):
+            fields.fault("env", "must be a string", within=name)
+        elif (message := size_fault(f"{name}={value}", max_bytes=ARG_MAX_BYTES)) is not None:
+            fields.fault("env", f"{message}, its name and = included", within=name, limit=True)
+        elif (message := text_fault(value)) is not None:
+            fields.fault("env", message, within=name)
+        else:
             env[name] = value
-    size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
-    if size > ENV_MAX_BYTES:
-        fields.fault("env", f"must be at most {ENV_MAX_BYTES} bytes in all (it has {size})")
+    size_bytes = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
+    if size_bytes > ENV_MAX_BYTES:
+        message = f"must be at most {ENV_MAX_BYTES} bytes in all (it has {size_bytes})"
+        fields.fault("env", message, limit=True)
     return env
 
 
-def _env_fault(name: str, value: object) -> str | None:
-    if not is_env_name(name) or len(name) > ENV_NAME_MAX_BYTES:
+def _name_fault(name: str) -> str | None:
+    if not is_env_name(name):
         return "must have a name that a POSIX shell can export: letters, digits and _"
+    if size_fault(name, max_bytes=ENV_NAME_MAX_BYTES) is not None:
+        return f"must have a name of at most {ENV_NAME_MAX_BYTES} bytes"
     if name.startswith("RDEV_"):
         return "names that begin with RDEV_ belong to rdev"
-    if not isinstance(value, str):
-        return "must be a string"
-    return text_fault(value, max_bytes=ARG_MAX_BYTES - len(name) - 1)
+    return None
 
 
 def _cwd(fields: Fields) -> str:

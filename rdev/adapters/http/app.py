@@ -95,7 +95,7 @@ def build_app(
     for blueprint in routes:
         quart.register_blueprint(blueprint)
     quart.before_request(_Gate(authenticate, telemetry, public_paths, hooks).enter)
-    quart.register_error_handler(RdevError, _on_rdev_error)
+    quart.register_error_handler(RdevError, _Refusals(telemetry).answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
     quart.register_error_handler(Exception, _on_fault)
     return Shell(
@@ -152,8 +152,8 @@ class Shell:
         try:
             error = self._refusal(this)
             if error is None:
-                await self._guarded(scope, receive, answer)
-            else:
+                error = await self._enter_quart(scope, receive, answer)
+            if error is not None and this.status is None:
                 await refuse(answer, error)
             # Quart returns without an answer when the client left.
             this.status = this.status or _CLIENT_LEFT
@@ -162,6 +162,18 @@ class Shell:
             this.slot.release()
             _count(this, self._telemetry)
             _log_request(this)
+
+    async def _enter_quart(
+        self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> RdevError | None:
+        """Let Quart answer. Returns what it refuses outside of its own error handling: Quart 0.22
+        raises for a broken `Host` before it has a request to handle."""
+        found: RdevError | None = None
+        try:
+            await self._guarded(scope, receive, send)
+        except* HTTPException:
+            found = of_http(HTTPStatus.BAD_REQUEST, "the request has no usable host")
+        return found
 
     def _open(self, scope: HTTPScope) -> Exchange:
         """The exchange for a request, made the current one."""
@@ -270,9 +282,16 @@ def _quart(limits: HttpLimits) -> QuartTrio:
     return quart
 
 
-async def _on_rdev_error(error: RdevError) -> Response:
-    """A refusal that a route or a hook decided on."""
-    return _problem_response(error)
+class _Refusals:
+    """Answers a refusal that a route or a hook decided on; limits that were passed are counted."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    async def answer(self, error: RdevError) -> Response:
+        for limit in {fault.limit for fault in error.faults if fault.limit is not None}:
+            self._telemetry.limit_checked(limit, refused=True)
+        return _problem_response(error)
 
 
 async def _on_http_exception(error: HTTPException) -> Response:

@@ -187,7 +187,12 @@ class _Response:
             await self._pass(message)
 
     async def _pass(self, message: ASGISendEvent) -> None:
-        """To hypercorn, with the head if that still waits."""
+        """To hypercorn, with the head if that still waits.
+
+        A cancelled request ends here, between two messages: the writes below are shielded, so a
+        body that never waits for anything else would go on for ever after its client has left.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
         head, self._head = self._head, None
         if head is None:
             await self._send(message)
@@ -244,8 +249,11 @@ class _IdleTimer(TrioSingleTask):
             self._scope.deadline = min(self._scope.deadline, until)
 
     def expire(self) -> None:
-        """Close the connection at the next opportunity."""
-        self._scope.deadline = -inf
+        """Close the connection at the next opportunity.
+
+        Not by the deadline: a response that ends in the same moment would move it again.
+        """
+        self._scope.cancel()
 
     async def _watch(self) -> None:
         """Wait for the deadline or for an idle connection at shutdown, then close."""

@@ -28,7 +28,7 @@ import psycopg
 import trio
 from psycopg import AsyncConnection, AsyncCursor, AsyncServerCursor, errors, pq
 from psycopg._capabilities import capabilities
-from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen, PQGenConn
+from psycopg.abc import RV, AdaptContext, ConnDict, ConnParam, PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import (
     conninfo_attempts,
@@ -44,6 +44,7 @@ from rdev.adapters.postgres.transaction import (
     TrioTransaction,
     commit_and_announce,
 )
+from rdev.adapters.postgres.waiting import FreeLock, follow, wait_either
 
 # After a cancel, the server gets this long to end the statement; then the socket is closed.
 CLEANUP_S = 5.0
@@ -106,39 +107,6 @@ class ConnectionSettings:
             "options": " ".join(options).strip(),
         }
         return make_conninfo("", **(patience | given | ours))
-
-
-class FreeLock:
-    """A mutex, first come first served, that does not yield when it is free.
-
-    `trio.Lock` always yields: 23 instead of 18 µs CPU per query.
-    """
-
-    __slots__ = ("_owner", "_waiting")
-
-    def __init__(self) -> None:
-        """Begin free."""
-        self._owner: trio.lowlevel.Task | None = None
-        self._waiting = trio.lowlevel.ParkingLot()
-
-    async def __aenter__(self) -> None:
-        """Take it. Errors: RuntimeError when this task has it already."""
-        task = trio.lowlevel.current_task()
-        if self._owner is None:
-            self._owner = task
-        elif self._owner is task:
-            raise RuntimeError("this task is using the connection already")
-        else:
-            await self._waiting.park()
-
-    async def __aexit__(self, *_: object) -> None:
-        """Hand it to the task that has waited longest."""
-        woken = self._waiting.unpark(count=1)
-        self._owner = woken[0] if woken else None
-
-    def locked(self) -> bool:
-        """Whether some task has it."""
-        return self._owner is not None
 
 
 class TrioServerCursor(AsyncServerCursor[Row]):
@@ -208,7 +176,7 @@ class TrioConnection(AsyncConnection[Row]):
         for address in addresses:
             try:
                 with trio.fail_after(timeout_s):
-                    return await _follow(cls._connect_gen(make_conninfo("", **address)))
+                    return await follow(cls._connect_gen(make_conninfo("", **address)))
             except trio.TooSlowError:
                 failures.append(errors.ConnectionTimeout("connection timeout expired"))
             except psycopg.Error as error:
@@ -224,9 +192,11 @@ class TrioConnection(AsyncConnection[Row]):
         exc_tb: TracebackType | None,
     ) -> None:
         """Commit and close; after an exception close, which makes the server roll back."""
-        if exc_type is None and not self.closed:
-            await self.commit()
-        self.abort()
+        try:
+            if exc_type is None and not self.closed:
+                await self.commit()
+        finally:
+            self.abort()
 
     async def close(self) -> None:
         """Close; a task waiting on this connection gets `psycopg.OperationalError`."""
@@ -305,7 +275,7 @@ class TrioConnection(AsyncConnection[Row]):
         if not self._should_cancel():
             return
         if capabilities.has_cancel_safe():
-            await _follow(self._cancel_gen())
+            await follow(self._cancel_gen())
         else:  # a libpq older than 17 can only do it blocking
             await trio.to_thread.run_sync(self.cancel)
 
@@ -347,8 +317,9 @@ class TrioConnection(AsyncConnection[Row]):
                     waited = True
                     wanted = gen.send(Ready.R)
                 else:
-                    wanted = gen.send(await self._ready_now_or_later(fd, wanted))
+                    ready = _ready(fd, wanted) if look_first else 0
                     look_first = False
+                    wanted = gen.send(ready or await self._ready_now_or_later(fd, wanted))
         except StopIteration as end:
             if not waited and self._is_hogging:
                 # What is done is reported, not cancelled: psycopg counts on it.
@@ -366,7 +337,7 @@ class TrioConnection(AsyncConnection[Row]):
             self._yielded_at = trio.current_time()
         ready = _ready(fd, wanted)
         if not ready:
-            ready = await _wait_either(fd, wanted)
+            ready = await wait_either(fd, wanted)
             self._yielded_at = trio.current_time()
         return ready
 
@@ -429,51 +400,3 @@ async def _addresses(params: ConnDict, timeout_s: float) -> list[ConnDict]:
     with trio.move_on_after(timeout_s):
         return await trio.to_thread.run_sync(conninfo_attempts, params, abandon_on_cancel=True)
     raise errors.ConnectionTimeout("name resolution timeout expired")
-
-
-async def _follow(gen: PQGenConn[RV]) -> RV:
-    """Drive a generator that connects: it names the descriptor with each wait."""
-    try:
-        fd, wanted = next(gen)
-        while True:
-            fd, wanted = gen.send(await _wait_either(fd, wanted))
-    except StopIteration as end:
-        result: RV = end.value
-        return result
-    except (trio.ClosedResourceError, OSError) as error:
-        raise psycopg.OperationalError("connection socket closed") from error
-    finally:
-        gen.close()
-
-
-async def _wait_either(fd: int, wanted: Wait) -> int:
-    """Wait until `fd` is ready for what is wanted; returns what it is ready for."""
-    if wanted == Wait.R:
-        await trio.lowlevel.wait_readable(fd)
-        return Ready.R
-    if wanted == Wait.W:
-        await trio.lowlevel.wait_writable(fd)
-        return Ready.W
-    return await _wait_both(fd)
-
-
-async def _wait_both(fd: int) -> int:
-    """Wait until `fd` is readable or writable (a full send buffer while the server talks)."""
-    ready = 0
-    closed = False
-
-    async def watch(waiting: Callable[[int], object], flag: Ready) -> None:
-        nonlocal ready, closed
-        try:
-            await waiting(fd)  # type: ignore[misc]
-            ready |= flag
-        except trio.ClosedResourceError:
-            closed = True  # noted, not raised: a nursery would wrap it in a group
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, trio.lowlevel.wait_readable, Ready.R)
-        nursery.start_soon(watch, trio.lowlevel.wait_writable, Ready.W)
-    if closed:
-        raise psycopg.OperationalError("connection socket closed")
-    return ready

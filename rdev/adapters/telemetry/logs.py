@@ -7,6 +7,7 @@ to the same handler. Secrets are taken out last, so nothing that was added later
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TextIO
 
 import msgspec
@@ -138,13 +139,16 @@ class Redaction:
         return self._text(value if isinstance(value, str) else str(value))
 
     def _text(self, text: str) -> str:
-        """Text without the known secrets."""
+        """Text without the known secrets, and fit for UTF-8."""
+        if not text.isascii():
+            text = text.encode("utf-8", "replace").decode("utf-8")
         for secret in self._secrets:
             if secret in text:
                 text = text.replace(secret, REDACTED)
         return text
 
 
+@lru_cache(maxsize=1024)
 def _is_secret_name(name: str) -> bool:
     """Whether a field of this name holds a secret."""
     name = name.lower()

@@ -17,11 +17,11 @@ from rdev.adapters.postgres.connection import (
     FIRST_RETRY_S,
     LAST_RETRY_S,
     ConnectionSettings,
-    FreeLock,
     TrioConnection,
     open_connection,
     retry_delay_s,
 )
+from rdev.adapters.postgres.waiting import FreeLock
 
 
 async def scalar(connection, query, params=None):
@@ -275,6 +275,7 @@ async def test_a_timeout_of_zero_takes_what_is_there(database_dsn, connection):
     with trio.fail_after(30):
         while not connection.has_input:
             await trio.sleep(0.001)
+    connection._yielded_at = -1e9  # also when it is its turn to let others run
     async with aclosing(connection.notifies(timeout=0)) as incoming:
         assert [notification.payload async for notification in incoming] == ["there"]
 
@@ -357,8 +358,10 @@ async def test_queries_use_no_thread(connection, monkeypatch):
     monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
     async with connection.transaction():
         await connection.execute("select 1")
-    with trio.move_on_after(0.05):
-        await connection.execute("select pg_sleep(3)")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.execute, "select pg_sleep(3)")
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        nursery.cancel_scope.cancel()
     assert connection.at_rest
 
 

@@ -1,0 +1,119 @@
+"""One JSON line per event, with the guide's fields and without secrets."""
+
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator
+
+import pytest
+import structlog
+import trio
+
+from rdev.adapters.telemetry.logs import REDACTED, configure_logs
+from rdev.ports.telemetry import log_context
+
+Lines = Callable[[], list[dict]]
+
+
+@pytest.fixture
+def lines() -> Iterator[Lines]:
+    """What was logged so far; the test's own logging comes back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    output = io.StringIO()
+    configure_logs(level="info", secrets=["hunter2-hunter2", "short"], output=output)
+    yield lambda: [json.loads(line) for line in output.getvalue().splitlines()]
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
+
+
+async def test_a_request_line_has_the_fields_of_the_guide(lines):
+    log_context.set({"request_id": "req-abc123", "trace_id": "4bf9"})
+    facts = {"method": "POST", "path": "/x", "status": 201, "duration_ms": 45, "client_ip": "::1"}
+
+    logging.getLogger("rdev.http").info("request completed", extra=facts)
+
+    (line,) = lines()
+    assert line.pop("time").endswith("Z")
+    assert line == {
+        "level": "info",
+        "msg": "request completed",
+        "request_id": "req-abc123",
+        "trace_id": "4bf9",
+        "logger": "rdev.http",
+        **facts,
+    }
+
+
+def test_both_kinds_of_logger_write_the_same_and_warning_is_warn(lines):
+    logging.getLogger("hypercorn.error").warning("std %s", 1, extra={"k": 2})
+    structlog.get_logger("rdev.queue").warning("own", k=2)
+    logging.getLogger("x").debug("too quiet")
+
+    first, second = lines()
+    assert (first["level"], first["msg"], first["k"]) == ("warn", "std 1", 2)
+    assert (second["level"], second["msg"], second["k"]) == ("warn", "own", 2)
+    assert first.keys() == second.keys()
+
+
+def test_an_exception_is_one_line_with_its_trace(lines):
+    try:
+        raise ValueError("with hunter2-hunter2 inside")
+    except ValueError:
+        logging.getLogger("x").exception("failed")
+
+    (line,) = lines()
+    assert line["level"] == "error"
+    assert "Traceback" in line["exception"]
+    assert "hunter2" not in line["exception"]
+
+
+def test_secrets_are_taken_out_by_name_and_by_value(lines):
+    logging.getLogger("x").info(
+        "dsn is hunter2-hunter2",
+        extra={
+            "password": "a",
+            "api_key": "b",
+            "headers": {"Authorization": "c", "x-api-key": "d", "Accept": "e"},
+            "env": {"PATH": "f"},
+            "stdin": b"g",
+            "webhook_secret": "h",
+            "argv": ["run", "--pass=hunter2-hunter2"],
+            "key_id": "key_1",
+            "note": "short",
+        },
+    )
+
+    (line,) = lines()
+    assert line["msg"] == f"dsn is {REDACTED}"
+    for name in ("password", "api_key", "env", "stdin", "webhook_secret"):
+        assert line[name] == REDACTED
+    assert line["headers"] == {"Authorization": REDACTED, "x-api-key": REDACTED, "Accept": "e"}
+    assert line["argv"] == ["run", f"--pass={REDACTED}"]
+    assert (line["key_id"], line["note"]) == ("key_1", "short")
+
+
+def test_a_line_is_written_whatever_is_in_it(lines):
+    deep: dict[str, object] = {}
+    deep["self"] = deep
+
+    logging.getLogger("x").info("odd \x00\n\ud800", extra={"deep": deep, "object": object()})
+
+    (line,) = lines()
+    assert line["object"].startswith("<object")
+
+
+async def test_tasks_carry_the_context_of_their_request(lines):
+    async def child() -> None:
+        logging.getLogger("x").info("child")
+
+    log_context.set({"request_id": "req-1"})
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(child)
+
+    assert lines()[0]["request_id"] == "req-1"
+
+
+def test_a_level_that_does_not_exist_is_refused():
+    with pytest.raises(KeyError):
+        configure_logs(level="loud")

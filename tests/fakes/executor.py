@@ -1,0 +1,173 @@
+"""An executor without processes: a program is a coroutine, a project is a dictionary.
+
+Passes tests/ports/test_execution_conformance.py. For tests of services it can also restart its
+place (`restart`) and lose a command (`lose`).
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import (
+    Exit,
+    KillReport,
+    Lost,
+    LostReason,
+    Offsets,
+    Piece,
+    Spec,
+    Stream,
+    Why,
+)
+from rdev.domain.ids import CommandId, ProjectId
+
+PIECE_BYTES = 65_536
+
+
+@dataclass
+class FakeRun:
+    """What a program sees; it returns its exit code, or minus a signal."""
+
+    spec: Spec
+    env: Mapping[str, str]
+    journals: dict[Stream, bytearray] = field(
+        default_factory=lambda: {Stream.STDOUT: bytearray(), Stream.STDERR: bytearray()}
+    )
+    end: Exit | Lost | None = None
+    why: Why | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    grown: trio.Event = field(default_factory=trio.Event)
+
+    def write(self, data: bytes, stream: Stream = Stream.STDOUT) -> None:
+        self.journals[stream] += data
+        self.ring()
+
+    def ring(self) -> None:
+        self.grown.set()
+        self.grown = trio.Event()
+
+
+Program = Callable[[FakeRun], Awaitable[int]]
+
+
+class FakeExecutor:
+    """Implements `Executor`; its commands live in the nursery it was given."""
+
+    def __init__(self, nursery: trio.Nursery, programs: Mapping[str, Program]) -> None:
+        self._nursery = nursery
+        self._programs = programs
+        self._projects: set[ProjectId] = set()
+        self._runs: dict[CommandId, FakeRun | None] = {}  # None: can never start
+        self._boots = 1
+        self.started: list[CommandId] = []
+
+    @property
+    def reach(self) -> str:
+        return "fake:here"
+
+    async def prepare(self, project: ProjectId) -> None:
+        await trio.lowlevel.checkpoint()
+        self._projects.add(project)
+
+    async def instance(self, project: ProjectId) -> str:
+        await trio.lowlevel.checkpoint()
+        if project not in self._projects:
+            raise RdevError(ErrorCode.NOT_FOUND, "project has no folder")
+        return f"boot-{self._boots}"
+
+    @asynccontextmanager
+    async def attach(
+        self,
+        project: ProjectId,
+        command: CommandId,
+        *,
+        spec: Spec | None,
+        instance: str,
+        offsets: Offsets,
+    ) -> AsyncIterator["FakeAttachment"]:
+        if command not in self._runs:
+            here = spec is not None and instance == f"boot-{self._boots}"
+            self._runs[command] = self._start(command, spec) if here and spec else None
+        yield FakeAttachment(self._runs[command], offsets)
+
+    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+        await trio.lowlevel.checkpoint()
+        run = self._runs.setdefault(command, None)
+        if run is not None and run.end is None:
+            run.why = Why.CANCELLED
+            run.scope.cancel()
+            while run.end is None:
+                await run.grown.wait()
+        return KillReport(confirmed=True)
+
+    async def remove(self, project: ProjectId, command: CommandId) -> None:
+        await trio.lowlevel.checkpoint()
+        self._runs.pop(command, None)
+
+    def restart(self) -> None:
+        """The place gets another instance; what ran there is gone."""
+        self._boots += 1
+        for command in self._runs:
+            self.lose(command, LostReason.SUPERVISOR_GONE)
+
+    def lose(self, command: CommandId, reason: LostReason, *, may_still_run: bool = False) -> None:
+        """A running command ends as lost."""
+        run = self._runs.get(command)
+        if run is not None and run.end is None:
+            run.end = Lost(reason=reason, may_still_run=may_still_run)
+            run.scope.cancel()
+            run.ring()
+
+    def _start(self, command: CommandId, spec: Spec) -> FakeRun:
+        env = {"PATH": "/fake", **spec.env, "RDEV_COMMAND_ID": command}
+        run = FakeRun(spec=spec, env=env)
+        self.started.append(command)
+        self._nursery.start_soon(self._run, run)
+        return run
+
+    async def _run(self, run: FakeRun) -> None:
+        code = -15
+        program = self._programs.get(run.spec.argv[0])
+        began = trio.current_time()
+        with run.scope:
+            with trio.move_on_after(run.spec.timeout_s) as timeout:
+                code = 127 if program is None else await program(run)
+            if timeout.cancelled_caught:
+                run.why = Why.TIMEOUT
+        run.end = run.end or Exit(
+            exit_code=code if code >= 0 else None,
+            signal=-code if code < 0 else None,
+            why=run.why,
+            stdout_bytes=len(run.journals[Stream.STDOUT]),
+            stderr_bytes=len(run.journals[Stream.STDERR]),
+            runtime_ms=int((trio.current_time() - began) * 1000),
+            kill=KillReport(confirmed=True) if run.why else None,
+        )
+        run.ring()
+
+
+class FakeAttachment:
+    """Implements `Attachment`."""
+
+    def __init__(self, run: FakeRun | None, offsets: Offsets) -> None:
+        self._run = run
+        self._at = {Stream.STDOUT: offsets.stdout, Stream.STDERR: offsets.stderr}
+
+    async def receive(self) -> Piece | Exit | Lost:
+        await trio.lowlevel.checkpoint()
+        if self._run is None:
+            return Lost(reason=LostReason.NOT_STARTED)
+        while True:
+            for stream, journal in self._run.journals.items():
+                offset = self._at[stream]
+                if offset > len(journal):
+                    return Lost(reason=LostReason.JOURNAL_TRUNCATED)
+                if data := bytes(journal[offset : offset + PIECE_BYTES]):
+                    self._at[stream] += len(data)
+                    return Piece(stream=stream, offset=offset, data=data)
+            if self._run.end is not None:
+                return self._run.end
+            await self._run.grown.wait()
