@@ -201,7 +201,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
             project_routes(projects),
             submission_routes(commands, claude_command=settings.claude_argv),
-            command_routes(commands),
+            command_routes(commands, projects),
             stream_routes(commands, fanout, telemetry),
         ],
         authenticate=Keys(admin_key=identity.admin_key).authenticate,
