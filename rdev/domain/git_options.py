@@ -211,7 +211,8 @@ _OPTIONS = {
         --committer-date-is-author-date --ignore-date --rerere-autoupdate --empty= --no-gpg-sign""",
     "format-patch": f"""{_DIFF} -# -o=PATH --output-directory=PATH --stdout -n --numbered -N
         --no-numbered --signoff --cover-letter --start-number= -v= --reroll-count=
-        --subject-prefix= --to=TEXT --cc=TEXT --rfc -k --keep-subject --zero-commit --base= --thread? -q --root""",
+        --subject-prefix= --to=TEXT --cc=TEXT --rfc -k --keep-subject --zero-commit --base=
+        --thread? -q --root""",
     "count-objects": "-v --verbose -H --human-readable",
     "fsck": "-v --verbose --unreachable --dangling --tags --root --full --strict --progress",
     "gc": "-q --quiet --auto --aggressive --prune?",

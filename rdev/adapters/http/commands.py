@@ -11,7 +11,7 @@ from rdev.adapters.http.query import choice_of, cursor_of, limit_of, number_of, 
 from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.git import GIT_ENV, git_argv
+from rdev.domain.git import GIT_ENVIRONMENT, git_argv
 from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
 from rdev.domain.requests import parse_claude, parse_git, parse_shell
 from rdev.domain.stream import Source
@@ -48,7 +48,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
             Kind.GIT,
             argv=git_argv(request.args),
             common=request.common,
-            env=GIT_ENV,
+            env=dict(GIT_ENVIRONMENT),
         )
         return await _submitted(commands, made, wait_s)
 

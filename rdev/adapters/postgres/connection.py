@@ -194,7 +194,7 @@ class TrioConnection(AsyncConnection[Row]):
         """Commit and close; after an exception close, which makes the server roll back."""
         try:
             if exc_type is None and not self.closed:
-                await self.commit()
+                await self.commit()  # noqa: ASYNC102  # commit() shields itself
         finally:
             self.abort()
 
@@ -301,7 +301,7 @@ class TrioConnection(AsyncConnection[Row]):
         except (trio.Cancelled, KeyboardInterrupt):
             # Around Cancelled because the server must be told; it is always raised again.
             if self._in_flight:
-                await self._settle(gen)
+                await self._settle(gen)  # noqa: ASYNC102  # _settle() shields itself
             raise
 
     async def _drive(self, gen: PQGen[RV], wanted: Wait | None, *, look_first: bool = False) -> RV:
