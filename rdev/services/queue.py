@@ -96,18 +96,18 @@ class CommandQueue:
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._appender.run)
-            async with trio.open_nursery() as beats:
-                beats.start_soon(self._heartbeat_loop)
-                async with trio.open_nursery() as attempts:
-                    await self._claim_until_stop(attempts, task_status)
-                    if self._cancel_at_stop:
-                        for running in self._running.values():
-                            running.attempt.cancel()
-                    else:
-                        beats.cancel_scope.cancel()
-                        await self._give_back()
-                        attempts.cancel_scope.cancel()
-                beats.cancel_scope.cancel()
+            heartbeats = trio.CancelScope()
+            nursery.start_soon(self._heartbeat_loop, heartbeats)
+            async with trio.open_nursery() as attempts:
+                await self._claim_until_stop(attempts, task_status)
+                if self._cancel_at_stop:
+                    for running in self._running.values():
+                        running.attempt.cancel()
+                else:
+                    # First: a heartbeat behind the release would take the leases again.
+                    heartbeats.cancel()
+                    await self._give_back()
+                    attempts.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
 
     def stop(self) -> None:
@@ -253,15 +253,16 @@ class CommandQueue:
                 with trio.move_on_after(TICK_S):
                     await self._wakeup.wait()
 
-    async def _heartbeat_loop(self) -> None:
-        while True:
-            await trio.sleep(self._lease_s / 3)
-            try:
-                await self.heartbeat_once()
-            except RdevError as error:
-                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
-                    raise
-                _log.warning("heartbeat failed", extra={"error": str(error)})
+    async def _heartbeat_loop(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.sleep(self._lease_s / 3)
+                try:
+                    await self.heartbeat_once()
+                except RdevError as error:
+                    if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                        raise
+                    _log.warning("heartbeat failed", extra={"error": str(error)})
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state
