@@ -156,6 +156,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         log=log,
         telemetry=telemetry,
         backoff=_backoff,
+        announce=fanout.announce,
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,

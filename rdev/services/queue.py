@@ -22,11 +22,14 @@ from rdev.ports.output import OutputLog
 from rdev.ports.telemetry import Telemetry
 from rdev.services.appender import Appender, LeaseLostError
 from rdev.services.attempts import Attempt
+from rdev.services.shield import commit_shield
 
 # The floor: with every wake-up lost, nothing waits longer than this.
 TICK_S = 1.0
 # What a last write to the database may take at stop.
 RELEASE_S = 5.0
+# How many waiting commands one statement ends.
+EXPIRE_MAX = 1_000
 
 _log = logging.getLogger("rdev.queue")
 
@@ -62,18 +65,21 @@ class CommandQueue:
         log: OutputLog,
         telemetry: Telemetry,
         backoff: Callable[[], Backoff],
+        announce: Callable[[CommandId], None],
         holder: str,
         lease_s: float,
         running_max: int,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
-        back at once."""
+        back at once. `announce` says that a stream has events which no appender published (a
+        claim, an expiry); it never waits."""
         self._leases = leases
         self._executor = executor
         self._appender = appender
         self._output = log
         self._telemetry = telemetry
         self._backoff = backoff
+        self._announce = announce
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
@@ -90,15 +96,16 @@ class CommandQueue:
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._appender.run)
-            nursery.start_soon(self._heartbeat_loop)
+            heartbeats = trio.CancelScope()
+            nursery.start_soon(self._heartbeat_loop, heartbeats)
             async with trio.open_nursery() as attempts:
-                attempts.start_soon(self._claim_loop, attempts)
-                task_status.started()
-                await self._stop.wait()
+                await self._claim_until_stop(attempts, task_status)
                 if self._cancel_at_stop:
                     for running in self._running.values():
                         running.attempt.cancel()
                 else:
+                    # First: a heartbeat behind the release would take the leases again.
+                    heartbeats.cancel()
                     await self._give_back()
                     attempts.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
@@ -137,12 +144,13 @@ class CommandQueue:
 
         Returns how many were claimed. Errors: SERVICE_UNAVAILABLE.
         """
-        await self._leases.expire(reach=self._executor.reach, limit=1_000)
+        with commit_shield():
+            for command in await self._leases.expire(reach=self._executor.reach, limit=EXPIRE_MAX):
+                self._announce(command)
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set():
             return 0
-        # shielded: a claim that commits unseen would wait for its lease to expire
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
+        with commit_shield():
             claimed = await self._leases.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
@@ -150,9 +158,9 @@ class CommandQueue:
                 limit=permits,
             )
             for one in claimed:
+                self._announce(one.lease.command)
                 self._start(one, attempts)
-            return len(claimed)
-        return 0
+        return len(claimed)
 
     async def heartbeat_once(self) -> None:
         """Renew the leases; leave what is no longer ours, cancel what is to be cancelled.
@@ -215,12 +223,25 @@ class CommandQueue:
         error = group.exceptions[0]
         _log.warning("attempt set aside", extra={"command_id": lease.command, "error": str(error)})
 
+    async def _claim_until_stop(
+        self, attempts: trio.Nursery, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """At the end no claim is in flight: whatever was claimed is in `_running`."""
+        async with trio.open_nursery() as claims:
+            claims.start_soon(self._claim_loop, attempts)
+            task_status.started()
+            await self._stop.wait()
+            claims.cancel_scope.cancel()
+
     async def _claim_loop(self, attempts: trio.Nursery) -> None:
         backoff = self._backoff()
         await self._take_back()
         while not self._stop.is_set():
             self._wakeup = trio.Event()
             try:
+                if backoff.failures:
+                    # Our leases may have run out meanwhile: they are not for us to take over.
+                    await self.heartbeat_once()
                 claimed = await self.claim_once(attempts)
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
@@ -232,15 +253,16 @@ class CommandQueue:
                 with trio.move_on_after(TICK_S):
                     await self._wakeup.wait()
 
-    async def _heartbeat_loop(self) -> None:
-        while True:
-            await trio.sleep(self._lease_s / 3)
-            try:
-                await self.heartbeat_once()
-            except RdevError as error:
-                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
-                    raise
-                _log.warning("heartbeat failed", extra={"error": str(error)})
+    async def _heartbeat_loop(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.sleep(self._lease_s / 3)
+                try:
+                    await self.heartbeat_once()
+                except RdevError as error:
+                    if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                        raise
+                    _log.warning("heartbeat failed", extra={"error": str(error)})
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state
