@@ -596,14 +596,32 @@ def test_the_page_names_what_is_not_guarded(
 # The real git's own lists: an option that takes its value from the next word must say so here, or
 # what follows is read wrongly (`commit -m -- --dry-run` is a dry run).
 
+
+@pytest.fixture(scope="module")
+def usage(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """What git says about itself, in an empty repository."""
+    folder = tmp_path_factory.mktemp("usage")
+
+    def ask(*args: str) -> str:
+        env = {"HOME": str(folder), "PATH": os.environ["PATH"], "GIT_CONFIG_NOSYSTEM": "1"}
+        call = ("git", *args)
+        done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True, timeout=60)
+        return done.stdout + done.stderr
+
+    ask("init", "-q")
+    return ask
+
+
 # Not in those lists with their value, or with another meaning: read in git's source.
 _OWN_READING = {("merge", "--file")}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_long_options_take_their_values_as_the_real_git_does(name: str, git: Git) -> None:
-    words = git(*name.split(), "--git-completion-helper-all").stdout.split()
+def test_long_options_take_their_values_as_the_real_git_does(
+    name: str, usage: Callable[..., str]
+) -> None:
+    words = usage(*name.split(), "--git-completion-helper-all").split()
     needs_value = {word[:-1] for word in words if word.endswith("=")}
     takes_none = {word for word in words if word.startswith("--") and not word.endswith("=")}
     for option, rule in RULES[name].options.items():
@@ -615,13 +633,14 @@ def test_long_options_take_their_values_as_the_real_git_does(name: str, git: Git
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_short_options_take_their_values_as_the_real_git_does(name: str, git: Git) -> None:
+def test_short_options_take_their_values_as_the_real_git_does(
+    name: str, usage: Callable[..., str]
+) -> None:
     """`-m, --message <text>` in the usage text: a value; `-u[<mode>]`: an attached one; else none.
 
     Commands that share git's hand-written readers print no such lines for them.
     """
-    usage = git(*name.split(), "-h")
-    for line in (usage.stdout + usage.stderr).splitlines():
+    for line in usage(*name.split(), "-h").splitlines():
         if (match := re.match(r"\s{4}(-[A-Za-z])(?:, (--[a-z-]+))?(.*)", line)) is None:
             continue
         short, long, rest = match.groups()
