@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from rdev.adapters.execution import script
 from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.errors import ErrorCode, RdevError
@@ -195,8 +196,6 @@ async def test_the_end_of_stdin_alone_ends_all_observers(
     executor: LocalExecutor, projects: Path
 ) -> None:
     """What a WebSocket's end looks like from inside: nobody kills, stdin just ends."""
-    from rdev.adapters.execution import script
-
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
         PROJECT,
@@ -314,8 +313,6 @@ async def test_a_supervisor_in_another_instance_refuses_to_start(
 
 async def test_a_short_spec_is_refused(executor: LocalExecutor, projects: Path) -> None:
     """A cut while the spec or the stdin travels must not start half a command."""
-    from rdev.adapters.execution import script
-
     command, instance = new_command(), await executor.instance(PROJECT)
     full = script.payload(script.become(sh("cat"), {}, command), b"0123456789")
     words = ("attach", "sh", str(folder(projects, command)), str(projects / PROJECT), instance)
@@ -603,6 +600,41 @@ async def test_a_kill_whose_worker_died_is_taken_over(
     assert rest.exit.why is Why.CANCELLED
 
 
+async def test_a_kill_spares_those_who_took_the_pids(
+    executor: LocalExecutor, projects: Path
+) -> None:
+    """The command ended long ago; its pids now lead another session and have other children."""
+    command = new_command()
+    await observe(executor, command, sh("echo done"))
+    async with trio.open_nursery() as nursery:
+        stranger = await nursery.start(
+            lambda task_status: trio.run_process(
+                ["sh", "-c", "setsid sleep 1000 & sleep 1000"],
+                start_new_session=True,
+                check=False,
+                task_status=task_status,
+            )
+        )
+        place = folder(projects, command)
+        taken = f"{stranger.pid} 1"
+        for instance in (await executor.instance(PROJECT), NOWHERE):
+            (place / "pid").write_text(f"{taken} {taken} {instance}\n")
+            assert (await executor.kill(PROJECT, command, grace_s=1)).confirmed
+        children = Path(f"/proc/{stranger.pid}/task/{stranger.pid}/children").read_text().split()
+        assert stranger.poll() is None
+        assert len(children) == 2
+        for pid in (*map(int, children), stranger.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_place_without_a_tool_says_which(projects: Path, tmp_path: Path) -> None:
+    with shell_path("busybox", tmp_path) as path:
+        (Path(path) / "setsid").unlink()
+        with pytest.raises(RdevError, match="missing setsid") as caught:
+            await local(projects, path).prepare(PROJECT)
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
 # --- secrets ------------------------------------------------------------------------------------
 
 
@@ -624,6 +656,30 @@ async def test_the_servers_environment_is_not_the_commands(
     assert names == {b"PATH", b"HOME", b"LANG", b"PWD", b"RDEV_COMMAND_ID"}
     # 3 is ls reading the folder: no descriptor of ours is inherited
     assert seen.out.rpartition(b"\0")[2].split() == [b"0", b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize("name", ["dash", "busybox"])
+async def test_the_environment_of_the_place_is_not_the_commands(
+    projects: Path, tmp_path: Path, name: str
+) -> None:
+    """A pod's exec begins with the container's environment."""
+    with shell_path(name, tmp_path) as path:
+        executor, command = local(projects, path), new_command()
+        await executor.prepare(PROJECT)
+        instance = await executor.instance(PROJECT)
+        place = (str(folder(projects, command)), str(projects / PROJECT), instance)
+        done = await trio.run_process(
+            script.argv("sh", path, "attach", "sh", *place, 0, 0, 1, 0, 9, 1, 1 << 30),
+            stdin=script.payload(script.become(spec("env"), {"PATH": path}, command)),
+            env={"PATH": path, "POD_CANARY": "canary"},
+            capture_stdout=True,
+            check=False,
+            start_new_session=True,
+        )
+        assert b"canary" not in done.stdout
+        seen = await observe(executor, command, None)
+    assert b"RDEV_COMMAND_ID=" in seen.out
+    assert b"canary" not in seen.out
 
 
 async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
@@ -650,7 +706,7 @@ async def test_secrets_are_in_no_argument_and_leave_the_disk(
                 except OSError:
                     continue
 
-    what = sh(": ready; exec sleep 0.1", env={"TOKEN": "s3cret-a"}, stdin=b"s3cret-b")
+    what = sh("echo ready; exec sleep 0.1", env={"TOKEN": "s3cret-a"}, stdin=b"s3cret-b")
     for _ in range(5):
         command = new_command()
         async with executor.attach(
@@ -659,13 +715,15 @@ async def test_secrets_are_in_no_argument_and_leave_the_disk(
             while not (folder(projects, command) / "go").exists():
                 look()
                 await trio.sleep(0)
+            seen = await read_until(attachment, b"ready")
             on_disk = [
                 path.name
                 for path in folder(projects, command).rglob("*")
                 if path.is_file() and b"s3cret" in path.read_bytes()
             ]
             assert on_disk == []
-            assert (await read_to_end(attachment)).exit.exit_code == 0
+            at = Offsets(stdout=len(seen.out))
+            assert (await read_to_end(attachment, at)).exit.exit_code == 0
     assert found == []
     assert looks > 20
 
@@ -708,7 +766,5 @@ async def test_the_cwd_is_relative_to_the_project(executor: LocalExecutor, proje
 
 
 def _text(what: Spec) -> bytes:
-    from rdev.adapters.execution import script
-
     payload = script.payload(script.become(what, {}, "cmd_" + "0" * 32))
     return payload.partition(b"\n")[2]
