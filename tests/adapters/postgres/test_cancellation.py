@@ -172,6 +172,15 @@ async def test_a_pipeline_that_does_not_end_closes_the_connection(proxy):
     assert connection.closed
 
 
+async def test_a_statement_cancelled_while_it_is_being_sent_closes_the_connection(proxy):
+    connection = await open_connection(ConnectionSettings(dsn=proxy.dsn))
+    connection.cleanup_s = 0.1
+    proxy.black_hole()
+    large = "x" * 30_000_000
+    await cancelled_when_blocked(lambda: connection.execute("select length(%s::text)", (large,)))
+    assert connection.closed
+
+
 async def test_leaving_the_connections_block_by_cancellation_closes_it(settings):
     connection = await open_connection(settings)
 
