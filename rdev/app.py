@@ -23,7 +23,7 @@ from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
-from rdev.adapters.postgres.checks import DatabaseChecks
+from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
@@ -248,7 +248,9 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
 async def _database(settings: Settings) -> AsyncIterator[str]:
     """The DSN given, or an embedded PostgreSQL with its migrations applied."""
     if settings.database_dsn is not None:
-        yield settings.database_dsn.get_secret_value()
+        dsn = settings.database_dsn.get_secret_value()
+        check_dsn(dsn)
+        yield dsn
         return
     async with open_embedded(settings.state_dir) as dsn:
         for name in await trio.to_thread.run_sync(up, dsn):
