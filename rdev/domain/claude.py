@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from rdev.domain.execution import Stream
-from rdev.domain.fields import Fields, text_fault
+from rdev.domain.fields import Fields, size_fault
 from rdev.domain.lines import PIECE_MAX_BYTES, Encoded, LineSplitter, joined, output_events
 from rdev.domain.sse import TAGS, EventName, stored
 
@@ -137,8 +137,8 @@ def _read_servers(fields: Fields) -> str | None:
     except UnicodeEncodeError:
         fields.fault("mcp_config", "must be valid Unicode (it has a lone surrogate)")
         return None
-    if (message := text_fault(text, max_bytes=ARGUMENT_MAX_BYTES)) is not None:
-        fields.fault("mcp_config", message)
+    if (message := size_fault(text, max_bytes=ARGUMENT_MAX_BYTES)) is not None:
+        fields.fault("mcp_config", message, limit=True)
     return text
 
 

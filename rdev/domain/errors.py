@@ -31,10 +31,14 @@ class ErrorCode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """One thing wrong with a request: where (a JSON pointer, RFC 6901) and what."""
+    """One thing wrong with a request: where (a JSON pointer, RFC 6901) and what.
+
+    `limit` names the limit that was passed, where it was one; it is counted, never shown.
+    """
 
     pointer: str
     message: str
+    limit: str | None = None
 
 
 class RdevError(Exception):

@@ -23,11 +23,15 @@ class Fields:
         self._known: set[str] = set()
         self.faults: list[Fault] = []
 
-    def fault(self, name: str, message: str, *, within: str | None = None) -> None:
-        """Remember that the field `name` (or the member `within` it) is wrong."""
+    def fault(
+        self, name: str, message: str, *, within: str | None = None, limit: bool = False
+    ) -> None:
+        """Remember that the field `name` (or the member `within` it) is wrong; with `limit`
+        because it is too large."""
         parts = [name] if within is None else [name, within]
         path = "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
-        self.faults.append(Fault(pointer=self._pointer + path, message=message))
+        found = Fault(pointer=self._pointer + path, message=message, limit=name if limit else None)
+        self.faults.append(found)
 
     def text(
         self,
@@ -46,7 +50,9 @@ class Fields:
             self.fault(name, "must be a string")
         elif not value:
             self.fault(name, "must not be empty")
-        elif (message := text_fault(value, max_bytes=max_bytes, nul=nul)) is not None:
+        elif (message := size_fault(value, max_bytes=max_bytes)) is not None:
+            self.fault(name, message, limit=True)
+        elif (message := text_fault(value, nul=nul)) is not None:
             self.fault(name, message)
         elif pattern is not None and not pattern.fullmatch(value):
             self.fault(name, f"must match {pattern.pattern}")
@@ -88,13 +94,15 @@ class Fields:
             self.fault(name, "must be a list of strings")
             return None
         if len(value) > max_items:
-            self.fault(name, f"must have at most {max_items} items")
+            self.fault(name, f"must have at most {max_items} items", limit=True)
             return None
         faults = len(self.faults)
         for index, item in enumerate(value):
             if not isinstance(item, str):
                 self.fault(name, "must be a string", within=str(index))
-            elif (message := text_fault(item, max_bytes=max_bytes)) is not None:
+            elif (message := size_fault(item, max_bytes=max_bytes)) is not None:
+                self.fault(name, message, within=str(index), limit=True)
+            elif (message := text_fault(item)) is not None:
                 self.fault(name, message, within=str(index))
         return tuple(value) if len(self.faults) == faults else None
 
@@ -128,14 +136,20 @@ class Fields:
         return value
 
 
-def text_fault(value: str, *, max_bytes: int, nul: bool = False) -> str | None:
-    """Why a text cannot be used (too long, NUL, lone surrogate), or None."""
+def size_fault(value: str, *, max_bytes: int) -> str | None:
+    """Why a text is too long in UTF-8, or None. A lone surrogate counts as the 3 bytes it is."""
+    size_bytes = len(value.encode(errors="surrogatepass"))
+    if size_bytes > max_bytes:
+        return f"must be at most {max_bytes} bytes (it has {size_bytes})"
+    return None
+
+
+def text_fault(value: str, *, nul: bool = False) -> str | None:
+    """Why a text cannot be used whatever its size (NUL, lone surrogate), or None."""
     try:
-        size = len(value.encode())
+        value.encode()
     except UnicodeEncodeError:
         return "must be valid Unicode (it has a lone surrogate)"
-    if size > max_bytes:
-        return f"must be at most {max_bytes} bytes (it has {size})"
     if not nul and "\0" in value:
         return "must not contain NUL"
     return None

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
-from rdev.domain.fields import Fields, Json, text_fault
+from rdev.domain.execution import is_env_name
+from rdev.domain.fields import Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
 # MAX_ARG_STRLEN of Linux is 131,072 with its NUL: one argv element or one NAME=value.
 ARG_MAX_BYTES = 131_071
 ARGS_MAX_ITEMS = 1_000
 ENV_MAX_ITEMS = 200
+ENV_NAME_MAX_BYTES = 256
 # The kernel's limit for argv and environment together is at least 2 MiB; half of it is ours.
 ENV_MAX_BYTES = 524_288
 STDIN_MAX_BYTES = 524_288
@@ -110,28 +112,35 @@ def _env(fields: Fields) -> Mapping[str, str]:
     if given is None:
         return {}
     if len(given) > ENV_MAX_ITEMS:
-        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries")
+        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries", limit=True)
         return {}
     env: dict[str, str] = {}
     for name, value in given.items():
-        if (message := _env_fault(name, value)) is not None:
+        if (message := _name_fault(name)) is not None:
             fields.fault("env", message, within=name)
-        elif isinstance(value, str):
+        elif not isinstance(value, str):
+            fields.fault("env", "must be a string", within=name)
+        elif (message := size_fault(f"{name}={value}", max_bytes=ARG_MAX_BYTES)) is not None:
+            fields.fault("env", f"{message}, its name and = included", within=name, limit=True)
+        elif (message := text_fault(value)) is not None:
+            fields.fault("env", message, within=name)
+        else:
             env[name] = value
-    size = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
-    if size > ENV_MAX_BYTES:
-        fields.fault("env", f"must be at most {ENV_MAX_BYTES} bytes in all (it has {size})")
+    size_bytes = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in env.items())
+    if size_bytes > ENV_MAX_BYTES:
+        message = f"must be at most {ENV_MAX_BYTES} bytes in all (it has {size_bytes})"
+        fields.fault("env", message, limit=True)
     return env
 
 
-def _env_fault(name: str, value: object) -> str | None:
-    if not name or "=" in name or text_fault(name, max_bytes=256) is not None:
-        return "must have a name of 1–256 bytes without = or NUL"
+def _name_fault(name: str) -> str | None:
+    if not is_env_name(name):
+        return "must have a name that a POSIX shell can export: letters, digits and _"
+    if size_fault(name, max_bytes=ENV_NAME_MAX_BYTES) is not None:
+        return f"must have a name of at most {ENV_NAME_MAX_BYTES} bytes"
     if name.startswith("RDEV_"):
         return "names that begin with RDEV_ belong to rdev"
-    if not isinstance(value, str):
-        return "must be a string"
-    return text_fault(value, max_bytes=ARG_MAX_BYTES - len(name.encode()) - 1)
+    return None
 
 
 def _cwd(fields: Fields) -> str:

@@ -153,9 +153,8 @@ def test_all_faults_are_reported_together() -> None:
     ],
 )
 def test_a_bad_field_is_refused(field: str, value: object, message: str) -> None:
-    assert faults_of({"prompt": "hi"} | {field: value}) == [
-        Fault(pointer=f"/{field}", message=message)
-    ]
+    faults = faults_of({"prompt": "hi"} | {field: value})
+    assert [(fault.pointer, fault.message) for fault in faults] == [(f"/{field}", message)]
 
 
 def test_a_session_cannot_be_both_new_and_resumed() -> None:

@@ -1,7 +1,6 @@
 """Every sentence of rdev/ports/execution.py, on real shells and on the fake."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest

@@ -8,7 +8,7 @@
 # Standard input carries the length of this text, the text, the command's stdin, and then line
 # feeds as a heartbeat. Its end means that nobody listens any more: all of this goes away.
 #
-# Growth wakes us through fd 5, a FIFO without a name: whoever writes to it says "look again", and
+# Growth wakes us through fd 5, a FIFO of our own: whoever writes to it says "look again", and
 # a blocked dd is what waits. GNU tail and inotifyd write to it by inotify; the floor is the
 # heartbeat. `bell` is followed with the journals and never empty, so a tail that has taken its
 # places says so with that byte: nothing that grows in between is missed.
@@ -18,8 +18,9 @@ LC_ALL=C
 
 # attach SHELL FOLDER HOME INSTANCE OUT ERR START STDIN_BYTES TIMEOUT_S GRACE_S MAX_BYTES
 attach() {
-  D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes
+  D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
   exec 2>/dev/null 3<&0
+  proc_read $$ && LEADER=$P_PGRP
   EXISTED=yes
   [ -d "$D" ] || { EXISTED=; mkdir -p "$D"; }
   cd "$D" || exit 1
@@ -32,6 +33,7 @@ attach() {
   elif [ "$7" = 1 ] && [ "$INSTANCE" = "$4" ]; then
     printf '%s\n' "$TEXT" >"spec.$$" || exit 1
     launch "$1" "$D/spec.$$" supervise "$1" "$$" "$D" "$3" "$4" "$9" "${10}" "${11}"
+    LAUNCHED=yes
   else
     forbid "$4"
   fi
@@ -58,10 +60,12 @@ observe() {
   WATCHER= LISTENER= MOVED=0
   read_clock
   BEGAN=$NOW
-  look
-  mkfifo "wake.$$" && exec 5<>"wake.$$" || exit 1
-  rm -f "wake.$$" &
-  listen <&3 >&5 &
+  [ -n "$LAUNCHED" ] || look
+  [ -p "wake.$$" ] || mkfifo "wake.$$" || exit 1
+  exec 5<>"wake.$$"
+  # In a subshell, since a function that is redirected keeps a copy of our standard output open,
+  # and then nobody sees us die. The same below.
+  (listen) <&3 >&5 &
   LISTENER=$!
   choose_watcher
   start_watcher
@@ -132,6 +136,7 @@ read_status() {
 
 # Nothing grew: is there still someone who could end it? Who died may have ended it just before.
 check() {
+  kill -0 "$WATCHER" || { WATCH_BY=poll; start_watcher; }
   if [ ! -d go ]; then
     read_clock
     [ $((NOW - BEGAN)) -lt 1000 ] || quit
@@ -166,12 +171,11 @@ quit() {
   exit 0
 }
 
-# Heartbeats become wake-ups. At the end of the stream the whole group goes, a dd that is blocked
-# on a reader that is gone included; the supervisor is in a session of its own.
+# Heartbeats become wake-ups. At the end of the stream the whole group goes, also a dd that is
+# blocked on a reader that is gone; the supervisor is in a session of its own.
 listen() {
-  proc_read $$
   while read -r _; do printf '.'; done
-  [ "$P_PGRP" != $$ ] || kill -KILL "-$$"
+  [ "$LEADER" != $$ ] || kill -KILL "-$$"
   kill -KILL $$
   printf '.'
 }
@@ -191,7 +195,7 @@ choose_watcher() {
 }
 
 start_watcher() {
-  watch_by_$WATCH_BY </dev/null >&5 3<&- &
+  (watch_by_$WATCH_BY) </dev/null >&5 3<&- &
   WATCHER=$!
 }
 
@@ -222,11 +226,13 @@ kill_command() {
   fi
   [ -d go ] || exit 1
   await_pid || answer confirmed
+  read_instance
+  [ "$WHERE" = "$INSTANCE" ] || answer confirmed # nobody outlives an instance
   if [ -e kill ] || read_status; then
     end_all "$3"
     answer "$REPORT"
   fi
-  printf '%s\n' "$TEXT" >"reap.$$" || exit 1
+  printf '%s\n' "$TEXT" >"reap.$$" || { reap cancelled "$3"; answer "$REPORT"; } # a full disk
   launch "$1" "$D/reap.$$" reap_detached "$D" cancelled "$3"
   TURNS=$((($3 + 4) * 20))
   until [ -e kill ]; do

@@ -2,7 +2,7 @@
 # puts `become` in front, the function with the command's secrets.
 
 # proc_read PID: sets P_STATE P_PPID P_PGRP P_SESSION P_START; fails where there is no process.
-# A process may have any bytes but ")" and more in its name, line feeds included.
+# Its name stands in front of the last ")" and may hold anything, line feeds included.
 proc_read() {
   P_LINE= P_START=
   while IFS= read -r P_PART; do P_LINE="$P_LINE$P_PART "; done 2>/dev/null <"/proc/$1/stat"
@@ -14,7 +14,7 @@ proc_read() {
 }
 
 # start TAG FOLDER HOME SUPERVISOR START INSTANCE: becomes the command. Alone in its session.
-# The command's secrets are off the disk before go/ is made; after go/ nothing but exec is left.
+# The command's secrets are off the disk before it runs; after go/ nothing but exec is left.
 start() {
   TAG=$1 D=$2
   proc_read $$ || exit 126
@@ -23,9 +23,10 @@ start() {
   [ ! -e "$D/stdin.$TAG" ] || exec <"$D/stdin.$TAG"
   printf '%s\n' "$LINE" >"$D/pid.$$" || exit 126
   exec >>"$D/out"
-  rm -f "$D"/spec.* "$D"/stdin.* 2>/dev/null
+  rm -f "$D"/spec.* "$D"/stdin.* 2>/dev/null &
   mkdir "$D/go" 2>/dev/null || { rm -f "$D/pid.$$" 2>/dev/null; exit 126; }
   printf '%s\n' "$LINE" >"$D/pid" 2>/dev/null || exit 126
+  wait
   exec 2>>"$D/err"
   umask 022
   cd "$3" && become

@@ -95,7 +95,7 @@ def build_app(
     for blueprint in routes:
         quart.register_blueprint(blueprint)
     quart.before_request(_Gate(authenticate, telemetry, public_paths, hooks).enter)
-    quart.register_error_handler(RdevError, _on_rdev_error)
+    quart.register_error_handler(RdevError, _Refusals(telemetry).answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
     quart.register_error_handler(Exception, _on_fault)
     return Shell(
@@ -282,9 +282,16 @@ def _quart(limits: HttpLimits) -> QuartTrio:
     return quart
 
 
-async def _on_rdev_error(error: RdevError) -> Response:
-    """A refusal that a route or a hook decided on."""
-    return _problem_response(error)
+class _Refusals:
+    """Answers a refusal that a route or a hook decided on; limits that were passed are counted."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+
+    async def answer(self, error: RdevError) -> Response:
+        for limit in {fault.limit for fault in error.faults if fault.limit is not None}:
+            self._telemetry.limit_checked(limit, refused=True)
+        return _problem_response(error)
 
 
 async def _on_http_exception(error: HTTPException) -> Response:

@@ -192,9 +192,11 @@ class TrioConnection(AsyncConnection[Row]):
         exc_tb: TracebackType | None,
     ) -> None:
         """Commit and close; after an exception close, which makes the server roll back."""
-        if exc_type is None and not self.closed:
-            await self.commit()
-        self.abort()
+        try:
+            if exc_type is None and not self.closed:
+                await self.commit()  # noqa: ASYNC102  # commit() shields itself
+        finally:
+            self.abort()
 
     async def close(self) -> None:
         """Close; a task waiting on this connection gets `psycopg.OperationalError`."""
@@ -296,10 +298,10 @@ class TrioConnection(AsyncConnection[Row]):
     async def _run(self, gen: PQGen[RV], *, look_first: bool = False) -> RV:
         try:
             return await self._drive(gen, None, look_first=look_first)
-        except (trio.Cancelled, KeyboardInterrupt):
+        except (trio.Cancelled, KeyboardInterrupt, BaseExceptionGroup):
             # Around Cancelled because the server must be told; it is always raised again.
             if self._in_flight:
-                await self._settle(gen)
+                await self._settle(gen)  # noqa: ASYNC102  # _settle() shields itself
             raise
 
     async def _drive(self, gen: PQGen[RV], wanted: Wait | None, *, look_first: bool = False) -> RV:
@@ -356,10 +358,18 @@ class TrioConnection(AsyncConnection[Row]):
         # A pipeline has an end of its own, which follows; COPY and stream() are not at an end.
         if scope.cancelled_caught or (self._in_flight and self._pipeline is None):
             self.abort()
+            try:
+                gen.close()
+            except psycopg.Error:
+                pass  # it tried to read on from what was just closed
 
     async def _cancel_and_resume(self, gen: PQGen[RV]) -> bool:
-        """One round; False when the generator went on to a further statement meanwhile."""
-        await self._request_cancel()
+        """One round; False when the generator is not at its end after it: the request failed, or
+        came between two statements. Errors: `psycopg.Error`, the generator's own: it has ended."""
+        try:
+            await self._request_cancel()
+        except psycopg.Error:
+            pass  # a busy server; it is asked again
         with trio.move_on_after(CANCEL_AGAIN_S):
             try:
                 wanted = gen.send(Ready.NONE)  # "not ready": it repeats the wait it stands in
