@@ -152,9 +152,7 @@ async def test_a_heartbeat_waits_for_an_append_and_finds_the_lease_ours(
     await _while_held(pools, OTHERS["heartbeat"], claimed, _beat(real, claimed, is_stale=False))
 
 
-async def test_a_heartbeat_that_waited_for_a_take_over_is_stale(
-    real: World, pools: Pools
-) -> None:
+async def test_a_heartbeat_that_waited_for_a_take_over_is_stale(real: World, pools: Pools) -> None:
     claimed = await real.running()
     await _while_held(pools, OTHERS["take over"], claimed, _beat(real, claimed, is_stale=True))
 
@@ -171,16 +169,12 @@ async def test_a_release_that_waited_for_a_take_over_releases_nothing(
     assert await real.claim(holder="three") == []
 
 
-async def test_a_trim_that_waited_for_a_take_over_drops_nothing(
-    real: World, pools: Pools
-) -> None:
+async def test_a_trim_that_waited_for_a_take_over_drops_nothing(real: World, pools: Pools) -> None:
     claimed = await real.running()
     await real.output.append([append_to(claimed, lines(1), lines(1), lines(1))])
 
     async def trim() -> None:
-        dropped = await real.output.trim(
-            claimed.lease, Source.STDOUT, head_bytes=0, tail_bytes=0
-        )
+        dropped = await real.output.trim(claimed.lease, Source.STDOUT, head_bytes=0, tail_bytes=0)
         assert dropped == 0
 
     await _while_held(pools, OTHERS["take over"], claimed, trim)

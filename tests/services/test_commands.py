@@ -157,9 +157,7 @@ async def test_waiting_no_time_looks_once(office: Office) -> None:
     assert trio.current_time() == pytest.approx(0, abs=0.01)
 
 
-async def test_a_lost_hint_costs_a_waiter_a_second(
-    office: Office, nursery: trio.Nursery
-) -> None:
+async def test_a_lost_hint_costs_a_waiter_a_second(office: Office, nursery: trio.Nursery) -> None:
     command = (await office.submit()).command.id
 
     async def cancel_unseen() -> None:
@@ -172,9 +170,7 @@ async def test_a_lost_hint_costs_a_waiter_a_second(
     assert trio.current_time() <= 3.6
 
 
-async def test_waiting_ends_when_the_server_stops(
-    office: Office, nursery: trio.Nursery
-) -> None:
+async def test_waiting_ends_when_the_server_stops(office: Office, nursery: trio.Nursery) -> None:
     command = (await office.submit()).command.id
 
     async def stop() -> None:
