@@ -208,10 +208,9 @@ async def test_a_claim_that_waited_for_a_cancel_leaves_the_command_alone(
         taken.extend(await real.claim())
 
     end = "update commands set status = 'cancelled', spec = null where id = %s"
-    async with trio.open_nursery() as nursery:
-        async with held(pools, end, cancelled):
-            nursery.start_soon(claim)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, end, cancelled):
+        nursery.start_soon(claim)
+        await until_blocked(pools)
     # The lane is free again: whoever comes next takes the one behind.
     assert taken == []
     [claimed] = await real.claim()
@@ -225,10 +224,9 @@ async def test_a_cancel_that_waited_for_a_claim_is_recorded(real: World, pools: 
         "update commands set status = 'running', attempt = 1, lease_id = 99, "
         "lease_until = now() + interval '1 hour', started_at = now() where id = %s"
     )
-    async with trio.open_nursery() as nursery:
-        async with held(pools, claim, command):
-            nursery.start_soon(real.commands.request_cancel, command)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, claim, command):
+        nursery.start_soon(real.commands.request_cancel, command)
+        await until_blocked(pools)
     found = await real.commands.get(command)
     assert found is not None
     assert (found.status, found.last_seq) == (Status.RUNNING, 1)
@@ -314,7 +312,6 @@ async def _while_held(
     pools: Pools, statement: str, claimed: Claimed, do: Callable[[], Awaitable[None]]
 ) -> None:
     """Start the action while another statement holds the row; it goes on at the commit."""
-    async with trio.open_nursery() as nursery:
-        async with held(pools, statement, claimed.lease.command):
-            nursery.start_soon(do)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, statement, claimed.lease.command):
+        nursery.start_soon(do)
+        await until_blocked(pools)
