@@ -111,8 +111,8 @@ where bytes_before < %(limit_bytes)s
 order by first_seq
 """
 
-# Read backwards. A chunk stands for a byte at least (the very last may stand for none), which bounds
-# how many are looked at: of a million small chunks all were, in 1.6 s.
+# Read backwards. A chunk stands for a byte at least (the very last may stand for none), which
+# bounds how many are looked at: of a million small chunks all were, in 1.6 s.
 _READ_TAIL = """
 select first_seq, last_seq, source, raw_bytes, payload
 from (
