@@ -19,6 +19,7 @@ from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted, CancelResult
 from rdev.services.commands import Caller, Commands
 from rdev.services.projects import Projects
+from rdev.services.shield import COMMIT_SHIELD_S
 from tests.fakes.store import FakeCommands, FakeProjects, StoreState
 from tests.services.scripted import PROJECT, Place, Server, make_project
 
@@ -223,16 +224,13 @@ def test_whatever_was_committed_was_announced(
 
     async def submit_and_cancel(server: Server) -> None:
         office = Office(server, SlowStore(server.state, before_s, after_s))
-        refused: RdevError | None = None
         with trio.move_on_after(cancel_s):
             try:
                 await office.submit()
-            except RdevError as error:
-                refused = error
-        if refused is not None:
-            assert refused.code is ErrorCode.SERVICE_UNAVAILABLE
-            assert before_s + after_s >= 5
-            return
+            except RdevError:
+                # The shield's time was up: nobody knows, and nobody was told.
+                assert before_s + after_s >= COMMIT_SHIELD_S
+                return
         assert office.wakes == len(server.state.rows)
         for command in server.state.rows:
             with trio.move_on_after(cancel_s):
