@@ -6,7 +6,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -103,9 +103,10 @@ async def test_a_hundred_cuts_lose_and_double_nothing(
                 since += 1
                 if cuts < 100 and since > dice.randrange(2):
                     for pid in attach_processes(projects, command):
-                        if os.getpgid(pid) == pid:  # the shell alone, or all of it
-                            dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
-                            cuts, since = cuts + 1, 0
+                        with suppress(ProcessLookupError):  # it ended just now
+                            if os.getpgid(pid) == pid:  # the shell alone, or all of it
+                                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
+                                cuts, since = cuts + 1, 0
     assert cuts == 100
     assert got == data
     assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), 20_000))
@@ -385,6 +386,21 @@ async def test_a_pid_that_was_taken_by_another_process_is_not_alive(
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
+async def test_a_zombie_is_not_alive(executor: LocalExecutor, projects: Path) -> None:
+    """A pid 1 that does not reap leaves the command's pid in /proc for ever."""
+    command = new_command()
+    place = folder(projects, command)
+    (place / "go").mkdir(parents=True)
+    process = await trio.lowlevel.open_process(["true"])
+    stat = Path(f"/proc/{process.pid}/stat")
+    await until(lambda: stat.read_text().rpartition(") ")[2][0] == "Z", "it is a zombie")
+    me = f"{process.pid} {stat.read_text().rpartition(') ')[2].split()[19]}"
+    (place / "pid").write_text(f"{me} {me} {await executor.instance(PROJECT)}\n")
+    seen = await observe(executor, command, None)
+    assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
+    await process.wait()
+
+
 async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, projects: Path) -> None:
     command = new_command()
     place = folder(projects, command)
@@ -396,7 +412,7 @@ async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, proj
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
-@pytest.mark.parametrize("damage", ["half", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["half", "garbage", "empty", "no end"])
 async def test_a_status_that_is_not_whole_is_absent(
     executor: LocalExecutor, projects: Path, damage: str
 ) -> None:
@@ -404,9 +420,14 @@ async def test_a_status_that_is_not_whole_is_absent(
     await observe(executor, command, sh("echo done"))
     status = folder(projects, command) / "status"
     whole = status.read_bytes()
-    status.write_bytes(
-        {"half": whole[: len(whole) // 2], "garbage": b"\xff\0{}", "empty": b""}[damage]
-    )
+    damaged = {
+        "half": whole[: len(whole) // 2],
+        "garbage": b"\xff\0{}",
+        "empty": b"",
+        "no end": whole.removesuffix(b"end\n"),
+    }
+    assert damaged[damage] != whole
+    status.write_bytes(damaged[damage])
     seen = await observe(executor, command, None)
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
@@ -545,14 +566,32 @@ ESCAPERS = {
 async def test_a_kill_reaches_what_escaped(
     executor: LocalExecutor, projects: Path, how: str
 ) -> None:
+    await _kill_with_escaper(executor, projects, ESCAPERS[how])
+
+
+@pytest.mark.parametrize("how", [how for how in ESCAPERS if how != "clean daemon"])
+async def test_without_a_subreaper_only_a_daemon_with_a_clean_environment_escapes(
+    projects: Path, tmp_path: Path, how: str
+) -> None:
+    """No perl on this PATH: group, tree and marker."""
+    with shell_path("busybox", tmp_path) as path:
+        executor = local(projects, path)
+        await executor.prepare(PROJECT)
+        await _kill_with_escaper(executor, projects, ESCAPERS[how])
+
+
+async def _kill_with_escaper(executor: LocalExecutor, projects: Path, escaper: str) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
-    script = f"{ESCAPERS[how]}\necho ready; exec sleep 1000"
 
     def sleepers() -> int:
         return sum("sleep 1000" in line for line in processes_in(projects).values())
 
     async with executor.attach(
-        PROJECT, command, spec=sh(script), instance=instance, offsets=Offsets()
+        PROJECT,
+        command,
+        spec=sh(f"{escaper}\necho ready; exec sleep 1000"),
+        instance=instance,
+        offsets=Offsets(),
     ) as attachment:
         await read_until(attachment, b"ready\n")
         await until(lambda: sleepers() >= 2, "the escaper runs")
