@@ -1,10 +1,12 @@
 """`rdev demo`: a server, a project, a command whose lines are seen live; then it keeps serving."""
 
+from functools import partial
+
 import click
 import trio
 
 from rdev.adapters.telemetry.logs import configure_logs
-from rdev.app import open_identity, serve
+from rdev.app import serve
 from rdev.cli.client import Client, Event, open_client
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import read_settings
@@ -19,7 +21,7 @@ def demo() -> None:
     settings = read_settings(None)
 
     async def main() -> int:
-        async with open_identity(settings) as identity, trio.open_nursery() as nursery:
+        with open_identity(settings) as identity:
             configure_logs(level="warn", secrets=[identity.admin_key])
             click.echo("starting PostgreSQL and rdev …")
 
@@ -28,8 +30,10 @@ def demo() -> None:
                     await _show(client)
                 _say_more(url, identity.admin_key)
 
-            await serve(settings, identity, on_serving=lambda url: nursery.start_soon(show, url))
-            nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+                showing = partial(nursery.start_soon, show)
+                await serve(settings, identity, on_serving=showing)
+                nursery.cancel_scope.cancel()
         return 0
 
     run_trio(main)
