@@ -1,7 +1,5 @@
 """`rdev demo`: a server, a project, a command whose lines are seen live; then it keeps serving."""
 
-from functools import partial
-
 import click
 import trio
 
@@ -10,6 +8,7 @@ from rdev.app import serve
 from rdev.cli.client import Client, Event, open_client
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import read_settings
+from rdev.identity import open_identity
 
 PROJECT = "demo"
 SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0.5; done'
@@ -31,8 +30,11 @@ def demo() -> None:
                 _say_more(url, identity.admin_key)
 
             async with trio.open_nursery() as nursery:
-                showing = partial(nursery.start_soon, show)
-                await serve(settings, identity, on_serving=showing)
+
+                def begin(url: str) -> None:
+                    nursery.start_soon(show, url)
+
+                await serve(settings, identity, on_serving=begin)
                 nursery.cancel_scope.cancel()
         return 0
 

@@ -148,7 +148,7 @@ clone -uevil https://example.org/a
 clone -qu evil https://example.org/a
 clone --config core.sshCommand=evil https://example.org/a
 clone -c core.sshCommand=evil https://example.org/a
-clone --template=/tmp/t https://example.org/a
+clone --template=/var/t https://example.org/a
 clone --reference /other https://example.org/a
 clone --separate-git-dir=/var/x https://example.org/a
 clone --recurse-submodules https://example.org/a
@@ -271,7 +271,7 @@ am -i x
 format-patch -o /tmp HEAD~1
 format-patch --signature-file=/etc/passwd HEAD~1
 init /var/x
-init --template=/tmp/t
+init --template=/var/t
 init --separate-git-dir=/var/x
 worktree add /var/x
 worktree add ../x
