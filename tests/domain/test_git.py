@@ -159,7 +159,7 @@ clone evil://x
 clone file:///etc
 clone /other/project
 clone ../other
-clone https://example.org/a /tmp/elsewhere
+clone https://example.org/a /mnt/elsewhere
 clone https://example.org/a ../elsewhere
 clone -- -oProxyCommand=evil:x
 clone ssh://-oProxyCommand=evil/x
@@ -187,7 +187,7 @@ rebase --gpg-sign=x main
 rebase -s evil main
 bisect run evil
 bisect visualize
-bisect replay /tmp/log
+bisect replay /mnt/log
 bisect
 bisect -- run
 grep -Oevil x
@@ -266,7 +266,7 @@ apply ../x.patch
 apply --unsafe-paths x
 apply --build-fake-ancestor=/var/x a
 apply --directory=/etc x
-am /tmp/mbox
+am /mnt/mbox
 am -i x
 format-patch -o /tmp HEAD~1
 format-patch --signature-file=/etc/passwd HEAD~1
