@@ -152,9 +152,7 @@ async def test_a_heartbeat_waits_for_an_append_and_finds_the_lease_ours(
     await _while_held(pools, OTHERS["heartbeat"], claimed, _beat(real, claimed, is_stale=False))
 
 
-async def test_a_heartbeat_that_waited_for_a_take_over_is_stale(
-    real: World, pools: Pools
-) -> None:
+async def test_a_heartbeat_that_waited_for_a_take_over_is_stale(real: World, pools: Pools) -> None:
     claimed = await real.running()
     await _while_held(pools, OTHERS["take over"], claimed, _beat(real, claimed, is_stale=True))
 
@@ -171,16 +169,12 @@ async def test_a_release_that_waited_for_a_take_over_releases_nothing(
     assert await real.claim(holder="three") == []
 
 
-async def test_a_trim_that_waited_for_a_take_over_drops_nothing(
-    real: World, pools: Pools
-) -> None:
+async def test_a_trim_that_waited_for_a_take_over_drops_nothing(real: World, pools: Pools) -> None:
     claimed = await real.running()
     await real.output.append([append_to(claimed, lines(1), lines(1), lines(1))])
 
     async def trim() -> None:
-        dropped = await real.output.trim(
-            claimed.lease, Source.STDOUT, head_bytes=0, tail_bytes=0
-        )
+        dropped = await real.output.trim(claimed.lease, Source.STDOUT, head_bytes=0, tail_bytes=0)
         assert dropped == 0
 
     await _while_held(pools, OTHERS["take over"], claimed, trim)
@@ -214,10 +208,9 @@ async def test_a_claim_that_waited_for_a_cancel_leaves_the_command_alone(
         taken.extend(await real.claim())
 
     end = "update commands set status = 'cancelled', spec = null where id = %s"
-    async with trio.open_nursery() as nursery:
-        async with held(pools, end, cancelled):
-            nursery.start_soon(claim)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, end, cancelled):
+        nursery.start_soon(claim)
+        await until_blocked(pools)
     # The lane is free again: whoever comes next takes the one behind.
     assert taken == []
     [claimed] = await real.claim()
@@ -231,10 +224,9 @@ async def test_a_cancel_that_waited_for_a_claim_is_recorded(real: World, pools: 
         "update commands set status = 'running', attempt = 1, lease_id = 99, "
         "lease_until = now() + interval '1 hour', started_at = now() where id = %s"
     )
-    async with trio.open_nursery() as nursery:
-        async with held(pools, claim, command):
-            nursery.start_soon(real.commands.request_cancel, command)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, claim, command):
+        nursery.start_soon(real.commands.request_cancel, command)
+        await until_blocked(pools)
     found = await real.commands.get(command)
     assert found is not None
     assert (found.status, found.last_seq) == (Status.RUNNING, 1)
@@ -320,7 +312,6 @@ async def _while_held(
     pools: Pools, statement: str, claimed: Claimed, do: Callable[[], Awaitable[None]]
 ) -> None:
     """Start the action while another statement holds the row; it goes on at the commit."""
-    async with trio.open_nursery() as nursery:
-        async with held(pools, statement, claimed.lease.command):
-            nursery.start_soon(do)
-            await until_blocked(pools)
+    async with trio.open_nursery() as nursery, held(pools, statement, claimed.lease.command):
+        nursery.start_soon(do)
+        await until_blocked(pools)

@@ -19,6 +19,7 @@ from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted, CancelResult
 from rdev.services.commands import Caller, Commands
 from rdev.services.projects import Projects
+from rdev.services.shield import COMMIT_SHIELD_S
 from tests.fakes.store import FakeCommands, FakeProjects, StoreState
 from tests.services.scripted import PROJECT, Place, Server, make_project
 
@@ -157,9 +158,7 @@ async def test_waiting_no_time_looks_once(office: Office) -> None:
     assert trio.current_time() == pytest.approx(0, abs=0.01)
 
 
-async def test_a_lost_hint_costs_a_waiter_a_second(
-    office: Office, nursery: trio.Nursery
-) -> None:
+async def test_a_lost_hint_costs_a_waiter_a_second(office: Office, nursery: trio.Nursery) -> None:
     command = (await office.submit()).command.id
 
     async def cancel_unseen() -> None:
@@ -172,9 +171,7 @@ async def test_a_lost_hint_costs_a_waiter_a_second(
     assert trio.current_time() <= 3.6
 
 
-async def test_waiting_ends_when_the_server_stops(
-    office: Office, nursery: trio.Nursery
-) -> None:
+async def test_waiting_ends_when_the_server_stops(office: Office, nursery: trio.Nursery) -> None:
     command = (await office.submit()).command.id
 
     async def stop() -> None:
@@ -230,9 +227,9 @@ def test_whatever_was_committed_was_announced(
         with trio.move_on_after(cancel_s):
             try:
                 await office.submit()
-            except RdevError as error:
-                assert error.code is ErrorCode.SERVICE_UNAVAILABLE
-                assert before_s + after_s >= 5
+            except RdevError:
+                # The shield's time was up: nobody knows, and nobody was told.
+                assert before_s + after_s >= COMMIT_SHIELD_S
                 return
         assert office.wakes == len(server.state.rows)
         for command in server.state.rows:
