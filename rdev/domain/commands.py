@@ -157,7 +157,7 @@ class Claimed:
     """A command that is ours to run or, after a take-over, to go on observing.
 
     `instance` is what the project was when the attempt began (None: not recorded yet, so it
-    cannot have started). `offsets` and `last_seq` are what the log already holds.
+    cannot have started). `offsets`, `last_seq` and `dropped_bytes` are what the log already holds.
     """
 
     lease: Lease
@@ -169,6 +169,7 @@ class Claimed:
     instance: str | None
     offsets: Offsets
     last_seq: int
+    dropped_bytes: int
     queue_wait_ms: int
     cancel_requested: bool
 

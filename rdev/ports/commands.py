@@ -105,7 +105,8 @@ class Leases(Protocol):
         ...
 
     async def record_instance(self, lease: Lease, instance: str) -> bool:
-        """Store what the project is, before anything starts in it. False: the lease is stale."""
+        """Store what the project is, before anything starts in it; again is fine. False: the lease
+        is stale, or another instance was recorded."""
         ...
 
     async def release(self, leases: Sequence[Lease]) -> None:

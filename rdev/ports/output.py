@@ -28,11 +28,13 @@ class NewChunk:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Append:
     """The pending events of one command. It applies only if the lease is the command's and the
-    log stands exactly at `start`; it moves the log to `end`. `outcome` ends the command with it.
+    log stands exactly at `start` and `start_seq` (the last event's number; events may stand for no
+    bytes at all); it moves the log to `end`. `outcome` ends the command with it.
     """
 
     lease: Lease
     start: Offsets
+    start_seq: int
     end: Offsets
     chunks: tuple[NewChunk, ...]
     outcome: Outcome | None = None
@@ -67,8 +69,8 @@ class OutputLog(Protocol):
     async def append(self, batch: Sequence[Append]) -> list[AppendResult]:
         """Apply each append or none of it, all in one statement, one result for each in order.
 
-        Repeating an append whose reply was lost is harmless: the offsets it starts at no longer
-        match, and it is reported as APPLIED with the numbers it got. Each command concerns only
+        Repeating an append whose reply was lost is harmless: what it starts at no longer matches,
+        and it is reported as APPLIED with the numbers it got. Each command concerns only
         itself: a locked or stale one does not hold up the others. At most one append a command.
         Errors: SERVICE_UNAVAILABLE (nothing may be assumed; repeat), INTERNAL_ERROR when the
         batch as a whole is refused (the caller halves it until the guilty one is alone).
@@ -77,7 +79,8 @@ class OutputLog(Protocol):
 
     async def read(self, command: CommandId, *, after: int, limit_bytes: int) -> list[Chunk]:
         """Chunks that hold events with a number > `after`, in order, until `limit_bytes` of
-        payload are passed (always at least one if there is any). The first may begin earlier."""
+        payload or 1,000 chunks are reached (always at least one if there is any). The first may
+        begin earlier."""
         ...
 
     async def read_tail(

@@ -1,13 +1,13 @@
 """The appender: one per process sends the pending output of all commands as one statement.
 
 Woken by the first write; no timer: it appends at once when nothing is in flight and gathers
-meanwhile. Bounds: a batch carries at most 256 KiB of payload (or one command's pending output), a
-command may have at most 256 KiB pending, then its writer waits, and the journal in the project is
-the buffer. Only what the log has committed is published.
+meanwhile. Bounds: a batch carries at most 256 KiB of payload (or one command's pending output); a
+command that has 256 KiB pending makes its writer wait, and the journal in the project is the
+buffer. Only what the log has committed is published.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -49,12 +49,14 @@ class Writer:
     """One attempt's way into the log. `end` is how far the journals were handed over, committed
     or not."""
 
-    def __init__(self, *, lease: Lease, offsets: Offsets, wake: Callable[["Writer"], None]) -> None:
-        self.lease = lease
-        self.end = offsets
-        self.dropped_bytes = {Source.STDOUT: 0, Source.STDERR: 0}
+    def __init__(self, *, claimed: Claimed, wake: Callable[["Writer"], None]) -> None:
+        self.lease = claimed.lease
+        self.end = claimed.offsets
+        self._dropped_before = claimed.dropped_bytes > 0
+        self._dropped_bytes = {Source.STDOUT: 0, Source.STDERR: 0}
         self._wake = wake
-        self._committed = offsets
+        self._committed = claimed.offsets
+        self._committed_seq = claimed.last_seq
         self._chunks: list[NewChunk] = []
         self._pending_bytes = 0
         self._outcome: Outcome | None = None
@@ -67,6 +69,16 @@ class Writer:
         """Payload not yet committed."""
         return self._pending_bytes
 
+    @property
+    def next_bytes(self) -> int:
+        """Payload of the append that `take` would give."""
+        return self._in_flight.size_bytes if self._in_flight else self._pending_bytes
+
+    @property
+    def truncated(self) -> bool:
+        """Whether output of the command was dropped, now or in an earlier attempt."""
+        return self._dropped_before or any(self._dropped_bytes.values())
+
     async def write(self, stream: Stream, chunk: NewChunk) -> None:
         """Hand over the events that stand for the next `raw_bytes` of a journal.
 
@@ -76,8 +88,10 @@ class Writer:
         while self._pending_bytes >= PENDING_MAX_BYTES and self._failure is None:
             await self._moved.park()
         self._raise_failure()
-        moved = {stream.value: getattr(self.end, stream.value) + chunk.raw_bytes}
-        self.end = Offsets(**({"stdout": self.end.stdout, "stderr": self.end.stderr} | moved))
+        if stream is Stream.STDOUT:
+            self.end = replace(self.end, stdout=self.end.stdout + chunk.raw_bytes)
+        else:
+            self.end = replace(self.end, stderr=self.end.stderr + chunk.raw_bytes)
         self._chunks.append(chunk)
         self._pending_bytes += len(chunk.payload)
         self._wake(self)
@@ -96,12 +110,13 @@ class Writer:
             await self._moved.park()
         self._raise_failure()
 
-    def take(self) -> Append | None:
+    def take(self) -> Append:
         """The pending output as one append; the same one again until it is settled."""
-        if self._in_flight is None and self._chunks:
+        if self._in_flight is None:
             self._in_flight = Append(
                 lease=self.lease,
                 start=self._committed,
+                start_seq=self._committed_seq,
                 end=self.end,
                 chunks=tuple(self._chunks),
                 outcome=self._outcome,
@@ -118,6 +133,7 @@ class Writer:
             self.fail(LeaseLostError(self.lease))
             return
         self._committed = self._in_flight.end
+        self._committed_seq = result.chunks[-1].last_seq
         self._pending_bytes -= self._in_flight.size_bytes
         self._in_flight = None
         self._moved.unpark_all()
@@ -130,12 +146,16 @@ class Writer:
         self._pending_bytes = 0
         self._moved.unpark_all()
 
+    def trimmed(self, source: Source, dropped_bytes: int) -> None:
+        """So many bytes of the source were dropped in all."""
+        self._dropped_bytes[source] = dropped_bytes
+
     def over_cap(self) -> list[Source]:
         """The streams of which more is stored than is kept."""
         limit = HEAD_BYTES + TAIL_BYTES + TRIM_STRIDE_BYTES
         stored = {
-            Source.STDOUT: self._committed.stdout - self.dropped_bytes[Source.STDOUT],
-            Source.STDERR: self._committed.stderr - self.dropped_bytes[Source.STDERR],
+            Source.STDOUT: self._committed.stdout - self._dropped_bytes[Source.STDOUT],
+            Source.STDERR: self._committed.stderr - self._dropped_bytes[Source.STDERR],
         }
         return [source for source, size_bytes in stored.items() if size_bytes > limit]
 
@@ -152,13 +172,14 @@ class Appender:
         self._log = log
         self._publish = publish
         self._backoff = backoff
-        self._ready: dict[CommandId, Writer] = {}
+        # By lease: after a take-over of our own a command has two writers for a while.
+        self._ready: dict[Lease, Writer] = {}
         self._work = trio.Event()
         self._batches = self._applied = self._stale = 0
 
     def open(self, claimed: Claimed) -> Writer:
         """A writer for a claimed command, which begins where the log stands."""
-        return Writer(lease=claimed.lease, offsets=claimed.offsets, wake=self._wake)
+        return Writer(claimed=claimed, wake=self._wake)
 
     def statistics(self) -> AppenderStatistics:
         """Counters since the start."""
@@ -197,50 +218,42 @@ class Appender:
         Errors: SERVICE_UNAVAILABLE; nothing is lost, the same batch comes again.
         """
         batch = self._take_batch()
-        settled = await self._append([append for _, append in batch])
-        for writer, append in batch:
-            result = settled.get(append.lease.command)
-            if result is not None:
-                self._settle(writer, result)
-        for writer, _ in batch:
+        settled = await self._append(batch)
+        for writer in batch:
             await self._trim(writer)
-        return sum(result.state is not AppendState.LOCKED for result in settled.values())
+        return settled
 
     def _wake(self, writer: Writer) -> None:
-        self._ready[writer.lease.command] = writer
+        self._ready[writer.lease] = writer
         self._work.set()
 
-    def _take_batch(self) -> list[tuple[Writer, Append]]:
-        """Writers in the order they became ready, until the batch is full."""
-        batch: list[tuple[Writer, Append]] = []
+    def _take_batch(self) -> list[Writer]:
+        """Writers in the order they became ready, one a command, until the batch is full."""
+        batch: dict[CommandId, Writer] = {}
         size_bytes = 0
-        for command, writer in list(self._ready.items()):
-            append = writer.take()
-            if append is None:
-                del self._ready[command]
-                continue
-            batch.append((writer, append))
-            size_bytes += append.size_bytes
-            if size_bytes >= BATCH_MAX_BYTES:
+        for writer in self._ready.values():
+            size_bytes += writer.next_bytes
+            if batch and size_bytes > BATCH_MAX_BYTES:
                 break
-        return batch
+            batch.setdefault(writer.lease.command, writer)
+        return list(batch.values())
 
-    async def _append(self, batch: list[Append]) -> dict[CommandId, AppendResult]:
+    async def _append(self, writers: list[Writer]) -> int:
         """One statement; a batch that fails as a whole is halved until the guilty one is alone."""
-        if not batch:
-            return {}
         self._batches += 1
         try:
-            results = await self._log.append(batch)
+            results = await self._log.append([writer.take() for writer in writers])
         except RdevError as error:
             if error.code is not ErrorCode.INTERNAL_ERROR:
                 raise
-            if len(batch) == 1:
-                self._fail(batch[0].lease.command, error)
-                return {}
-            half = len(batch) // 2
-            return await self._append(batch[:half]) | await self._append(batch[half:])
-        return {result.command: result for result in results}
+            if len(writers) == 1:
+                self._fail(writers[0], error)
+                return 1
+            half = len(writers) // 2
+            return await self._append(writers[:half]) + await self._append(writers[half:])
+        for writer, result in zip(writers, results, strict=True):
+            self._settle(writer, result)
+        return sum(result.state is not AppendState.LOCKED for result in results)
 
     def _settle(self, writer: Writer, result: AppendResult) -> None:
         for chunk in result.chunks:
@@ -249,17 +262,17 @@ class Appender:
         self._stale += result.state is AppendState.STALE
         writer.settle(result)
         # Whoever is waiting goes behind the others.
-        if self._ready.pop(writer.lease.command, None) is not None and writer.pending_bytes:
-            self._ready[writer.lease.command] = writer
+        del self._ready[writer.lease]
+        if writer.pending_bytes:
+            self._ready[writer.lease] = writer
 
-    def _fail(self, command: CommandId, error: RdevError) -> None:
-        writer = self._ready.pop(command, None)
-        if writer is not None:
-            writer.fail(error)
+    def _fail(self, writer: Writer, error: RdevError) -> None:
+        del self._ready[writer.lease]
+        writer.fail(error)
 
     async def _trim(self, writer: Writer) -> None:
         for source in writer.over_cap():
             dropped_bytes = await self._log.trim(
                 writer.lease, source, head_bytes=HEAD_BYTES, tail_bytes=TAIL_BYTES
             )
-            writer.dropped_bytes[source] = dropped_bytes
+            writer.trimmed(source, dropped_bytes)

@@ -212,11 +212,10 @@ class Attempt:
     async def _finish(self, end: Exit | Lost) -> Outcome:
         report = None if self._agent is None else _report(self._agent.agent)
         outcome = judge(end, cancel_requested=self._cancel_asked, agent=report, kill=self._kill)
-        dropped = self._writer.dropped_bytes
         payload = final_lines(
             outcome,
             attempt=self.claimed.attempt,
-            truncated=any(dropped.values()),
+            truncated=self._writer.truncated,
             stdout_bytes=self._writer.end.stdout,
             stderr_bytes=self._writer.end.stderr,
         )

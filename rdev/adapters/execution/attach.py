@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final
 
 import trio
+import trio.abc
 
 from rdev.adapters.execution.frames import Alive, Frame, FrameDecoder, Hello, ProtocolError
 from rdev.adapters.execution.transport import Streams, TransportError
@@ -57,7 +58,7 @@ class ScriptAttachment:
         self._send, self._receive = trio.open_memory_channel[Piece | Exit | Lost](0)
         self._nursery_manager = trio.open_nursery()
         self._stdin: trio.abc.SendStream | None = None  # of the exec that is being followed
-        self._failing_since: float | None = None  # trio's clock
+        self._signs = 0  # of life, from any exec
 
     async def __aenter__(self) -> "ScriptAttachment":
         """Begin to observe."""
@@ -83,9 +84,9 @@ class ScriptAttachment:
 
     async def _pump(self) -> None:
         """One exec after the other until the end is delivered."""
-        pause_s = _BACKOFF_FIRST_S
+        pause_s, failing_since = _BACKOFF_FIRST_S, trio.current_time()
         while True:
-            began = self._failing_since = self._failing_since or trio.current_time()
+            before = self._signs
             try:
                 if await self._observe_once():
                     return
@@ -93,9 +94,9 @@ class ScriptAttachment:
                 pass  # the end of an exec says nothing about the command: ask again
             finally:
                 self._stdin = None
-            if self._failing_since is None:
-                pause_s = _BACKOFF_FIRST_S
-            elif trio.current_time() - began >= self._patience.unreachable_s:
+            if self._signs != before:
+                pause_s, failing_since = _BACKOFF_FIRST_S, trio.current_time()
+            elif trio.current_time() - failing_since >= self._patience.unreachable_s:
                 await self._send.send(Lost(reason=LostReason.UNREACHABLE, may_still_run=True))
                 return
             await trio.sleep(pause_s * random.uniform(0.5, 1))
@@ -115,7 +116,7 @@ class ScriptAttachment:
                     data = await streams.stdout.receive_some(_READ_BYTES)
                 if not data:
                     return False
-                for frame in decoder.feed(data):
+                for frame in decoder.feed(bytes(data)):
                     if await self._deliver(frame):
                         return True
 
@@ -125,10 +126,10 @@ class ScriptAttachment:
             case Hello():
                 return False
             case Alive():
-                self._failing_since = None
+                self._signs += 1
                 return False
             case Piece():
-                self._failing_since = None
+                self._signs += 1
                 self._at[frame.stream] += len(frame.data)
                 await self._send.send(frame)
                 return False

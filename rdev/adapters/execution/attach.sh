@@ -20,6 +20,7 @@ LC_ALL=C
 attach() {
   D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes
   exec 2>/dev/null 3<&0
+  proc_read $$ && GROUP=$P_PGRP
   EXISTED=yes
   [ -d "$D" ] || { EXISTED=; mkdir -p "$D"; }
   cd "$D" || exit 1
@@ -61,7 +62,9 @@ observe() {
   look
   mkfifo "wake.$$" && exec 5<>"wake.$$" || exit 1
   rm -f "wake.$$" &
-  listen <&3 >&5 &
+  # In a subshell, since a function that is redirected keeps a copy of our standard output open,
+  # and then nobody sees us die. The same below.
+  (listen) <&3 >&5 &
   LISTENER=$!
   choose_watcher
   start_watcher
@@ -166,12 +169,11 @@ quit() {
   exit 0
 }
 
-# Heartbeats become wake-ups. At the end of the stream the whole group goes, a dd that is blocked
-# on a reader that is gone included; the supervisor is in a session of its own.
+# Heartbeats become wake-ups. At the end of the stream the whole group goes, also a dd that is
+# blocked on a reader that is gone; the supervisor is in a session of its own.
 listen() {
-  proc_read $$
   while read -r _; do printf '.'; done
-  [ "$P_PGRP" != $$ ] || kill -KILL "-$$"
+  [ "$GROUP" != $$ ] || kill -KILL "-$$"
   kill -KILL $$
   printf '.'
 }
@@ -191,7 +193,7 @@ choose_watcher() {
 }
 
 start_watcher() {
-  watch_by_$WATCH_BY </dev/null >&5 3<&- &
+  (watch_by_$WATCH_BY) </dev/null >&5 3<&- &
   WATCHER=$!
 }
 

@@ -56,9 +56,9 @@ class LocalTransport:
 
 async def _end(process: trio.Process) -> None:
     """End the observers as one group, and reap. Takes about a millisecond: they are killed."""
-    # Before the leader is reaped its process id, and so the group's, cannot belong to others.
-    if process.returncode is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    # Nobody has reaped the leader yet (trio does so only when asked), dead or alive: its id, and so
+    # the group's, cannot belong to others.
+    os.killpg(process.pid, signal.SIGKILL)
     # shielded: a killed process is reaped at once, an unreaped one would stay for ever
     with trio.CancelScope(shield=True):
         await process.wait()

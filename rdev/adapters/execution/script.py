@@ -23,7 +23,8 @@ _UNSETTABLE: Final = frozenset(
 # Reads exactly the announced bytes (dd, since busybox's head takes more than it gives) and refuses
 # what is short: a stream that was cut is not a script.
 _BOOTSTRAP: Final = (
-    'PATH=$1; export PATH; shift; LC_ALL=C; IFS= read -r N && TEXT=$(dd bs="$N" count=1 iflag=fullblock 2>/dev/null)'
+    "PATH=$1; export PATH; shift; LC_ALL=C; IFS= read -r N"
+    ' && TEXT=$(dd bs="$N" count=1 iflag=fullblock 2>/dev/null)'
     ' && [ "${#TEXT}" = "$N" ] && eval "$TEXT"'
 )
 

@@ -2,7 +2,7 @@
 # puts `become` in front, the function with the command's secrets.
 
 # proc_read PID: sets P_STATE P_PPID P_PGRP P_SESSION P_START; fails where there is no process.
-# A process may have any bytes but ")" and more in its name, line feeds included.
+# Its name stands in front of the last ")" and may hold anything, line feeds included.
 proc_read() {
   P_LINE= P_START=
   while IFS= read -r P_PART; do P_LINE="$P_LINE$P_PART "; done 2>/dev/null <"/proc/$1/stat"

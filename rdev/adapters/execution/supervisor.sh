@@ -58,7 +58,7 @@ launch() {
       %ENV = (PATH => $ENV{PATH}); exec @ARGV' $SETSID $PRCTL "$@"
   else
     setsid setsid env -i PATH="$PATH" "$@"
-  fi </dev/null >/dev/null 2>&1
+  fi </dev/null >/dev/null 2>&1 3<&-
 }
 
 # --- supervising ------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class HttpServer:
         listeners: list[Listener] = []
         bound = []
         for bind in self._bind:
-            opened = cleanup.enter_context(_listening_socket(bind, self._times.write_s))
+            opened = cleanup.enter_context(listening_socket(bind, self._times.write_s))
             if opened.family is socket.AF_UNIX:
                 cleanup.callback(_unlink, bind.removeprefix(_UNIX))
             bound.append(f"{scheme}://{repr_socket_addr(opened.family, opened.getsockname())}")
@@ -217,7 +217,7 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _listening_socket(bind: str, user_timeout_s: float) -> socket.socket:
+def listening_socket(bind: str, user_timeout_s: float) -> socket.socket:
     """A socket that listens on `host:port`, `[v6]:port` or `unix:path`. Errors: OSError."""
     if bind.startswith(_UNIX):
         path = bind.removeprefix(_UNIX)

@@ -215,6 +215,6 @@ def to_command(row: DictRow) -> Command:
         key_id=row["key_id"],
         session_id=row["session_id"],
         usage=row["usage"],
-        kill=None if row["kill"] is None else KillReport(**row["kill"]),
+        kill=None if row["kill"] is None else msgspec.convert(row["kill"], KillReport),
         last_seq=row["last_seq"],
     )

@@ -192,9 +192,11 @@ class TrioConnection(AsyncConnection[Row]):
         exc_tb: TracebackType | None,
     ) -> None:
         """Commit and close; after an exception close, which makes the server roll back."""
-        if exc_type is None and not self.closed:
-            await self.commit()
-        self.abort()
+        try:
+            if exc_type is None and not self.closed:
+                await self.commit()
+        finally:
+            self.abort()
 
     async def close(self) -> None:
         """Close; a task waiting on this connection gets `psycopg.OperationalError`."""

@@ -87,9 +87,12 @@ where c.id = mine.id
 returning c.id, c.lease_id, c.cancel_requested_at is not null as cancel_requested
 """
 
+# The same instance may be recorded again: the reply may have been lost.
 _RECORD_INSTANCE = """
-update commands set instance = %s
-where id = %s and lease_id = %s and status = 'running' and instance is null
+update commands
+set instance = %(instance)s
+where id = %(id)s and lease_id = %(lease_id)s and status = 'running'
+  and coalesce(instance, %(instance)s) = %(instance)s
 """
 
 _RELEASE = """
@@ -174,7 +177,7 @@ class PostgresLeases:
 
     async def record_instance(self, lease: Lease, instance: str) -> bool:
         """See `Leases.record_instance`."""
-        values = (instance, command_uuid(lease.command), lease.id)
+        values = {"instance": instance, "id": command_uuid(lease.command), "lease_id": lease.id}
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = await connection.execute(_RECORD_INSTANCE, values)
@@ -217,6 +220,7 @@ def _to_claimed(row: DictRow) -> Claimed:
         instance=row["instance"],
         offsets=Offsets(stdout=row["out_offset"], stderr=row["err_offset"]),
         last_seq=row["last_seq"],
+        dropped_bytes=row["dropped_bytes"],
         queue_wait_ms=int((row["started_at"] - row["created_at"]).total_seconds() * 1000),
         cancel_requested=row["cancel_requested_at"] is not None,
     )

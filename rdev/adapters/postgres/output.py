@@ -2,10 +2,12 @@
 
 The fence is the update of the command's own row: everything else is drawn from its RETURNING. (A
 check by join or EXISTS is no fence: it was seen to accept a stale append after the take-over had
-committed.) Comparing the offsets an append starts at makes a repeat after a lost reply harmless.
+committed.) Comparing what an append starts at makes a repeat after a lost reply harmless: the
+offsets, and the last number, because some events stand for no bytes.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import msgspec
 from psycopg import DataError, IntegrityError, InternalError, ProgrammingError
@@ -27,12 +29,12 @@ with input as (
     select *
     from unnest(
         %(id)s::uuid[], %(lease_id)s::bigint[],
-        %(start_out)s::bigint[], %(start_err)s::bigint[],
+        %(start_out)s::bigint[], %(start_err)s::bigint[], %(start_seq)s::bigint[],
         %(end_out)s::bigint[], %(end_err)s::bigint[], %(events)s::bigint[],
         %(status)s::text[], %(exit_code)s::integer[], %(signal)s::integer[], %(reason)s::text[],
         %(duration_ms)s::bigint[], %(late_bytes)s::bigint[], %(kill)s::jsonb[],
         %(session_id)s::text[], %(usage)s::jsonb[]
-    ) as i (id, lease_id, start_out, start_err, end_out, end_err, events,
+    ) as i (id, lease_id, start_out, start_err, start_seq, end_out, end_err, events,
             status, exit_code, signal, reason, duration_ms, late_bytes, kill, session_id, usage)
 ), locked as (
     select c.id
@@ -60,7 +62,8 @@ with input as (
     where c.id = i.id and l.id = i.id
       and c.lease_id = i.lease_id and c.status = 'running'
       and c.out_offset = i.start_out and c.err_offset = i.start_err
-    returning c.day, c.id, c.last_seq - i.events as base
+      and c.last_seq = i.start_seq
+    returning c.day, c.id, i.start_seq as base
 ), stored as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select m.day, m.id, m.base + k.skip + 1, m.base + k.skip + k.events, k.source, k.raw_bytes,
@@ -71,7 +74,7 @@ with input as (
         %(chunk_source)s::smallint[], %(chunk_raw_bytes)s::integer[], %(chunk_payload)b::bytea[]
     ) as k (id, skip, events, source, raw_bytes, payload) using (id)
 )
-select id, base from moved
+select id from moved
 """
 
 # Why rows did not come back: read after the statement, outside of it.
@@ -82,19 +85,30 @@ where id = any(%s)
 """
 
 # The first chunk is found by the primary key (the last one that begins at or before the number).
+# The limit of rows bounds what the sum looks at; lengths are known without fetching payloads.
 _READ = """
 select first_seq, last_seq, source, raw_bytes, payload
-from output
-where day = (select day from commands where id = %(id)s)
-  and command_id = %(id)s
-  and first_seq >= coalesce((
-      select max(first_seq)
-      from output
-      where day = (select day from commands where id = %(id)s)
-        and command_id = %(id)s and first_seq <= %(after)s + 1), 0)
-  and last_seq > %(after)s
+from (
+    select o.*,
+           sum(octet_length(payload)) over (order by first_seq) - octet_length(payload)
+               as bytes_before
+    from (
+        select first_seq, last_seq, source, raw_bytes, payload
+        from output
+        where day = (select day from commands where id = %(id)s)
+          and command_id = %(id)s
+          and first_seq >= coalesce((
+              select max(first_seq)
+              from output
+              where day = (select day from commands where id = %(id)s)
+                and command_id = %(id)s and first_seq <= %(after)s + 1), 0)
+          and last_seq > %(after)s
+        order by first_seq
+        limit %(limit)s
+    ) o
+) page
+where bytes_before < %(limit_bytes)s
 order by first_seq
-limit %(limit)s
 """
 
 _READ_TAIL = """
@@ -150,6 +164,12 @@ values (%s, %s, %s, %s, %s, %s, %s)
 
 _TRIM_COUNT = "update commands set dropped_bytes = dropped_bytes + %s where id = %s"
 
+# One page of a log (the port).
+PAGE_CHUNKS = 1_000
+
+# NUL, which no text of PostgreSQL may hold; a backslash pair before it is another's.
+_NUL_IN_JSON = re.compile(rb"(\\\\)|\\u0000")
+
 _NAME = {Source.STDOUT: "stdout", Source.STDERR: "stderr"}
 
 
@@ -172,9 +192,13 @@ class PostgresOutput:
             raise RdevError(ErrorCode.INTERNAL_ERROR, message) from error
 
     async def read(self, command: CommandId, *, after: int, limit_bytes: int) -> list[Chunk]:
-        """See `OutputLog.read`. Chunks are ≤ 64 KiB, so a count of them bounds the bytes."""
-        limit = max(1, limit_bytes // 65_536)
-        parameters = {"id": command_uuid(command), "after": after, "limit": limit}
+        """See `OutputLog.read`."""
+        parameters = {
+            "id": command_uuid(command),
+            "after": after,
+            "limit": PAGE_CHUNKS,
+            "limit_bytes": max(1, limit_bytes),
+        }
         return await self._chunks(command, _READ, parameters)
 
     async def read_tail(
@@ -236,40 +260,41 @@ class PostgresOutput:
 
 async def _append(connection: TrioConnection, batch: Sequence[Append]) -> list[AppendResult]:
     cursor = await connection.execute(_APPEND, _append_parameters(batch))
-    base = {command_id(row[0]): row[1] for row in await cursor.fetchall()}
-    left = [append for append in batch if append.lease.command not in base]
+    moved = {command_id(row[0]) for row in await cursor.fetchall()}
+    left = [append for append in batch if append.lease.command not in moved]
     again: dict[CommandId, DictRow] = {}
     if left:
         look = connection.cursor(row_factory=dict_row)
         await look.execute(_LOOK_AGAIN, ([command_uuid(append.lease.command) for append in left],))
         again = {command_id(row["id"]): row for row in await look.fetchall()}
-    return [_result(append, base, again) for append in batch]
+    return [_result(append, moved, again) for append in batch]
 
 
 def _result(
-    append: Append, base: dict[CommandId, int], again: dict[CommandId, DictRow]
+    append: Append, moved: Set[CommandId], again: Mapping[CommandId, DictRow]
 ) -> AppendResult:
-    """1. It moved the row. 2. The lease is another's. 3. The log still stands at its start: the row
-    was locked. 4. The log stands at its end: it was applied before, and its reply was lost. 5. Else
-    the command went on without it."""
+    """1. It moved the row. 2. The lease is another's. 3. The log stands at its end: it was applied
+    before, and its reply was lost. 4. The log still stands at its start: the row was locked. 5.
+    Else the command went on without it."""
     command = append.lease.command
-    if command in base:
-        return _applied(append, base[command])
+    if command in moved:
+        return _applied(append)
     row = again.get(command)
     if row is None or row["lease_id"] != append.lease.id:
         return AppendResult(command=command, state=AppendState.STALE)
     stands_at = Offsets(stdout=row["out_offset"], stderr=row["err_offset"])
-    ended = Status(row["status"]).is_terminal
-    if not ended and stands_at == append.start:
+    end_seq = append.start_seq + sum(chunk.events for chunk in append.chunks)
+    if (stands_at, row["last_seq"]) == (append.end, end_seq):
+        return _applied(append)
+    running = row["status"] == Status.RUNNING
+    if running and (stands_at, row["last_seq"]) == (append.start, append.start_seq):
         return AppendResult(command=command, state=AppendState.LOCKED)
-    if stands_at == append.end and ended == (append.outcome is not None):
-        events = sum(chunk.events for chunk in append.chunks)
-        return _applied(append, row["last_seq"] - events)
     return AppendResult(command=command, state=AppendState.STALE)
 
 
-def _applied(append: Append, base: int) -> AppendResult:
+def _applied(append: Append) -> AppendResult:
     chunks = []
+    base = append.start_seq
     for chunk in append.chunks:
         chunks.append(
             Chunk(
@@ -313,6 +338,7 @@ def _append_row(append: Append) -> dict[str, object]:
         "lease_id": append.lease.id,
         "start_out": append.start.stdout,
         "start_err": append.start.stderr,
+        "start_seq": append.start_seq,
         "end_out": append.end.stdout,
         "end_err": append.end.stderr,
         "events": sum(chunk.events for chunk in append.chunks),
@@ -323,13 +349,21 @@ def _append_row(append: Append) -> dict[str, object]:
         "duration_ms": outcome.duration_ms if outcome else None,
         "late_bytes": outcome.late_bytes if outcome else None,
         "kill": _json(outcome.kill) if outcome else None,
-        "session_id": agent.session_id if agent else None,
+        "session_id": _text(agent.session_id) if agent else None,
         "usage": _json(agent.usage) if agent else None,
     }
 
 
 def _json(value: object) -> str | None:
-    return None if value is None else msgspec.json.encode(value).decode()
+    """What an agent said may hold NUL, which must not make its command's end unstorable."""
+    if value is None:
+        return None
+    encoded = msgspec.json.encode(value)
+    return _NUL_IN_JSON.sub(lambda found: found[1] or rb"\ufffd", encoded).decode()
+
+
+def _text(value: str | None) -> str | None:
+    return None if value is None else value.replace("\0", "\ufffd")
 
 
 def _with_skips(chunks: Iterable[NewChunk]) -> Iterable[tuple[int, NewChunk]]:

@@ -20,6 +20,7 @@ from rdev.ports.execution import Attachment, Executor
 
 PROJECT = ProjectId("demo")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
+START = Offsets()
 DEADLINE_S = 60.0  # generous: the machine may be busy
 
 
@@ -49,7 +50,7 @@ class Seen:
         assert isinstance(self.end, Exit), self.end
         return self.end
 
-    def add(self, piece: Piece, start: Offsets = Offsets()) -> None:
+    def add(self, piece: Piece, start: Offsets = START) -> None:
         before = self.out if piece.stream is Stream.STDOUT else self.err
         base = start.stdout if piece.stream is Stream.STDOUT else start.stderr
         assert piece.offset == base + len(before), "hole or overlap"
@@ -61,7 +62,7 @@ class Seen:
             self.err += piece.data
 
 
-async def read_to_end(attachment: Attachment, start: Offsets = Offsets()) -> Seen:
+async def read_to_end(attachment: Attachment, start: Offsets = START) -> Seen:
     seen = Seen()
     with trio.fail_after(DEADLINE_S):
         while seen.end is None:
@@ -73,13 +74,13 @@ async def read_to_end(attachment: Attachment, start: Offsets = Offsets()) -> See
     return seen
 
 
-async def read_until(attachment: Attachment, text: bytes) -> Seen:
+async def read_until(attachment: Attachment, text: bytes, start: Offsets = START) -> Seen:
     seen = Seen()
     with trio.fail_after(DEADLINE_S):
         while text not in seen.out:
             piece = await attachment.receive()
             assert isinstance(piece, Piece), piece
-            seen.add(piece)
+            seen.add(piece, start)
     return seen
 
 
@@ -89,7 +90,7 @@ async def observe(
     what: Spec | None,
     *,
     instance: str | None = None,
-    offsets: Offsets = Offsets(),
+    offsets: Offsets = START,
 ) -> Seen:
     if instance is None:
         instance = await executor.instance(PROJECT)
@@ -101,10 +102,10 @@ async def observe(
 
 async def until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
     """Wait for a condition of the outside world."""
-    with trio.move_on_after(DEADLINE_S) as scope:
+    with trio.move_on_after(DEADLINE_S):
         while not condition():
             await trio.sleep(0.01)
-    assert not scope.cancelled_caught, f"never: {what}"
+    assert condition(), f"never: {what}"
 
 
 def processes_in(folder: Path) -> dict[int, str]:

@@ -261,6 +261,7 @@ async def test_charset_and_json_suffixes_are_json(serve):
         assert reply.json()["data"] == {"ü": "€"}
 
 
+@pytest.mark.slow
 async def test_a_stalled_body_is_timed_out(serve):
     site = await serve(things, limits=HttpLimits(body_timeout_s=1))
 

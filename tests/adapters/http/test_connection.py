@@ -138,16 +138,33 @@ async def test_a_large_answer_arrives_whole(serve):
     assert len(reply.json()["data"]) == 3_000_000
 
 
-async def test_a_reader_that_stops_is_cut_after_the_write_time(serve, eventually):
+async def test_a_reader_that_stops_is_cut_after_the_write_time(serve, eventually, tmp_path):
     made, told = routes()
-    site = await serve(made, times=ConnectionTimes(write_s=0.5))
+    # A unix socket has no TCP_USER_TIMEOUT that would help.
+    path = str(tmp_path / "rdev.sock")
+    site = await serve(made, bind=f"unix:{path}", times=ConnectionTimes(write_s=0.5))
 
-    async with site.connect() as wire:
-        await wire.send(GET.replace(b"quick", b"flood") + b"\r\n")
+    async with await trio.open_unix_socket(path) as stream_socket:
+        await stream_socket.send_all(GET.replace(b"quick", b"flood") + b"\r\n")
         await told["ended"].wait()
         await eventually(lambda: site.server.open_connections == 0)
 
 
+async def test_a_whole_answer_in_one_message_leaves_before_the_close(serve):
+    async def app(scope, receive, send):
+        head = [(b"content-length", b"5"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": b"whole", "more_body": False})
+
+    site = await serve(app=app)
+
+    async with site.connect() as wire:
+        await wire.send(GET + b"\r\n")
+        assert (await wire.reply()).body == b"whole"
+        assert await wire.closed() == b""
+
+
+@pytest.mark.slow
 async def test_a_silent_stream_outlives_the_response_timeout(serve):
     made, _ = routes()
     site = await serve(made, limits=HttpLimits(response_timeout_s=1))
@@ -165,6 +182,7 @@ async def test_a_client_that_leaves_a_silent_stream_ends_its_generator(serve, ev
     async with site.connect() as wire:
         await wire.send(GET.replace(b"quick", b"silent") + b"\r\n")
         await told["began"].wait()
+        assert (site.shell.admission.held, site.shell.admission.in_flight) == (1, 0)
     await told["ended"].wait()
 
     await eventually(lambda: site.server.open_connections == site.shell.admission.held == 0)

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import socket
 import ssl
 import subprocess
 
@@ -11,7 +12,7 @@ import trio
 from quart import Blueprint
 
 from rdev.adapters.http.envelope import success
-from rdev.adapters.http.server import HttpServer, TlsFiles, raise_descriptor_limit
+from rdev.adapters.http.server import HttpServer, TlsFiles, listening_socket, raise_descriptor_limit
 from rdev.ports.telemetry import Silence
 
 
@@ -73,6 +74,17 @@ async def test_an_address_that_is_taken_fails_before_the_start(serve):
         await server.run()
 
     assert len(os.listdir("/proc/self/fd")) == base
+
+
+def test_the_kernel_gives_up_on_a_peer_that_acknowledges_nothing():
+    with listening_socket("127.0.0.1:0", 7.0) as listener:
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                found = accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+        assert not listener.get_inheritable()
+
+    assert found == 7000
 
 
 async def test_stop_before_run_returns_at_once(serve):

@@ -358,8 +358,10 @@ async def test_queries_use_no_thread(connection, monkeypatch):
     monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
     async with connection.transaction():
         await connection.execute("select 1")
-    with trio.move_on_after(0.05):
-        await connection.execute("select pg_sleep(3)")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.execute, "select pg_sleep(3)")
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        nursery.cancel_scope.cancel()
     assert connection.at_rest
 
 

@@ -91,6 +91,7 @@ async def test_a_killed_backend_is_replaced_and_said_so(database_dsn, sender, nu
     assert (statistics.connected, statistics.connections, statistics.losses) == (True, 2, 1)
 
 
+@pytest.mark.slow
 async def test_a_half_open_connection_is_noticed_and_replaced(proxy, sender, nursery):
     ears = Ears(proxy.dsn, ping_every_s=0.05, pong_within_s=1.0)
     await nursery.start(ears.listener.run)

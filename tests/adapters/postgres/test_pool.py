@@ -170,11 +170,19 @@ async def test_a_connection_that_comes_back_in_a_transaction_is_closed(settings)
 
 async def test_a_cancelled_statement_does_not_cost_the_connection(settings):
     async with open_pool(settings, min_size=1, max_size=1, wait_s=30) as pool:
-        with trio.move_on_after(0.1):
-            async with pool.connection() as connection:
-                await connection.execute("select pg_sleep(60)")
+        async with pool.connection() as first:
+            pass
+        async with trio.open_nursery() as nursery:
+
+            async def work() -> None:
+                async with pool.connection() as connection:
+                    await connection.execute("select pg_sleep(60)")
+
+            nursery.start_soon(work)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            nursery.cancel_scope.cancel()
         async with pool.connection() as again:
-            assert again is connection
+            assert again is first
 
 
 async def test_a_connection_too_old_is_replaced(settings):
@@ -225,6 +233,7 @@ async def test_only_one_task_connects_while_the_database_is_gone(proxy):
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 async def test_the_pool_grows_to_those_who_wait_when_the_database_returns(proxy):
     settings = ConnectionSettings(dsn=proxy.dsn)
     proxy.refusing = True

@@ -1,0 +1,255 @@
+"""One world of stores per test: the fakes, and the same ports on a PostgreSQL of the test's own."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from uuid import UUID
+
+import pytest
+
+from rdev.adapters.postgres.commands import PostgresCommands
+from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
+from rdev.adapters.postgres.leases import PostgresLeases
+from rdev.adapters.postgres.output import PostgresOutput
+from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
+from rdev.adapters.postgres.projects import PostgresProjects
+from rdev.domain.commands import Claimed, Kind, NewCommand, Outcome, Priority, Retry
+from rdev.domain.execution import Offsets, Spec
+from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.projects import ProjectDefinition
+from rdev.domain.stream import Chunk, Source, final_lines
+from rdev.ports.commands import CommandStore, Leases
+from rdev.ports.output import Append, NewChunk, OutputLog
+from rdev.ports.projects import ProjectStore
+from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+
+REACH = "local:machine:/projects"
+LEASE_S = 600.0
+PROJECT = ProjectId("demo")
+LINE = b'{"stream":"stdout","line":"%d"}'
+
+
+@dataclass(slots=True, kw_only=True)
+class World:
+    """The ports of one store, and the steps that tests have in common."""
+
+    commands: CommandStore
+    leases: Leases
+    output: OutputLog
+    projects: ProjectStore
+    # Lock a command's row from another connection.
+    hold: Callable[[CommandId], AbstractAsyncContextManager[None]]
+    serial: Iterator[int] = field(default_factory=lambda: count(1))
+
+    async def project(self, name: str = PROJECT, reach: str = REACH) -> None:
+        """A project to submit to."""
+        definition = ProjectDefinition(id=ProjectId(name))
+        await self.projects.insert(definition, executor="local", reach=reach)
+
+    def new(
+        self,
+        project: str = PROJECT,
+        *,
+        kind: Kind = Kind.SHELL,
+        priority: Priority = Priority.NORMAL,
+        expires_in_s: int | None = None,
+    ) -> NewCommand:
+        """A command with an id greater than all before."""
+        serial = next(self.serial)
+        argv = ("sh", "-c", f"echo {serial}")
+        return NewCommand(
+            id=command_id(UUID(int=(0x0199_0000_0000_7000 + serial) << 64 | serial)),
+            project=ProjectId(project),
+            kind=kind,
+            spec=Spec(argv=argv, env={"A": "b"}, stdin=b"\0in", timeout_s=60),
+            argv=argv,
+            priority=priority,
+            retry=Retry.NEVER,
+            expires_in_s=expires_in_s,
+            key_id="key_admin",
+            request_id="req-1",
+        )
+
+    async def queued(
+        self,
+        project: str = PROJECT,
+        *,
+        kind: Kind = Kind.SHELL,
+        priority: Priority = Priority.NORMAL,
+        expires_in_s: int | None = None,
+    ) -> CommandId:
+        """Accept a command."""
+        new = self.new(project, kind=kind, priority=priority, expires_in_s=expires_in_s)
+        return (await self.commands.insert(new)).command.id
+
+    async def claim(
+        self, limit: int = 100, *, reach: str = REACH, holder: str = "one"
+    ) -> list[Claimed]:
+        """Claim as a server would."""
+        return await self.leases.claim(reach=reach, instance="boot-1", holder=holder, limit=limit)
+
+    async def running(self, kind: Kind = Kind.SHELL) -> Claimed:
+        """A running command of a project that is made where needed."""
+        await self.project()
+        command = await self.queued(kind=kind)
+        return next(one for one in await self.claim() if one.lease.command == command)
+
+    async def taken_over(self, claimed: Claimed) -> Claimed:
+        """The same command under another server's lease."""
+        await self.leases.release([claimed.lease])
+        taken = await self.claim(holder="two")
+        return next(one for one in taken if one.lease.command == claimed.lease.command)
+
+    async def log(self, command: CommandId) -> list[Chunk]:
+        """The whole log, read page by page."""
+        chunks: list[Chunk] = []
+        while page := await self.output.read(
+            command, after=chunks[-1].last_seq if chunks else 0, limit_bytes=1_000
+        ):
+            chunks += page
+        return chunks
+
+
+def lines(events: int, *, raw_bytes: int | None = None, source: Source = Source.STDOUT) -> NewChunk:
+    """Output events; ten raw bytes each unless told."""
+    payload = b"\n".join([LINE % number for number in range(events)])
+    raw_bytes = 10 * events if raw_bytes is None else raw_bytes
+    return NewChunk(source=source, events=events, raw_bytes=raw_bytes, payload=payload)
+
+
+def append_to(
+    claimed: Claimed,
+    *chunks: NewChunk,
+    outcome: Outcome | None = None,
+    start: Offsets | None = None,
+    start_seq: int | None = None,
+) -> Append:
+    """An append that begins where the claim said, or where told; its end follows."""
+    start = claimed.offsets if start is None else start
+    moved = {
+        source: sum(chunk.raw_bytes for chunk in chunks if chunk.source is source)
+        for source in Source
+    }
+    end = Offsets(
+        stdout=start.stdout + moved[Source.STDOUT], stderr=start.stderr + moved[Source.STDERR]
+    )
+    return Append(
+        lease=claimed.lease,
+        start=start,
+        start_seq=claimed.last_seq if start_seq is None else start_seq,
+        end=end,
+        chunks=chunks,
+        outcome=outcome,
+    )
+
+
+def following(append: Append, *chunks: NewChunk, outcome: Outcome | None = None) -> Append:
+    """The append that continues where another one ends."""
+    seq = append.start_seq + sum(chunk.events for chunk in append.chunks)
+    moved = {
+        source: sum(chunk.raw_bytes for chunk in chunks if chunk.source is source)
+        for source in Source
+    }
+    end = Offsets(
+        stdout=append.end.stdout + moved[Source.STDOUT],
+        stderr=append.end.stderr + moved[Source.STDERR],
+    )
+    return Append(
+        lease=append.lease,
+        start=append.end,
+        start_seq=seq,
+        end=end,
+        chunks=chunks,
+        outcome=outcome,
+    )
+
+
+def last_chunk(outcome: Outcome) -> NewChunk:
+    """The events that end a command."""
+    payload = final_lines(outcome, attempt=1, truncated=False, stdout_bytes=0, stderr_bytes=0)
+    return NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pools:
+    """What a server has towards one database."""
+
+    settings: ConnectionSettings
+    requests: Pool
+    heartbeats: Pool
+    appends: Pool
+
+
+@pytest.fixture
+async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
+    """Pools as the server has them, on a database of the test's own."""
+    settings = ConnectionSettings(dsn=migrated_dsn, statement_timeout_ms=60_000)
+    async with AsyncExitStack() as stack:
+        yield Pools(
+            settings=settings,
+            requests=await stack.enter_async_context(open_pool(settings, wait_s=60.0)),
+            heartbeats=await stack.enter_async_context(
+                open_dedicated(settings, "heartbeat", wait_s=60.0)
+            ),
+            appends=await stack.enter_async_context(
+                open_dedicated(settings, "append", wait_s=60.0)
+            ),
+        )
+
+
+def postgres_world(pools: Pools) -> World:
+    """The ports on PostgreSQL."""
+
+    @asynccontextmanager
+    async def hold(command: CommandId) -> AsyncIterator[None]:
+        connection = await open_connection(pools.settings)
+        try:
+            async with connection.transaction():
+                await connection.execute(
+                    "select 1 from commands where id = %s for update", (command_uuid(command),)
+                )
+                yield
+        finally:
+            await connection.close()
+
+    return World(
+        commands=PostgresCommands(pool=pools.requests),
+        leases=PostgresLeases(pool=pools.requests, heartbeats=pools.heartbeats, lease_s=LEASE_S),
+        output=PostgresOutput(pool=pools.requests, appends=pools.appends),
+        projects=PostgresProjects(pool=pools.requests),
+        hold=hold,
+    )
+
+
+def fake_world() -> World:
+    """The ports in memory."""
+    state = StoreState()
+
+    @asynccontextmanager
+    async def hold(command: CommandId) -> AsyncIterator[None]:
+        with state.hold(command):
+            yield
+
+    commands = FakeCommands(state, lease_s=LEASE_S)
+    return World(
+        commands=commands,
+        leases=commands,
+        output=FakeOutput(state),
+        projects=FakeProjects(state),
+        hold=hold,
+    )
+
+
+@pytest.fixture
+async def real(pools: Pools) -> World:
+    """The ports on PostgreSQL, for what only it can show."""
+    return postgres_world(pools)
+
+
+@pytest.fixture(params=["fake", "postgres"])
+def world(request: pytest.FixtureRequest) -> World:
+    """The ports, once in memory and once on PostgreSQL."""
+    if request.param == "fake":
+        return fake_world()
+    return request.getfixturevalue("real")

@@ -1,0 +1,473 @@
+"""Every sentence of `ports/commands.py`, on the fake and on PostgreSQL."""
+
+from collections import Counter
+
+import pytest
+import trio
+
+from rdev.domain.commands import Claimed, Kind, Lease, Outcome, Priority, Status
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import Offsets
+from rdev.domain.ids import CommandId
+from rdev.domain.stream import Source, final_lines, queued_line, status_line
+from tests.ports.conftest import PROJECT, REACH, World, append_to, last_chunk, lines
+
+UNKNOWN = CommandId("cmd_" + "f" * 32)
+
+
+def _ids(claimed: list[Claimed]) -> list[CommandId]:
+    return [one.lease.command for one in claimed]
+
+
+# Accepting
+
+
+async def test_an_accepted_command_is_queued_with_its_first_event(world: World) -> None:
+    await world.project()
+    new = world.new(priority=Priority.HIGH)
+    accepted = await world.commands.insert(new)
+    assert accepted.queue_position == 1
+    command = accepted.command
+    assert (command.id, command.project, command.kind) == (new.id, PROJECT, Kind.SHELL)
+    assert (command.status, command.priority) == (Status.QUEUED, Priority.HIGH)
+    assert (command.attempt, command.last_seq, command.argv) == (0, 1, new.argv)
+    assert (command.key_id, command.started_at, command.finished_at) == ("key_admin", None, None)
+    assert await world.commands.get(new.id) == command
+    [chunk] = await world.log(new.id)
+    assert (chunk.first_seq, chunk.last_seq, chunk.source) == (1, 1, Source.LIFE)
+    assert chunk.payload == queued_line(queue_position=1)
+
+
+async def test_a_command_of_an_unknown_project_is_not_found(world: World) -> None:
+    new = world.new("nowhere")
+    with pytest.raises(RdevError) as caught:
+        await world.commands.insert(new)
+    assert caught.value.code is ErrorCode.NOT_FOUND
+    assert await world.commands.get(new.id) is None
+    assert await world.log(new.id) == []
+
+
+async def test_the_position_counts_whoever_is_served_first(world: World) -> None:
+    await world.project()
+    await world.project("other")
+    first = await world.commands.insert(world.new())
+    low = await world.commands.insert(world.new(priority=Priority.LOW))
+    high = await world.commands.insert(world.new(priority=Priority.HIGH))
+    elsewhere = await world.commands.insert(world.new("other"))
+    positions = [one.queue_position for one in (first, low, high, elsewhere)]
+    assert positions == [1, 2, 1, 1]
+    now = [await world.commands.queue_position(one.command.id) for one in (first, low, high)]
+    assert now == [2, 3, 1]
+
+
+async def test_only_a_queued_command_has_a_position(world: World) -> None:
+    running = await world.running()
+    assert await world.commands.queue_position(running.lease.command) is None
+    assert await world.commands.queue_position(UNKNOWN) is None
+
+
+# Reading
+
+
+async def test_an_unknown_command_is_none(world: World) -> None:
+    assert await world.commands.get(UNKNOWN) is None
+
+
+async def test_commands_are_listed_newest_first_in_pages(world: World) -> None:
+    await world.project()
+    await world.project("other")
+    ids = [await world.queued() for _ in range(5)]
+    await world.queued("other")
+
+    async def page(before: CommandId | None, limit: int) -> list[CommandId]:
+        found = await world.commands.list_for_project(
+            PROJECT, status=None, kind=None, before=before, limit=limit
+        )
+        return [command.id for command in found]
+
+    assert await page(None, 10) == ids[::-1]
+    assert await page(None, 2) == [ids[4], ids[3]]
+    assert await page(ids[3], 2) == [ids[2], ids[1]]
+    assert await page(ids[0], 2) == []
+
+
+async def test_a_list_is_filtered_by_status_and_kind(world: World) -> None:
+    await world.project()
+    shell = await world.queued(kind=Kind.SHELL)
+    git = await world.queued(kind=Kind.GIT)
+    ended = await world.queued(kind=Kind.SHELL)
+    await world.commands.request_cancel(ended)
+
+    async def found(status: Status | None, kind: Kind | None) -> list[CommandId]:
+        commands = await world.commands.list_for_project(
+            PROJECT, status=status, kind=kind, before=None, limit=10
+        )
+        return [command.id for command in commands]
+
+    assert await found(Status.QUEUED, None) == [git, shell]
+    assert await found(None, Kind.SHELL) == [ended, shell]
+    assert await found(Status.CANCELLED, Kind.SHELL) == [ended]
+    assert await found(Status.CANCELLED, Kind.GIT) == []
+
+
+# Cancelling
+
+
+async def test_a_cancel_ends_a_queued_command_with_its_last_events(world: World) -> None:
+    await world.project()
+    command = await world.queued()
+    result = await world.commands.request_cancel(command)
+    assert result is not None
+    assert result.ended_now
+    assert (result.command.status, result.command.reason) == (Status.CANCELLED, "cancelled")
+    assert result.command.finished_at is not None
+    assert result.command.last_seq == 3
+    [_, last] = await world.log(command)
+    assert (last.first_seq, last.last_seq, last.is_final) == (2, 3, True)
+    outcome = Outcome(status=Status.CANCELLED, reason="cancelled")
+    assert last.payload == final_lines(
+        outcome, attempt=0, truncated=False, stdout_bytes=0, stderr_bytes=0
+    )
+    assert await world.claim() == []
+
+
+async def test_a_cancel_is_recorded_on_a_running_command(world: World) -> None:
+    claimed = await world.running()
+    result = await world.commands.request_cancel(claimed.lease.command)
+    assert result is not None
+    assert not result.ended_now
+    assert result.command.status is Status.RUNNING
+    beat = await world.leases.heartbeat([claimed.lease])
+    assert beat.cancel_requested == {claimed.lease}
+    assert beat.stale == frozenset()
+    assert (await world.taken_over(claimed)).cancel_requested
+
+
+async def test_an_ended_command_is_returned_as_it_is(world: World) -> None:
+    claimed = await world.running()
+    outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
+    await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    before = await world.commands.get(claimed.lease.command)
+    result = await world.commands.request_cancel(claimed.lease.command)
+    assert result is not None
+    assert not result.ended_now
+    assert result.command == before
+
+
+async def test_a_second_cancel_changes_nothing(world: World) -> None:
+    await world.project()
+    command = await world.queued()
+    first = await world.commands.request_cancel(command)
+    second = await world.commands.request_cancel(command)
+    assert first is not None
+    assert second is not None
+    assert second.command == first.command
+    assert not second.ended_now
+
+
+async def test_a_cancel_of_an_unknown_command_is_none(world: World) -> None:
+    assert await world.commands.request_cancel(UNKNOWN) is None
+
+
+# Claiming
+
+
+async def test_a_claim_starts_an_attempt_under_a_fresh_lease(world: World) -> None:
+    await world.project()
+    new = world.new()
+    await world.commands.insert(new)
+    [claimed] = await world.claim()
+    assert claimed.lease.command == new.id
+    assert (claimed.project, claimed.kind, claimed.spec) == (PROJECT, Kind.SHELL, new.spec)
+    assert (claimed.attempt, claimed.take_over, claimed.instance) == (1, False, "boot-1")
+    assert (claimed.offsets, claimed.last_seq) == (Offsets(), 2)
+    assert (claimed.cancel_requested, claimed.dropped_bytes) == (False, 0)
+    assert claimed.queue_wait_ms >= 0
+    command = await world.commands.get(new.id)
+    assert command is not None
+    assert (command.status, command.attempt, command.last_seq) == (Status.RUNNING, 1, 2)
+    assert command.started_at is not None
+    assert command.started_at >= command.created_at
+    [_, event] = await world.log(new.id)
+    assert event.payload == status_line(Status.RUNNING, attempt=1)
+
+
+async def test_a_claimed_command_is_not_claimed_again(world: World) -> None:
+    await world.running()
+    assert await world.claim(holder="two") == []
+
+
+async def test_a_claim_takes_its_own_reach_only(world: World) -> None:
+    await world.project("here", reach="local:a")
+    await world.project("there", reach="local:b")
+    here, there = await world.queued("here"), await world.queued("there")
+    assert _ids(await world.claim(reach="local:b")) == [there]
+    assert _ids(await world.claim(reach="local:a")) == [here]
+
+
+async def test_a_claim_takes_at_most_its_limit(world: World) -> None:
+    await world.project()
+    ids = [await world.queued() for _ in range(3)]
+    assert _ids(await world.claim(2)) == ids[:2]
+    assert _ids(await world.claim(2)) == ids[2:]
+
+
+async def test_a_lane_is_served_by_priority_then_in_order_of_acceptance(world: World) -> None:
+    await world.project()
+    order = [Priority.LOW, Priority.NORMAL, Priority.HIGH, Priority.NORMAL, Priority.HIGH]
+    ids = [await world.queued(kind=Kind.GIT, priority=priority) for priority in order]
+    served = []
+    for _ in ids:
+        [claimed] = await world.claim()
+        served.append(claimed.lease.command)
+        await _end(world, claimed)
+    assert served == [ids[2], ids[4], ids[1], ids[3], ids[0]]
+
+
+async def test_agents_take_turns_and_four_shells_run_beside_them(world: World) -> None:
+    await world.project()
+    for kind in (Kind.CLAUDE, Kind.GIT, *[Kind.SHELL] * 6):
+        await world.queued(kind=kind)
+    claimed = await world.claim()
+    kinds = Counter(one.kind for one in claimed)
+    assert kinds == {Kind.CLAUDE: 1, Kind.SHELL: 4}
+    assert await world.claim() == []
+    await _end(world, next(one for one in claimed if one.kind is Kind.CLAUDE))
+    assert [one.kind for one in await world.claim()] == [Kind.GIT]
+    await _end(world, next(one for one in claimed if one.kind is Kind.SHELL))
+    assert [one.kind for one in await world.claim()] == [Kind.SHELL]
+
+
+async def test_the_caps_are_those_of_each_project(world: World) -> None:
+    for name in ("one", "two"):
+        await world.project(name)
+        for _ in range(2):
+            await world.queued(name, kind=Kind.GIT)
+    assert sorted(one.project for one in await world.claim()) == ["one", "two"]
+
+
+async def test_an_expired_lease_is_taken_over_with_its_attempt(world: World) -> None:
+    first = await world.running()
+    await world.output.append([append_to(first, lines(3))])
+    second = await world.taken_over(first)
+    assert second.take_over
+    assert second.lease != first.lease
+    assert (second.attempt, second.instance) == (1, "boot-1")
+    assert (second.offsets, second.last_seq) == (Offsets(stdout=30), 5)
+    assert second.spec == first.spec
+    chunks = await world.log(first.lease.command)
+    assert [chunk.last_seq for chunk in chunks] == [1, 2, 5]
+
+
+async def test_a_take_over_comes_before_queued_commands(world: World) -> None:
+    first = await world.running()
+    await world.queued(priority=Priority.HIGH)
+    await world.leases.release([first.lease])
+    [claimed] = await world.claim(1)
+    assert claimed.lease.command == first.lease.command
+
+
+async def test_a_command_being_taken_over_counts_in_its_lane(world: World) -> None:
+    first = await world.running(kind=Kind.GIT)
+    await world.queued(kind=Kind.GIT)
+    await world.leases.release([first.lease])
+    assert _ids(await world.claim()) == [first.lease.command]
+
+
+async def test_leases_are_never_drawn_twice(world: World) -> None:
+    claimed = await world.running()
+    seen = [claimed.lease.id]
+    for _ in range(5):
+        claimed = await world.taken_over(claimed)
+        seen.append(claimed.lease.id)
+    assert seen == sorted(set(seen))
+
+
+async def test_an_expired_command_is_not_claimed(world: World) -> None:
+    await world.project()
+    await world.queued(expires_in_s=0)
+    assert await world.claim() == []
+
+
+async def test_a_row_held_by_another_connection_is_not_taken_over_now(world: World) -> None:
+    first = await world.running()
+    await world.leases.release([first.lease])
+    async with world.hold(first.lease.command):
+        assert await world.claim() == []
+    assert _ids(await world.claim()) == [first.lease.command]
+
+
+# Leases
+
+
+async def test_a_heartbeat_renews_what_is_ours_and_names_what_is_stale(world: World) -> None:
+    first = await world.running()
+    second = await world.taken_over(first)
+    other = await world.running()
+    unknown = Lease(command=UNKNOWN, id=1)
+    beat = await world.leases.heartbeat([first.lease, second.lease, other.lease, unknown])
+    assert beat.stale == {first.lease, unknown}
+    assert beat.cancel_requested == frozenset()
+
+
+async def test_a_renewed_lease_is_not_taken_over(world: World) -> None:
+    claimed = await world.running()
+    await world.leases.release([claimed.lease])
+    await world.leases.heartbeat([claimed.lease])
+    assert await world.claim(holder="two") == []
+
+
+async def test_the_lease_of_an_ended_command_is_stale(world: World) -> None:
+    claimed = await world.running()
+    await _end(world, claimed)
+    beat = await world.leases.heartbeat([claimed.lease])
+    assert beat.stale == {claimed.lease}
+
+
+async def test_a_heartbeat_without_leases_finds_nothing(world: World) -> None:
+    beat = await world.leases.heartbeat([])
+    assert (beat.stale, beat.cancel_requested) == (frozenset(), frozenset())
+
+
+async def test_an_instance_is_recorded_under_the_lease(world: World) -> None:
+    await world.project()
+    await world.queued()
+    [claimed] = await world.leases.claim(reach=REACH, instance=None, holder="one", limit=1)
+    assert claimed.instance is None
+    assert await world.leases.record_instance(claimed.lease, "boot-7")
+    assert await world.leases.record_instance(claimed.lease, "boot-7")
+    assert not await world.leases.record_instance(claimed.lease, "boot-8")
+    taken = await world.taken_over(claimed)
+    assert taken.instance == "boot-7"
+    assert not await world.leases.record_instance(claimed.lease, "boot-8")
+
+
+async def test_a_released_lease_is_taken_over_at_once(world: World) -> None:
+    claimed = await world.running()
+    await world.leases.release([claimed.lease])
+    assert _ids(await world.claim(holder="two")) == [claimed.lease.command]
+
+
+async def test_releasing_a_stale_lease_leaves_the_new_holder_alone(world: World) -> None:
+    first = await world.running()
+    await world.taken_over(first)
+    await world.leases.release([first.lease])
+    assert await world.claim() == []
+
+
+async def test_releasing_nothing_is_fine(world: World) -> None:
+    await world.leases.release([])
+
+
+async def test_the_leases_of_a_dead_holder_expire_together(world: World) -> None:
+    await world.project()
+    dead = [await world.queued(), await world.queued()]
+    await world.claim(holder="dead")
+    await world.queued()
+    await world.claim(holder="alive")
+    assert await world.leases.release_holder("dead") == 2
+    assert await world.leases.release_holder("dead") == 0
+    assert await world.leases.release_holder("nobody") == 0
+    assert sorted(_ids(await world.claim(holder="dead"))) == dead
+
+
+async def test_what_waited_too_long_ends_as_expired(world: World) -> None:
+    await world.project()
+    due = await world.queued(expires_in_s=0)
+    waiting = await world.queued(expires_in_s=10_000)
+    forever = await world.queued()
+    assert await world.leases.expire(reach=REACH, limit=10) == [due]
+    assert await world.leases.expire(reach=REACH, limit=10) == []
+    ended = await world.commands.get(due)
+    assert ended is not None
+    assert (ended.status, ended.reason, ended.last_seq) == (Status.EXPIRED, "expired", 3)
+    assert ended.finished_at is not None
+    last = (await world.log(due))[-1]
+    assert (last.first_seq, last.last_seq, last.is_final) == (2, 3, True)
+    assert sorted(_ids(await world.claim())) == [waiting, forever]
+
+
+async def test_expiry_is_bounded_and_keeps_to_its_reach(world: World) -> None:
+    await world.project()
+    for _ in range(3):
+        await world.queued(expires_in_s=0)
+    assert await world.leases.expire(reach="elsewhere", limit=10) == []
+    assert len(await world.leases.expire(reach=REACH, limit=2)) == 2
+    assert len(await world.leases.expire(reach=REACH, limit=2)) == 1
+
+
+# Races (only PostgreSQL can show them)
+
+
+async def test_twenty_claimers_at_once_never_take_a_command_twice(real: World) -> None:
+    taken: list[Claimed] = []
+    for name in ("a", "b", "c", "d", "e"):
+        await real.project(name)
+        for kind in (Kind.GIT, Kind.SHELL, Kind.SHELL, Kind.SHELL):
+            await real.queued(name, kind=kind)
+
+    async def claimer(number: int) -> None:
+        for _ in range(3):
+            taken.extend(await real.claim(1, holder=f"server-{number}"))
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(claimer, number)
+    assert len(taken) == 20
+    assert len(set(_ids(taken))) == 20
+    assert len({one.lease.id for one in taken}) == 20
+
+
+async def test_claimers_at_once_do_not_exceed_the_cap_of_a_lane(real: World) -> None:
+    await real.project()
+    for _ in range(20):
+        await real.queued(kind=Kind.SHELL)
+        await real.queued(kind=Kind.GIT)
+    taken: list[Claimed] = []
+
+    async def claimer() -> None:
+        taken.extend(await real.claim(3))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(claimer)
+    assert Counter(one.kind for one in taken) == {Kind.SHELL: 4, Kind.GIT: 1}
+
+
+async def test_a_cancel_that_races_a_claim_is_never_lost(real: World) -> None:
+    """Either it ended the command before the claim, or the claimed command knows of it."""
+    for _ in range(30):
+        await real.project()
+        command = await real.queued()
+        claimed: list[Claimed] = []
+
+        async def claim(into: list[Claimed]) -> None:
+            into.extend(await real.claim())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(claim, claimed)
+            nursery.start_soon(real.commands.request_cancel, command)
+        found = await real.commands.get(command)
+        assert found is not None
+        if not claimed:
+            assert found.status is Status.CANCELLED
+            continue
+        assert found.status is Status.RUNNING
+        beat = await real.leases.heartbeat([claimed[0].lease])
+        assert beat.cancel_requested == {claimed[0].lease}
+        await _end(real, claimed[0])
+
+
+async def _end(world: World, claimed: Claimed) -> None:
+    command = await world.commands.get(claimed.lease.command)
+    assert command is not None
+    outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
+    append = append_to(
+        claimed,
+        last_chunk(outcome),
+        outcome=outcome,
+        start=Offsets(stdout=command.stdout_bytes, stderr=command.stderr_bytes),
+        start_seq=command.last_seq,
+    )
+    [result] = await world.output.append([append])
+    assert result.state == "applied"

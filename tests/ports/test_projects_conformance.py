@@ -1,0 +1,108 @@
+"""Every sentence of `ports/projects.py` and `ports/upkeep.py`."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import trio
+
+from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.ids import ProjectId
+from rdev.domain.projects import ProjectDefinition, ProjectStatus
+from tests.ports.conftest import PROJECT, REACH, Pools, World
+
+DEFINITION = ProjectDefinition(id=PROJECT, image="debian", env={"A": "b"})
+
+
+async def test_a_project_is_stored_and_found(world: World) -> None:
+    project, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    assert is_new
+    assert (project.id, project.name, project.definition) == (PROJECT, PROJECT, DEFINITION)
+    assert (project.executor, project.reach, project.image) == ("local", REACH, "debian")
+    assert (project.status, project.queued, project.running) == (ProjectStatus.READY, 0, 0)
+    assert await world.projects.get(PROJECT) == project
+
+
+async def test_the_same_definition_again_gives_the_same_project(world: World) -> None:
+    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    again, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    assert (again, is_new) == (first, False)
+
+
+async def test_another_definition_of_the_same_id_is_a_conflict(world: World) -> None:
+    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    with pytest.raises(RdevError) as caught:
+        await world.projects.insert(ProjectDefinition(id=PROJECT), executor="local", reach=REACH)
+    assert caught.value.code is ErrorCode.CONFLICT
+    assert await world.projects.get(PROJECT) == first
+
+
+async def test_an_unknown_project_is_none(world: World) -> None:
+    assert await world.projects.get(ProjectId("nowhere")) is None
+
+
+async def test_a_project_counts_its_commands(world: World) -> None:
+    await world.running()
+    await world.project("other")
+    await world.queued("other")
+    await world.queued()
+    cancelled = await world.queued()
+    await world.commands.request_cancel(cancelled)
+    found = await world.projects.get(PROJECT)
+    assert found is not None
+    assert (found.queued, found.running) == (1, 1)
+
+
+async def test_projects_are_listed_by_id_in_pages(world: World) -> None:
+    for name in ("c", "a", "d", "b"):
+        await world.project(name)
+
+    async def page(after: str | None, limit: int) -> list[str]:
+        last = None if after is None else ProjectId(after)
+        return [one.id for one in await world.projects.list_all(after=last, limit=limit)]
+
+    assert await page(None, 10) == ["a", "b", "c", "d"]
+    assert await page(None, 2) == ["a", "b"]
+    assert await page("b", 2) == ["c", "d"]
+    assert await page("d", 2) == []
+
+
+async def test_of_racing_requests_for_one_project_one_makes_it(real: World) -> None:
+    made: list[bool] = []
+
+    async def insert() -> None:
+        made.append((await real.projects.insert(DEFINITION, executor="local", reach=REACH))[1])
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(insert)
+    assert sorted(made) == [False] * 9 + [True]
+
+
+async def _partitions(pools: Pools) -> list[str]:
+    query = "select inhrelid::regclass::text from pg_inherits where inhparent = 'output'::regclass"
+    async with pools.requests.connection() as connection:
+        rows = await (await connection.execute(query)).fetchall()
+    return sorted(row[0] for row in rows)
+
+
+def _names(days: int) -> set[str]:
+    today = datetime.now(UTC).date()
+    return {f"output_{today + timedelta(days=n):%Y%m%d}" for n in range(days + 1)}
+
+
+async def test_partitions_are_made_for_today_and_the_days_ahead(pools: Pools) -> None:
+    upkeep = PostgresUpkeep(pool=pools.requests)
+    await upkeep.ensure_output_partitions(days_ahead=5)
+    made = await _partitions(pools)
+    assert set(made) >= _names(5)
+    await upkeep.ensure_output_partitions(days_ahead=5)
+    assert await _partitions(pools) == made
+
+
+async def test_partitions_may_be_made_by_many_servers_at_once(pools: Pools) -> None:
+    upkeep = PostgresUpkeep(pool=pools.requests)
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(lambda: upkeep.ensure_output_partitions(days_ahead=7))
+    assert set(await _partitions(pools)) >= _names(7)
