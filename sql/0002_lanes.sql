@@ -16,9 +16,7 @@ create index lanes_due on lanes (reach, due) where due is not null;
 
 -- rank = time of acceptance (epoch seconds) - level * age_step_s: stored once, so ageing needs no
 -- rewriting. The smallest is served first.
-alter table commands
-    add column rank double precision,
-    alter column level type smallint;
+alter table commands add column rank double precision;
 update commands set level = 2 - level;
 update commands set rank = extract(epoch from created_at) - level * 30;
 alter table commands alter column rank set not null;
@@ -38,7 +36,7 @@ from projects p, (values ('agent', 1), ('work', 4)) as c (lane_class, cap);
 -- command that waits since before.
 create function lane_due(head_rank double precision, last_start double precision, head_level integer,
                          age_step_s double precision) returns double precision
-language sql immutable parallel safe as
+language sql immutable strict parallel safe as
 $$ select greatest(head_rank, last_start - head_level * age_step_s) $$;
 
 -- After the commit of what made it claimable: the lane may be due. Lanes are locked in order of
@@ -66,6 +64,20 @@ begin
     where l.project = t.project and l.lane_class = t.lane_class
       and (l.due is null or l.due > h.rank);
 end
+$$;
+
+-- Ends a queued command that waited too long, with its last events.
+create function expire_command(command_id uuid, events bytea) returns void
+language sql as $$
+    with ended as (
+        update commands
+        set status = 'expired', reason = 'expired', finished_at = clock_timestamp(), spec = null,
+            last_seq = last_seq + 2
+        where id = command_id and status = 'queued'
+        returning day, id, last_seq
+    )
+    insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
+    select day, id, last_seq - 1, last_seq, 0, 0, events from ended
 $$;
 
 -- One command of each of up to max_lanes lanes, in the order of `due`. Every statement in here has a
@@ -137,3 +149,54 @@ begin
     end loop;
 end
 $$;
+
+-- The tick's repair of what was lost between a commit and its touch: lanes that are parked although
+-- something is queued and there is room. Walks from lane to lane over `commands_queued`, so its cost
+-- is in lanes with queued commands, not in commands.
+create function repair_lanes(in_reach text) returns integer
+language plpgsql as $$
+declare
+    repaired integer;
+begin
+    with recursive waiting as (
+        (select c.project, c.lane_class from commands c
+         where c.status = 'queued' order by c.project, c.lane_class limit 1)
+        union all
+        select n.project, n.lane_class
+        from waiting w
+        cross join lateral (
+            select c.project, c.lane_class from commands c
+            where c.status = 'queued' and (c.project, c.lane_class) > (w.project, w.lane_class)
+            order by c.project, c.lane_class limit 1
+        ) n
+    ), parked as (
+        select l.project, l.lane_class
+        from waiting w
+        join lanes l using (project, lane_class)
+        where l.reach = in_reach and l.due is null
+          and l.cap > (select count(*) from commands r
+                       where r.project = l.project and r.lane_class = l.lane_class
+                         and r.status = 'running')
+    )
+    select count(*), touch_lanes(array_agg(project), array_agg(lane_class)) into repaired
+    from parked
+    having count(*) > 0;
+    return coalesce(repaired, 0);
+end
+$$;
+
+-- migrate:down
+drop function repair_lanes;
+drop function claim_commands;
+drop function expire_command;
+drop function touch_lanes;
+drop function lane_due;
+drop table lanes;
+drop index commands_expiring;
+drop index commands_running;
+create index commands_running on commands (reach, id) where status = 'running';
+drop index commands_queued;
+alter table commands drop column rank;
+update commands set level = 2 - level;
+create index commands_queued on commands (project, lane_class, level, created_at, id)
+    where status = 'queued';

@@ -112,8 +112,10 @@ class CommandQueue:
         """Make `stop` end the commands that run here instead of leaving them to the next server."""
         self._cancel_at_stop = True
 
-    def wake(self) -> None:
-        """Something may be claimable. Never waits."""
+    def wake(self, lane: Lane | None = None) -> None:
+        """Something may be claimable; in this lane, when it happened here. Never waits."""
+        if lane is not None:
+            self._touched.add(lane)
         self._wakeup.set()
 
     def cancel(self, command: CommandId) -> None:
@@ -133,17 +135,18 @@ class CommandQueue:
         )
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
-        """Claim as many commands as there are permits, start their attempts, and end what expired.
+        """Touch the lanes where something happened, then claim as many commands as there are
+        permits and start their attempts. Returns how many were claimed.
 
-        Returns how many were claimed. Errors: SERVICE_UNAVAILABLE.
+        Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
-        await self._leases.expire(reach=self._executor.reach, limit=1_000)
+        await self._touch()
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set():
             return 0
         # shielded: a claim that commits unseen would wait for its lease to expire
         with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
-            claimed = await self._leases.claim(
+            claimed = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
                 holder=self._holder,
@@ -153,6 +156,37 @@ class CommandQueue:
                 self._start(one, attempts)
             return len(claimed)
         return 0
+
+    async def tick_once(self, attempts: trio.Nursery) -> None:
+        """What no wake-up tells of: lanes to repair, commands that expired, leases that ran out.
+
+        After the database was lost nothing is taken over for one heartbeat: its holders could not
+        renew either. Errors: SERVICE_UNAVAILABLE.
+        """
+        await self._lanes.repair(reach=self._executor.reach)
+        for command in await self._lanes.expire(limit=EXPIRE_BATCH):
+            self._ended(command)
+        permits = self._running_max - len(self._running)
+        if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from:
+            return
+        # shielded: as a claim
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
+            for one in await self._leases.take_over(
+                reach=self._executor.reach, holder=self._holder, limit=permits
+            ):
+                self._start(one, attempts)
+
+    async def _touch(self) -> None:
+        """Tell the store which lanes may be claimable, then the other replicas."""
+        lanes, self._touched = self._touched, set()
+        if not lanes:
+            return
+        try:
+            await self._lanes.touch(lanes)
+        except RdevError:
+            self._touched |= lanes
+            raise
+        self._tell_replicas()
 
     async def heartbeat_once(self) -> None:
         """Renew the leases; leave what is no longer ours, cancel what is to be cancelled.
