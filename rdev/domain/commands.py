@@ -204,13 +204,15 @@ def judge(
     end: Exit | Lost,
     *,
     cancel_requested: bool,
+    hung: bool = False,
     agent: AgentReport | None = None,
     kill: KillReport | None = None,
 ) -> Outcome:
     """The outcome of a command from what was read in its project.
 
     1. Nothing could be read: `lost`, unless a cancel was asked for and the start was forbidden.
-    2. The supervisor ended it: `cancelled`, `timed_out`, or `failed` for its output limit.
+    2. The supervisor ended it: `cancelled`, `timed_out`, or `failed` for its output limit; `failed`
+       too where nobody asked for the cancel but rdev itself, because the agent `hung`.
     3. It ended by itself: `succeeded` only with exit status 0 and no `is_error`.
 
     `kill` is what a cancel of ours saw, where the status file does not say it.
@@ -219,7 +221,8 @@ def judge(
         if cancel_requested and end.reason is LostReason.NOT_STARTED:
             return Outcome(status=Status.CANCELLED, reason="cancelled", kill=kill, agent=agent)
         return Outcome(status=Status.LOST, reason=end.reason, kill=kill, agent=agent)
-    status, reason = _judge_exit(end, is_error=agent is not None and agent.is_error)
+    is_error = agent is not None and agent.is_error
+    status, reason = _judge_exit(end, hung=hung and not cancel_requested, is_error=is_error)
     return Outcome(
         status=status,
         exit_code=end.exit_code,
@@ -234,8 +237,10 @@ def judge(
     )
 
 
-def _judge_exit(end: Exit, *, is_error: bool) -> tuple[Status, str | None]:
+def _judge_exit(end: Exit, *, hung: bool, is_error: bool) -> tuple[Status, str | None]:
     match end.why:
+        case Why.CANCELLED if hung:
+            return Status.FAILED, "hung_after_result"
         case Why.CANCELLED:
             return Status.CANCELLED, "cancelled"
         case Why.TIMEOUT:

@@ -4,9 +4,15 @@ A command runs detached in its project and writes stdout and stderr to two journ
 count of bytes from the start of a journal. `Exit` is what the supervisor's status file said.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+# Names that some sh treats as its own: bash has them read-only, dash refuses other values.
+_UNSETTABLE = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"})
+# What a POSIX shell can export (POSIX 2024, XBD 3.216 "Name").
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Stream(StrEnum):
@@ -14,6 +20,11 @@ class Stream(StrEnum):
 
     STDOUT = "stdout"
     STDERR = "stderr"
+
+
+def is_env_name(name: str) -> bool:
+    """Whether every POSIX shell can give a command a variable of this name."""
+    return _ENV_NAME.fullmatch(name) is not None and name not in _UNSETTABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
+from rdev.domain.execution import is_env_name
 from rdev.domain.fields import Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
@@ -133,8 +134,8 @@ def _env(fields: Fields) -> Mapping[str, str]:
 
 
 def _name_fault(name: str) -> str | None:
-    if not name or "=" in name or text_fault(name) is not None:
-        return "must have a name without = or NUL"
+    if not is_env_name(name):
+        return "must have a name that a POSIX shell can export: letters, digits and _"
     if size_fault(name, max_bytes=ENV_NAME_MAX_BYTES) is not None:
         return f"must have a name of at most {ENV_NAME_MAX_BYTES} bytes"
     if name.startswith("RDEV_"):

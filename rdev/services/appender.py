@@ -14,7 +14,7 @@ import trio
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Claimed, Lease, Outcome
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Offsets, Stream
+from rdev.domain.execution import Stream
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk, OutputLog

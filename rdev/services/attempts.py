@@ -21,13 +21,15 @@ from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines
 from rdev.ports.commands import Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import NewChunk, OutputLog
-from rdev.services.appender import SOURCE, Writer
+from rdev.services.appender import SOURCE, LeaseLostError, Writer
 
 # A line without its end is shown after this much silence (the contract).
 PARTIAL_AFTER_S = 0.1
 # A CLI that does not exit after its `result` is ended (claude-code#25629 and others).
 HANG_AFTER_RESULT_S = 30.0
 KILL_GRACE_S = 5
+# How long an end that was read waits for the kill to look again (the executor's bound).
+KILL_REPORT_S = KILL_GRACE_S + 5.0
 # One page of the log when it is read again after a take-over.
 REPLAY_BYTES = 1_048_576
 
@@ -73,9 +75,14 @@ class Attempt:
             Stream.STDERR: LineSplitter(Stream.STDERR),
         }
         self._slices = {Stream.STDOUT: _SliceSize(), Stream.STDERR: _SliceSize()}
-        self._unfinished: set[Stream] = set()
+        # When the unfinished line of a stream is shown, and when a CLI that said its result is
+        # ended, if nothing more comes.
+        self._show_at: dict[Stream, float] = {}
+        self._hangs_at = float("inf")
+        self._hung = False
         self._cancel = trio.Event()
         self._kill: KillReport | None = None
+        self._killed = trio.Event()
         self._cancel_asked = claimed.cancel_requested
         if claimed.cancel_requested:
             self._cancel.set()
@@ -89,7 +96,8 @@ class Attempt:
         """Observe the command to its end and store the outcome.
 
         Errors: LeaseLostError when another server took over; SERVICE_UNAVAILABLE when the project
-        or the database is out of reach at the beginning (the lease is then given back).
+        is out of reach, or the database at the beginning; INTERNAL_ERROR when the log refuses the
+        output. The lease then runs out, and somebody tries again.
         Cancellation: at any point; the command goes on, and what was committed stays.
         """
         instance = await self._instance()
@@ -108,8 +116,7 @@ class Attempt:
             return self.claimed.instance
         instance = await self._executor.instance(self.claimed.project)
         if not await self._leases.record_instance(self.claimed.lease, instance):
-            message = f"{self.claimed.lease.command} was taken over before it began"
-            raise RdevError(ErrorCode.CONFLICT, message)
+            raise LeaseLostError(self.claimed.lease)
         return instance
 
     async def _replay(self) -> None:
@@ -124,6 +131,7 @@ class Attempt:
             for chunk in chunks:
                 if chunk.source is Source.STDOUT:
                     self._agent.replay(chunk.payload)
+        self._watch_agent()
 
     async def _observe(
         self, instance: str, send: trio.MemorySendChannel[Piece | Exit | Lost]
@@ -152,6 +160,7 @@ class Attempt:
                 self._kill = await self._executor.kill(
                     self.claimed.project, self.claimed.lease.command, grace_s=KILL_GRACE_S
                 )
+                self._killed.set()
                 return
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
@@ -162,25 +171,37 @@ class Attempt:
         while True:
             item = await self._next(receive)
             match item:
-                case None:
-                    await self._flush(idle=True)
                 case Piece():
                     await self._take(item)
                 case Exit() | Lost():
-                    await self._flush(idle=False)
                     return await self._finish(item)
+                case None:
+                    pass
+            await self._heed_clock()
 
     async def _next(
         self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]
     ) -> Piece | Exit | Lost | None:
-        """The next item; None when an unfinished line has waited long enough."""
-        if self._agent is not None and self._agent.agent.result_seen and not self._cancel.is_set():
-            with trio.move_on_after(HANG_AFTER_RESULT_S):
-                return await receive.receive()
-            self._cancel.set()
-        with trio.move_on_after(PARTIAL_AFTER_S if self._unfinished else float("inf")):
+        """The next item; None when something else is due before it."""
+        with trio.move_on_at(min([self._hangs_at, *self._show_at.values()])):
             return await receive.receive()
         return None
+
+    async def _heed_clock(self) -> None:
+        """Show unfinished lines that have waited long enough; end a CLI that hangs."""
+        now = trio.current_time()
+        for stream in [stream for stream, at in self._show_at.items() if at <= now]:
+            del self._show_at[stream]
+            await self._write(stream, self._splitters[stream].flush(idle=True))
+        if self._hangs_at <= now:
+            self._hangs_at = float("inf")
+            self._hung = True
+            self._cancel.set()
+
+    def _watch_agent(self) -> None:
+        """From its result on a CLI has half a minute to exit."""
+        if self._agent is not None and self._agent.agent.result_seen and not self._hung:
+            self._hangs_at = min(self._hangs_at, trio.current_time() + HANG_AFTER_RESULT_S)
 
     async def _take(self, piece: Piece) -> None:
         """Split a piece in slices whose events make chunks of about 64 KiB."""
@@ -191,13 +212,8 @@ class Attempt:
             encoded = splitter.feed(bytes(part))
             slices.learn(raw_bytes=len(part), encoded_bytes=len(encoded.payload))
             await self._write(piece.stream, encoded)
-        self._unfinished.add(piece.stream)
-
-    async def _flush(self, *, idle: bool) -> None:
-        """Show unfinished lines; at the end (`idle` false) everything goes out."""
-        for stream, splitter in self._splitters.items():
-            await self._write(stream, splitter.flush(idle=idle))
-        self._unfinished.clear()
+        self._show_at[piece.stream] = trio.current_time() + PARTIAL_AFTER_S
+        self._watch_agent()
 
     async def _write(self, stream: Stream, encoded: Encoded) -> None:
         if encoded.events:
@@ -210,8 +226,20 @@ class Attempt:
             await self._writer.write(stream, chunk)
 
     async def _finish(self, end: Exit | Lost) -> Outcome:
+        """Everything that is left goes out, then the outcome; a kill in progress ends first."""
+        for stream, splitter in self._splitters.items():
+            await self._write(stream, splitter.flush())
+        if self._cancel.is_set():
+            with trio.move_on_after(KILL_REPORT_S):
+                await self._killed.wait()
         report = None if self._agent is None else _report(self._agent.agent)
-        outcome = judge(end, cancel_requested=self._cancel_asked, agent=report, kill=self._kill)
+        outcome = judge(
+            end,
+            cancel_requested=self._cancel_asked,
+            hung=self._hung,
+            agent=report,
+            kill=self._kill,
+        )
         payload = final_lines(
             outcome,
             attempt=self.claimed.attempt,

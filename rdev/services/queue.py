@@ -1,9 +1,11 @@
 """SUBSYSTEM CommandQueue: takes queued commands under leases and runs them.
 
-Woken by submissions here and on other replicas, by attempts that end, and by a tick each second.
-Bounds: `running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew
-all leases in one statement every third of a lease. At stop the leases are given back at once and
-the commands go on; `cancel_running` ends them instead.
+Woken by submissions here and on other replicas, by attempts that end, and by a tick each second,
+which also repairs lanes, ends what expired and takes over what others left. What happened in a lane
+here is told to the store after its commit (`touch`), many lanes in one statement. Bounds:
+`running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew all leases
+in one statement every third of a lease. At stop the leases are given back at once and the commands
+go on; `cancel_running` ends them instead.
 """
 
 import logging
@@ -13,20 +15,24 @@ from dataclasses import dataclass
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.commands import Claimed, Lease
+from rdev.domain.commands import LANE_CLASS, Claimed, Lease
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
-from rdev.ports.commands import Leases
+from rdev.domain.lanes import Lane
+from rdev.ports.commands import Lanes, Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import OutputLog
 from rdev.ports.telemetry import Telemetry
 from rdev.services.appender import Appender, LeaseLostError
 from rdev.services.attempts import Attempt
+from rdev.services.shield import commit_shield
 
 # The floor: with every wake-up lost, nothing waits longer than this.
 TICK_S = 1.0
 # What a last write to the database may take at stop.
 RELEASE_S = 5.0
+# How many waiting commands one statement ends.
+EXPIRE_MAX = 1_000
 
 _log = logging.getLogger("rdev.queue")
 
@@ -56,28 +62,38 @@ class CommandQueue:
     def __init__(
         self,
         *,
+        lanes: Lanes,
         leases: Leases,
         executor: Executor,
         appender: Appender,
         log: OutputLog,
         telemetry: Telemetry,
         backoff: Callable[[], Backoff],
+        announce: Callable[[CommandId], None],
+        wake_replicas: Callable[[], None],
         holder: str,
         lease_s: float,
         running_max: int,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
-        back at once."""
+        back at once. `announce` says that a stream has events which no appender published (a
+        claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
+        waits."""
+        self._lanes = lanes
         self._leases = leases
         self._executor = executor
         self._appender = appender
         self._output = log
         self._telemetry = telemetry
         self._backoff = backoff
+        self._announce = announce
+        self._wake_replicas = wake_replicas
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
         self._running: dict[Lease, _Running] = {}
+        self._touched: set[Lane] = set()
+        self._take_over_from_s = 0.0
         self._wakeup = trio.Event()
         self._stop = trio.Event()
         self._cancel_at_stop = False
@@ -90,15 +106,16 @@ class CommandQueue:
         """
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._appender.run)
-            nursery.start_soon(self._heartbeat_loop)
+            heartbeats = trio.CancelScope()
+            nursery.start_soon(self._heartbeat_loop, heartbeats)
             async with trio.open_nursery() as attempts:
-                attempts.start_soon(self._claim_loop, attempts)
-                task_status.started()
-                await self._stop.wait()
+                await self._claim_until_stop(attempts, task_status)
                 if self._cancel_at_stop:
                     for running in self._running.values():
                         running.attempt.cancel()
                 else:
+                    # First: a heartbeat behind the release would take the leases again.
+                    heartbeats.cancel()
                     await self._give_back()
                     attempts.cancel_scope.cancel()
             nursery.cancel_scope.cancel()
@@ -113,7 +130,7 @@ class CommandQueue:
         self._cancel_at_stop = True
 
     def wake(self, lane: Lane | None = None) -> None:
-        """Something may be claimable; in this lane, when it happened here. Never waits."""
+        """Something may be claimable; in this lane, where it happened here. Never waits."""
         if lane is not None:
             self._touched.add(lane)
         self._wakeup.set()
@@ -136,7 +153,7 @@ class CommandQueue:
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
         """Touch the lanes where something happened, then claim as many commands as there are
-        permits and start their attempts. Returns how many were claimed.
+        permits, at most one of each lane, and start their attempts. Returns how many.
 
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
@@ -144,8 +161,7 @@ class CommandQueue:
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set():
             return 0
-        # shielded: a claim that commits unseen would wait for its lease to expire
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
+        with commit_shield():
             claimed = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
@@ -153,24 +169,21 @@ class CommandQueue:
                 limit=permits,
             )
             for one in claimed:
+                self._announce(one.lease.command)
                 self._start(one, attempts)
-            return len(claimed)
-        return 0
+        return len(claimed)
 
     async def tick_once(self, attempts: trio.Nursery) -> None:
-        """What no wake-up tells of: lanes to repair, commands that expired, leases that ran out.
-
-        After the database was lost nothing is taken over for one heartbeat: its holders could not
-        renew either. Errors: SERVICE_UNAVAILABLE.
-        """
+        """What no wake-up tells of: lanes that were left parked, commands that expired, and leases
+        that ran out. Errors: SERVICE_UNAVAILABLE."""
         await self._lanes.repair(reach=self._executor.reach)
-        for command in await self._lanes.expire(limit=EXPIRE_BATCH):
-            self._ended(command)
+        with commit_shield():
+            for command in await self._lanes.expire(limit=EXPIRE_MAX):
+                self._announce(command)
         permits = self._running_max - len(self._running)
-        if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from:
+        if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
             return
-        # shielded: as a claim
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + RELEASE_S):
+        with commit_shield():
             for one in await self._leases.take_over(
                 reach=self._executor.reach, holder=self._holder, limit=permits
             ):
@@ -178,15 +191,16 @@ class CommandQueue:
 
     async def _touch(self) -> None:
         """Tell the store which lanes may be claimable, then the other replicas."""
-        lanes, self._touched = self._touched, set()
-        if not lanes:
+        if not self._touched:
             return
+        lanes, self._touched = self._touched, set()
         try:
-            await self._lanes.touch(lanes)
+            with commit_shield():
+                await self._lanes.touch(lanes)
+                self._wake_replicas()
         except RdevError:
             self._touched |= lanes
             raise
-        self._tell_replicas()
 
     async def heartbeat_once(self) -> None:
         """Renew the leases; leave what is no longer ours, cancel what is to be cancelled.
@@ -242,39 +256,62 @@ class CommandQueue:
             self._telemetry.command_finished(
                 claimed.project, claimed.kind, status, trio.current_time() - started_at
             )
-            self.wake()
+            self.wake(Lane(project=claimed.project, lane_class=LANE_CLASS[claimed.kind]))
 
     def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
         """An attempt that cannot go on now: its lease runs out, and somebody tries again."""
         error = group.exceptions[0]
         _log.warning("attempt set aside", extra={"command_id": lease.command, "error": str(error)})
 
+    async def _claim_until_stop(
+        self, attempts: trio.Nursery, task_status: trio.TaskStatus[None]
+    ) -> None:
+        """At the end no claim is in flight: whatever was claimed is in `_running`."""
+        async with trio.open_nursery() as claims:
+            claims.start_soon(self._claim_loop, attempts)
+            task_status.started()
+            await self._stop.wait()
+            claims.cancel_scope.cancel()
+
     async def _claim_loop(self, attempts: trio.Nursery) -> None:
         backoff = self._backoff()
         await self._take_back()
+        tick_at_s = 0.0
         while not self._stop.is_set():
             self._wakeup = trio.Event()
             try:
+                if backoff.failures:
+                    # Our leases may have run out meanwhile: they are not for us to take over.
+                    await self.heartbeat_once()
+                if trio.current_time() >= tick_at_s:
+                    await self.tick_once(attempts)
+                    tick_at_s = trio.current_time() + TICK_S
                 claimed = await self.claim_once(attempts)
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
+                self._database_lost()
                 await trio.sleep(backoff.next_s())
                 continue
             backoff = self._backoff()
             if not claimed:
-                with trio.move_on_after(TICK_S):
+                with trio.move_on_at(tick_at_s):
                     await self._wakeup.wait()
 
-    async def _heartbeat_loop(self) -> None:
-        while True:
-            await trio.sleep(self._lease_s / 3)
-            try:
-                await self.heartbeat_once()
-            except RdevError as error:
-                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
-                    raise
-                _log.warning("heartbeat failed", extra={"error": str(error)})
+    def _database_lost(self) -> None:
+        """Holders could not renew either: give them one heartbeat before anything is taken over."""
+        self._take_over_from_s = trio.current_time() + self._lease_s / 3
+
+    async def _heartbeat_loop(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.sleep(self._lease_s / 3)
+                try:
+                    await self.heartbeat_once()
+                except RdevError as error:
+                    if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                        raise
+                    _log.warning("heartbeat failed", extra={"error": str(error)})
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state

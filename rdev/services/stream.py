@@ -117,7 +117,10 @@ class Subscription:
                 self.position = found.last_seq
                 self._ended = found.is_final
                 return found
-            if not self.buffer.behind and not await self._news():
+            # `stop` may have come while the log was read.
+            if self.buffer.behind or self._hub.draining:
+                continue
+            if not await self._news():
                 # A lost wake-up costs this much at most: the next call looks at the log.
                 self.buffer.behind = True
                 return Signal.HEARTBEAT

@@ -76,7 +76,7 @@ class ScriptAttachment:
     ) -> None:
         """End the observation. The block's own error passes by, in no group."""
         self._scope.cancel()
-        await self._nursery_manager.__aexit__(None, None, None)
+        await self._nursery_manager.__aexit__(None, None, None)  # noqa: ASYNC102  # the nursery was cancelled
 
     async def receive(self) -> Piece | Exit | Lost:
         """See `Attachment.receive`."""

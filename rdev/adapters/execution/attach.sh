@@ -8,7 +8,7 @@
 # Standard input carries the length of this text, the text, the command's stdin, and then line
 # feeds as a heartbeat. Its end means that nobody listens any more: all of this goes away.
 #
-# Growth wakes us through fd 5, a FIFO without a name: whoever writes to it says "look again", and
+# Growth wakes us through fd 5, a FIFO of our own: whoever writes to it says "look again", and
 # a blocked dd is what waits. GNU tail and inotifyd write to it by inotify; the floor is the
 # heartbeat. `bell` is followed with the journals and never empty, so a tail that has taken its
 # places says so with that byte: nothing that grows in between is missed.
@@ -18,7 +18,7 @@ LC_ALL=C
 
 # attach SHELL FOLDER HOME INSTANCE OUT ERR START STDIN_BYTES TIMEOUT_S GRACE_S MAX_BYTES
 attach() {
-  D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes
+  D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
   exec 2>/dev/null 3<&0
   proc_read $$ && GROUP=$P_PGRP
   EXISTED=yes
@@ -33,6 +33,7 @@ attach() {
   elif [ "$7" = 1 ] && [ "$INSTANCE" = "$4" ]; then
     printf '%s\n' "$TEXT" >"spec.$$" || exit 1
     launch "$1" "$D/spec.$$" supervise "$1" "$$" "$D" "$3" "$4" "$9" "${10}" "${11}"
+    LAUNCHED=yes
   else
     forbid "$4"
   fi
@@ -59,9 +60,9 @@ observe() {
   WATCHER= LISTENER= MOVED=0
   read_clock
   BEGAN=$NOW
-  look
-  mkfifo "wake.$$" && exec 5<>"wake.$$" || exit 1
-  rm -f "wake.$$" &
+  [ -n "$LAUNCHED" ] || look
+  [ -p "wake.$$" ] || mkfifo "wake.$$" || exit 1
+  exec 5<>"wake.$$"
   # In a subshell, since a function that is redirected keeps a copy of our standard output open,
   # and then nobody sees us die. The same below.
   (listen) <&3 >&5 &
@@ -135,6 +136,7 @@ read_status() {
 
 # Nothing grew: is there still someone who could end it? Who died may have ended it just before.
 check() {
+  kill -0 "$WATCHER" || { WATCH_BY=poll; start_watcher; }
   if [ ! -d go ]; then
     read_clock
     [ $((NOW - BEGAN)) -lt 1000 ] || quit

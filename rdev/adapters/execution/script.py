@@ -1,6 +1,6 @@
 """The text that runs in a project, and how a command's spec becomes part of it.
 
-Owns the quoting. The text (start.sh, supervisor.sh, attach.sh: about 15 KB) travels over the exec's stdin
+Owns the quoting. The text (start.sh, supervisor.sh, attach.sh: 15 KB) travels over the exec's stdin
 with its length in front, so nothing has to be installed in a project and no secret is ever an
 argument of a process. Only names of folders and numbers are.
 """
@@ -10,15 +10,10 @@ from importlib.resources import files
 from typing import Final
 
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Spec
+from rdev.domain.execution import Spec, is_env_name
 
 # Linux: MAX_ARG_STRLEN (32 pages) less the NUL, for an argument as for a `NAME=value`.
 MAX_STRING_BYTES: Final = 131_071
-
-# Names that some sh treats as its own: bash has them read-only, dash refuses other values.
-_UNSETTABLE: Final = frozenset(
-    {"BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"}
-)
 
 # Reads exactly the announced bytes (dd, since busybox's head takes more than it gives) and refuses
 # what is short: a stream that was cut is not a script.
@@ -80,7 +75,7 @@ def become(spec: Spec, base_env: Mapping[str, str], marker: str) -> bytes:
 
 
 def _export(name: str, value: str) -> bytes:
-    if not (name.isascii() and name.isidentifier()) or name in _UNSETTABLE:
+    if not is_env_name(name):
         raise RdevError(ErrorCode.BAD_REQUEST, f"environment name {name!r} cannot be set")
     _quote(name, f"{name}={value}")
     return b"export " + name.encode() + b"=" + _quote(name, value)

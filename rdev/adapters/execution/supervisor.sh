@@ -13,6 +13,7 @@
 #   ending   the command is over, its sizes are being measured
 #   status   the outcome, by rename
 #   bell     one byte more for each event that is not output
+#   wake.*   the FIFO of an attach
 #
 # Redirections that may fail stand on `printf`, never on `:`: a failed one on a special builtin
 # ends the shell.
@@ -85,10 +86,12 @@ supervise() {
   if read_pid && [ "$S $S_START" = "$ME" ]; then
     printf '' >ending
     conclude
-    rm -f spec.* stdin.* pid.* &
+    set -- spec.* stdin.* pid.* wake.*
+  else
+    set -- "spec.$TAG" "stdin.$TAG"
   fi
   kill "$WATCHDOG"
-  rm -f "spec.$TAG" "stdin.$TAG" "note.$TAG"
+  rm -f "$@" "note.$TAG"
 }
 
 # Measure first, then say it: an attach that saw no `ending` has read sizes that are not larger.

@@ -7,16 +7,17 @@ from quart import Blueprint, Response
 from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
 from rdev.adapters.http.exchange import exchange, hold, principal
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
-from rdev.adapters.http.query import choice_of, limit_of, number_of, text_of, whole_of
+from rdev.adapters.http.query import choice_of, cursor_of, limit_of, number_of, text_of, whole_of
 from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.git import GIT_ENV, git_argv
+from rdev.domain.git import GIT_ENVIRONMENT, git_argv
 from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
 from rdev.domain.requests import parse_claude, parse_git, parse_shell
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted
 from rdev.services.commands import Caller, Commands
+from rdev.services.projects import Projects
 
 WAIT_MAX_S = 60.0
 OUTPUT_MAX_BYTES = 1 << 30
@@ -30,28 +31,31 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
     @routes.post("/projects/<project>/shell")
     async def submit_shell(project: str) -> Response:
         request = parse_shell(await read_json())
+        wait_s = _wait()
         argv = ("sh", "-c", request.command)
         made = await commands.submit(
             _caller(), _project(project), Kind.SHELL, argv=argv, common=request.common
         )
-        return await _submitted(commands, made)
+        return await _submitted(commands, made, wait_s)
 
     @routes.post("/projects/<project>/git")
     async def submit_git(project: str) -> Response:
         request = parse_git(await read_json())
+        wait_s = _wait()
         made = await commands.submit(
             _caller(),
             _project(project),
             Kind.GIT,
             argv=git_argv(request.args),
             common=request.common,
-            env=GIT_ENV,
+            env=dict(GIT_ENVIRONMENT),
         )
-        return await _submitted(commands, made)
+        return await _submitted(commands, made, wait_s)
 
     @routes.post("/projects/<project>/claude")
     async def submit_claude(project: str) -> Response:
         submission = parse_claude(await read_json())
+        wait_s = _wait()
         made = await commands.submit(
             _caller(),
             _project(project),
@@ -59,26 +63,29 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
             argv=claude_argv(claude_command, submission.request),
             common=submission.common,
         )
-        return await _submitted(commands, made)
+        return await _submitted(commands, made, wait_s)
 
     return routes
 
 
-def command_routes(commands: Commands) -> Blueprint:
+def command_routes(commands: Commands, projects: Projects) -> Blueprint:
     """`/projects/{id}/commands`, `/commands/{id}` and its output."""
     routes = Blueprint("commands", __name__)
 
     @routes.get("/projects/<project>/commands")
     async def list_commands(project: str) -> Response:
         limit = limit_of()
-        cursor = text_of("cursor")
+        cursor = cursor_of(is_command_id)
         found = await commands.list_for_project(
             _project(project),
             status=choice_of("status", Status),
             kind=choice_of("kind", Kind),
-            before=_command(cursor) if cursor else None,
+            before=CommandId(cursor) if cursor else None,
             limit=limit + 1,
         )
+        if not found:
+            # An empty page of a project that is not there is no page but a 404.
+            await projects.get(project)
         more = found[limit - 1].id if len(found) > limit else None
         return success([_shown(command) for command in found[:limit]], next_cursor=more)
 
@@ -109,9 +116,20 @@ def command_routes(commands: Commands) -> Blueprint:
     return routes
 
 
-async def _submitted(commands: Commands, made: Accepted) -> Response:
-    """201; with `?wait=` it is held until the command ends, and says how."""
+def _wait() -> float | None:
+    """`?wait=`, with a place for the request to wait in. Asked before anything is stored: a request
+    that is refused must leave nothing behind.
+
+    Errors: BAD_REQUEST; SERVICE_UNAVAILABLE when too many requests are held.
+    """
     wait_s = number_of("wait", least=0, most=WAIT_MAX_S)
+    if wait_s is not None:
+        hold()
+    return wait_s
+
+
+async def _submitted(commands: Commands, made: Accepted, wait_s: float | None) -> Response:
+    """201; with `?wait=` it is held until the command ends, and says how."""
     command = made.command
     shown: dict[str, object] = {
         "id": command.id,
@@ -124,7 +142,6 @@ async def _submitted(commands: Commands, made: Accepted) -> Response:
         "created_at": command.created_at,
     }
     if wait_s is not None:
-        hold()
         ended = await commands.ended(command.id, within_s=wait_s)
         shown |= {
             "status": ended.status,

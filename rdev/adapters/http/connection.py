@@ -107,7 +107,7 @@ class Connection(TCPServer):
             await send(head)
             await send(first)
         finally:
-            await self._write_joined()
+            await self._write_joined()  # noqa: ASYNC102  # cancelled, it writes nothing
 
     async def _write_joined(self) -> None:
         """Write what was held back, if anything was."""

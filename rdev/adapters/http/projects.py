@@ -3,8 +3,8 @@
 from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import created, read_json, success
-from rdev.adapters.http.query import limit_of, text_of
-from rdev.domain.ids import ProjectId
+from rdev.adapters.http.query import cursor_of, limit_of
+from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, parse_project
 from rdev.services.projects import Projects
 
@@ -23,7 +23,7 @@ def project_routes(projects: Projects) -> Blueprint:
     @routes.get("/projects")
     async def list_projects() -> Response:
         limit = limit_of()
-        after = text_of("cursor")
+        after = cursor_of(is_project_id)
         found = await projects.list_all(after=ProjectId(after) if after else None, limit=limit + 1)
         more = found[limit - 1].id if len(found) > limit else None
         return success([_shown(project) for project in found[:limit]], next_cursor=more)

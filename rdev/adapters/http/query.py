@@ -1,5 +1,6 @@
 """Reading query parameters; a wrong one is BAD_REQUEST and names the parameter."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import TypeVar
 
@@ -45,6 +46,14 @@ def whole_of(name: str, *, least: int, most: int) -> int | None:
 def limit_of() -> int:
     """`?limit=` of a list."""
     return whole_of("limit", least=1, most=LIMIT_MAX) or LIMIT_DEFAULT
+
+
+def cursor_of(is_sane: Callable[[str], bool]) -> str | None:
+    """`?cursor=` of a list: an id that an earlier page gave, or None on the first page."""
+    text = text_of("cursor")
+    if text is not None and not is_sane(text):
+        raise _wrong("cursor", "must be the next_cursor of an earlier page")
+    return text
 
 
 def choice_of(name: str, choices: type[Choice]) -> Choice | None:

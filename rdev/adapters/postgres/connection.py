@@ -194,7 +194,7 @@ class TrioConnection(AsyncConnection[Row]):
         """Commit and close; after an exception close, which makes the server roll back."""
         try:
             if exc_type is None and not self.closed:
-                await self.commit()
+                await self.commit()  # noqa: ASYNC102  # commit() shields itself
         finally:
             self.abort()
 
@@ -301,7 +301,7 @@ class TrioConnection(AsyncConnection[Row]):
         except (trio.Cancelled, KeyboardInterrupt):
             # Around Cancelled because the server must be told; it is always raised again.
             if self._in_flight:
-                await self._settle(gen)
+                await self._settle(gen)  # noqa: ASYNC102  # _settle() shields itself
             raise
 
     async def _drive(self, gen: PQGen[RV], wanted: Wait | None, *, look_first: bool = False) -> RV:
@@ -358,10 +358,18 @@ class TrioConnection(AsyncConnection[Row]):
         # A pipeline has an end of its own, which follows; COPY and stream() are not at an end.
         if scope.cancelled_caught or (self._in_flight and self._pipeline is None):
             self.abort()
+            try:
+                gen.close()
+            except psycopg.Error:
+                pass  # it tried to read on from what was just closed
 
     async def _cancel_and_resume(self, gen: PQGen[RV]) -> bool:
-        """One round; False when the generator went on to a further statement meanwhile."""
-        await self._request_cancel()
+        """One round; False when the generator is not at its end after it: the request failed, or
+        came between two statements. Errors: `psycopg.Error`, the generator's own: it has ended."""
+        try:
+            await self._request_cancel()
+        except psycopg.Error:
+            pass  # a busy server; it is asked again
         with trio.move_on_after(CANCEL_AGAIN_S):
             try:
                 wanted = gen.send(Ready.NONE)  # "not ready": it repeats the wait it stands in

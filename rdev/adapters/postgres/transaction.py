@@ -174,16 +174,16 @@ class TrioTransaction(AsyncTransaction):
         5. commit and announce.
         """
         if exc_val is not None or self.force_rollback:
-            return await self._end(exc_type, exc_val, exc_tb)
+            return await self._end(exc_type, exc_val, exc_tb)  # noqa: ASYNC102  # _end() shields itself
         if self.pgconn.status != _CONNECTED:
             raise psycopg.OperationalError("the connection was lost in the transaction")
         if self.pgconn.transaction_status == _FAILED:
             swallowed = errors.InFailedSqlTransaction("a statement of the transaction had failed")
-            await self._end(type(swallowed), swallowed, None)
+            await self._end(type(swallowed), swallowed, None)  # noqa: ASYNC102  # _end() shields itself
             raise swallowed
         if not self._outer_transaction:
-            return await self._end(None, None, None)
-        return await commit_and_announce(self._conn, self._commit, self._announce)
+            return await self._end(None, None, None)  # noqa: ASYNC102  # _end() shields itself
+        return await commit_and_announce(self._conn, self._commit, self._announce)  # noqa: ASYNC102  # shields itself
 
     async def _end(
         self,

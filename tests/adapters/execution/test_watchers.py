@@ -1,6 +1,6 @@
 """Growth is noticed by whatever the project has: GNU tail, inotifyd, or looking now and then."""
 
-import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,29 @@ from tests.adapters.execution.observing import (
     until,
 )
 
+# What busybox calls inotifyd (Debian's has none): events of modification, as lines on stdout.
+INOTIFYD = """#!{python}
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+for word in sys.argv[2:]:
+    libc.inotify_add_watch(fd, word.partition(":")[0].encode(), 2)
+while True:
+    os.write(1, b"c\\tsomething\\n" * (len(os.read(fd, 4096)) // 16))
+"""
 
-@pytest.fixture(params=["tail", "inotifyd", "poll"])
+
+@pytest.fixture(params=["tail", "inotifyd", "poll", "a watcher that dies"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A PATH with that way to notice growth and no better one."""
     with shell_path("dash" if request.param == "tail" else "busybox", tmp_path) as path:
         inotifyd = Path(path.partition(":")[0]) / "inotifyd"
-        if request.param == "poll":
-            inotifyd.unlink(missing_ok=True)
-        elif request.param == "inotifyd" and not inotifyd.exists():
-            toybox = shutil.which("toybox")
-            if toybox is None:
-                pytest.skip("neither this busybox nor a toybox has inotifyd")
-            inotifyd.symlink_to(toybox)
+        inotifyd.unlink(missing_ok=True)
+        if request.param == "inotifyd":
+            inotifyd.write_text(INOTIFYD.format(python=sys.executable))
+            inotifyd.chmod(0o755)
+        elif request.param == "a watcher that dies":
+            inotifyd.symlink_to("/bin/false")
         return path
 
 

@@ -33,16 +33,12 @@ async def test_the_probes_have_the_bodies_of_the_guide(serve):
     )
 
     assert (health.status, health.json()) == (200, {"status": "healthy"})
-    assert (ready.status, ready.json()) == (
-        200,
-        {
-            "status": "healthy",
-            "checks": {
-                "database": {"status": "healthy", "latency_ms": 0},
-                "kubernetes": {"status": "healthy", "latency_ms": 0},
-            },
-        },
-    )
+    assert (ready.status, ready.json()["status"]) == (200, "healthy")
+    assert list(ready.json()["checks"]) == ["database", "kubernetes"]
+    for check in ready.json()["checks"].values():
+        assert check.keys() == {"status", "latency_ms"}
+        assert check["status"] == "healthy"
+        assert isinstance(check["latency_ms"], int)
     assert b"# TYPE http_requests_total counter" in metrics.body
     assert metrics.header("content-type").startswith("text/plain")
     assert open_metrics.body.endswith(b"# EOF\n")

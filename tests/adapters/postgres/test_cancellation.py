@@ -135,6 +135,43 @@ async def test_a_statement_that_does_not_end_closes_the_connection(proxy, settin
     assert connection.closed
 
 
+async def test_a_cancel_request_that_fails_is_made_again(connection, observer):
+    pid = connection.info.backend_pid
+    asked = 0
+    really = connection._request_cancel
+
+    async def refused_the_first_two_times():
+        nonlocal asked
+        asked += 1
+        if asked <= 2:
+            raise psycopg.OperationalError("cancellation failed")
+        await really()
+
+    async def work() -> None:
+        async with connection.cursor() as cursor:
+            await cursor.executemany("select pg_sleep(%s)", [(60,)] * 10)
+
+    connection._request_cancel = refused_the_first_two_times
+    await cancelled_when_active(observer, pid, work)
+    assert asked >= 3
+    assert await runs_nothing(observer, pid)
+    assert connection.at_rest
+    assert await scalar(connection, "select 7") == 7
+
+
+async def test_a_pipeline_that_does_not_end_closes_the_connection(proxy):
+    connection = await open_connection(ConnectionSettings(dsn=proxy.dsn))
+    connection.cleanup_s = 0.1
+    proxy.black_hole()
+
+    async def work() -> None:
+        async with connection.cursor() as cursor:
+            await cursor.executemany("select pg_sleep(%s)", [(60,)] * 10)
+
+    await cancelled_when_blocked(work)
+    assert connection.closed
+
+
 async def test_leaving_the_connections_block_by_cancellation_closes_it(settings):
     connection = await open_connection(settings)
 
