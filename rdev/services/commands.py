@@ -44,8 +44,8 @@ class Commands:
         reach_holder: Callable[[CommandId], None],
         new_uuid: NewUuid,
     ) -> None:
-        """`wake_workers` says where a command was queued, `reach_holder` that one is to be cancelled,
-        to the queues of all processes; neither waits."""
+        """`wake_workers` says where a command was queued, `reach_holder` that one is to be
+        cancelled, to the queues of all processes; neither waits."""
         self._store = store
         self._log = log
         self._fanout = fanout

@@ -29,7 +29,7 @@ from rdev.ports.commands import Accepted, CancelResult
 _INSERT = """
 with made as (
     insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
-                          request_id, argv, spec, expires_at, last_seq)
+                          request_id, argv, spec, expires_at, rank, last_seq)
     select %(id)s, p.id, %(kind)s, %(lane_class)s, 'queued', %(level)s, p.reach, %(retry)s,
            %(key_id)s, %(request_id)s, %(argv)s, %(spec)s,
            now() + make_interval(secs => %(expires_in_s)s),
