@@ -45,7 +45,7 @@ async def measure(
     await executor.prepare(PROJECT)
     result = {"exec_ms": _exec_ms(path)}
     result |= await _launch(executor, launches)
-    result |= await _lines(executor, lines)
+    result |= await _lines(executor, projects_dir, lines)
     result |= await _bulk(executor, bulk_bytes)
     result |= await _idle(executor, projects_dir, idle_s)
     return result
@@ -87,9 +87,12 @@ async def _launch(executor: LocalExecutor, count: int) -> dict[str, float]:
     return _percentiles("launch_to_exit", samples)
 
 
-async def _lines(executor: LocalExecutor, count: int) -> dict[str, float]:
-    """From the write of a line to its receive, at 20 lines a second; and from the last to Exit."""
-    instance, ways, ends = await executor.instance(PROJECT), [], []
+async def _lines(executor: LocalExecutor, projects_dir: Path, count: int) -> dict[str, float]:
+    """From the write of a line to its receive, at 20 lines a second; and from the last to Exit.
+
+    `line_cpu_ms`: CPU of the project's side per line, idle cost included.
+    """
+    instance, ways, ends, cpu = await executor.instance(PROJECT), [], [], [0.0]
     for turn in range(4):
         argv = (sys.executable, "-c", _LINES, str(count if turn == 0 else 1), "0.05")
         async with executor.attach(
@@ -103,8 +106,11 @@ async def _lines(executor: LocalExecutor, count: int) -> dict[str, float]:
             while isinstance(piece := await attachment.receive(), Piece):
                 last_ns = int(piece.data.split()[-1])
                 ways.append((time.monotonic_ns() - last_ns) / 1e6)
+                if turn == 0 and len(ways) in (10, count - 10):
+                    cpu.append(_cpu_ms(projects_dir))
             ends.append((time.monotonic_ns() - last_ns) / 1e6)
-    return _percentiles("line", ways) | _percentiles("end", ends)
+    per_line = (cpu[-1] - cpu[1]) / (count - 20)
+    return _percentiles("line", ways) | _percentiles("end", ends) | {"line_cpu_ms": per_line}
 
 
 async def _bulk(executor: LocalExecutor, size: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ import random
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
-from rdev.adapters.postgres.checks import DatabaseChecks
+from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
@@ -90,17 +90,38 @@ class Server:
     http: HttpServer
 
 
+@dataclass(slots=True)
+class Control:
+    """What a signal acts on. `server` is None until it serves."""
+
+    stop: trio.Event = field(default_factory=trio.Event)
+    server: Server | None = None
+
+
 async def serve(
     settings: Settings,
     identity: Identity,
     *,
-    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+    on_serving: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Run a server until SIGTERM or SIGINT; `started` gives the URL when it can serve.
+    """Run a server until SIGTERM or SIGINT; `on_serving` is told its URL when it can serve.
 
     SIGTERM leaves the commands running for the next server; SIGINT (Ctrl-C) ends them. A second
-    signal ends at once. Errors: RdevError when it cannot start; whatever a subsystem raised.
+    signal, or one before it serves, ends at once. Errors: RdevError when it cannot start; whatever
+    a subsystem raised.
     """
+    control = Control()
+    async with trio.open_nursery() as nursery:
+        # First of all: a database that was started must be stopped, whenever the signal comes.
+        await nursery.start(_heed_signals, control, nursery.cancel_scope)
+        await _serve_until_stopped(settings, identity, control, on_serving)
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_until_stopped(
+    settings: Settings, identity: Identity, control: Control, on_serving: Callable[[str], None]
+) -> None:
+    """Open what the server stands on, run it, and close it in reverse."""
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)
@@ -113,30 +134,27 @@ async def serve(
             appends=await stack.enter_async_context(open_dedicated(connection, "append")),
         )
         server = _build(settings, identity, pools)
-        stop = trio.Event()
 
         async def drain() -> None:
             server.readiness.drain()
             await trio.sleep(settings.drain_s)
 
+        async def run(task_status: trio.TaskStatus[None]) -> None:
+            await run_subsystems(
+                server.subsystems,
+                stop=control.stop,
+                drain=drain,
+                grace_s=settings.grace_s,
+                task_status=task_status,
+            )
+
         async with trio.open_nursery() as nursery:
-            await nursery.start(_heed_signals, server, stop, nursery.cancel_scope)
-
-            async def run(task_status: trio.TaskStatus[None]) -> None:
-                await run_subsystems(
-                    server.subsystems,
-                    stop=stop,
-                    drain=drain,
-                    grace_s=settings.grace_s,
-                    task_status=task_status,
-                )
-                nursery.cancel_scope.cancel()
-
             await nursery.start(run)
+            control.server = server
             url = server.http.bound[0]
             _write_address(settings.state_dir, url)
             _log.info("serving", extra={"url": url})
-            task_status.started(url)
+            on_serving(url)
 
 
 def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
@@ -244,7 +262,9 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
 async def _database(settings: Settings) -> AsyncIterator[str]:
     """The DSN given, or an embedded PostgreSQL with its migrations applied."""
     if settings.database_dsn is not None:
-        yield settings.database_dsn.get_secret_value()
+        dsn = settings.database_dsn.get_secret_value()
+        check_dsn(dsn)
+        yield dsn
         return
     async with open_embedded(settings.state_dir) as dsn:
         for name in await trio.to_thread.run_sync(up, dsn):
@@ -253,24 +273,20 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
 
 
 async def _heed_signals(
-    server: Server,
-    stop: trio.Event,
-    everything: trio.CancelScope,
-    *,
-    task_status: trio.TaskStatus[None],
+    control: Control, everything: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """The first signal stops, the second cancels."""
+    """The first signal stops, the second cancels; so does one before anything serves."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
-            if stop.is_set():
+            if control.server is None or control.stop.is_set():
                 _log.warning("stopping at once", extra={"signal": signal.Signals(number).name})
                 everything.cancel()
                 return
             _log.info("stopping", extra={"signal": signal.Signals(number).name})
             if number == signal.SIGINT:
-                server.queue.cancel_running()
-            stop.set()
+                control.server.queue.cancel_running()
+            control.stop.set()
 
 
 @asynccontextmanager
@@ -282,11 +298,11 @@ async def open_identity(settings: Settings) -> AsyncIterator[Identity]:
     with hold_state(settings.state_dir) as state_dir:
         key_file = state_dir / "admin-key"
         given = _given_admin_key(settings)
-        is_first = given is None and not key_file.exists()
+        is_first = given is None and not _text_in(key_file)
         yield Identity(
             holder=_kept(state_dir / "server-id", _new_name),
             machine=_machine(),
-            admin_key=given or _kept(key_file, lambda: f"rdev_admin_{os.urandom(24).hex()}"),
+            admin_key=given or _long_enough(_kept(key_file, _new_admin_key), str(key_file)),
             made_admin_key=key_file if is_first else None,
         )
 
@@ -302,22 +318,40 @@ def _given_admin_key(settings: Settings) -> str | None:
     except OSError as error:
         message = f"RDEV_ADMIN_KEY_FILE: {settings.admin_key_file}: {error.strerror}"
         raise RdevError(ErrorCode.BAD_REQUEST, message) from error
+    return _long_enough(key, "RDEV_ADMIN_KEY_FILE")
+
+
+def _long_enough(key: str, where: str) -> str:
+    """The key itself. Errors: BAD_REQUEST: an empty key would let everybody in."""
     if len(key) < ADMIN_KEY_CHARACTERS_MIN:
-        message = f"RDEV_ADMIN_KEY_FILE: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters"
+        message = f"{where}: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters"
         raise RdevError(ErrorCode.BAD_REQUEST, message)
     return key
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """The text in a file of the state folder, made at the first start (mode 0600)."""
+    """The text in a file of the state folder, made at the first start (mode 0600), by rename: a
+    crash leaves no half of it."""
+    if text := _text_in(path):
+        return text
+    text = make()
+    fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(descriptor)
+    fresh.rename(path)
+    return text
+
+
+def _text_in(path: Path) -> str:
+    """What is in the file, "" where there is none."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:
-        text = make()
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text + "\n")
-        return text
+        return ""
 
 
 def _machine() -> str:
@@ -357,6 +391,10 @@ def _backoff() -> Backoff:
 
 def _now() -> datetime:
     return datetime.now(UTC)  # noqa: TID251  (this is the `now` that is injected)
+
+
+def _new_admin_key() -> str:
+    return f"rdev_admin_{os.urandom(24).hex()}"
 
 
 def _new_name() -> str:

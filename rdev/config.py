@@ -8,9 +8,9 @@ import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -41,6 +41,26 @@ def _secret(value: SecretStr) -> SecretStr:
     return value
 
 
+def _key_file(path: Path) -> Path:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if len(text.strip()) < ADMIN_KEY_CHARACTERS_MIN:
+        raise ValueError(f"{path}: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters")
+    return path
+
+
+def _words(text: str) -> str:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ValueError(f"cannot be split as a shell would: {error}") from error
+    if not words:
+        raise ValueError("must name a program")
+    return text
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -53,10 +73,10 @@ class Settings(BaseSettings):
     database_dsn: SecretStr | None = None
     database_pool_max: int = Field(default=12, ge=2, le=200)
     admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None
-    admin_key_file: Path | None = None
+    admin_key_file: Annotated[Path, AfterValidator(_key_file)] | None = None
     executor: Literal["local"] = "local"
     projects_dir: Path | None = None
-    claude_command: str = Field(default="claude", min_length=1)
+    claude_command: Annotated[str, AfterValidator(_words)] = "claude"
     lease_s: float = Field(default=30, ge=1, le=600)
     grace_s: float = Field(default=30, ge=0, le=600)
     drain_delay_s: float | None = Field(default=None, ge=0, le=600)
@@ -67,6 +87,12 @@ class Settings(BaseSettings):
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
     log_level: Literal["debug", "info", "warn", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _tls_in_pairs(self) -> Self:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("RDEV_TLS_CERT_FILE, RDEV_TLS_KEY_FILE: one is not set")
+        return self
 
     @property
     def is_embedded(self) -> bool:
@@ -154,5 +180,5 @@ def _quoted(value: str) -> str:
 
 
 def _fault_line(location: tuple[int | str, ...], message: str) -> str:
-    name = PREFIX + "_".join(str(part).upper() for part in location[:1])
-    return f"{name}: {message.removeprefix('Value error, ')}"
+    told = message.removeprefix("Value error, ")
+    return f"{PREFIX}{str(location[0]).upper()}: {told}" if location else told

@@ -1,7 +1,5 @@
 """`rdev demo`: a server, a project, a command whose lines are seen live; then it keeps serving."""
 
-import os
-
 import click
 import trio
 
@@ -9,7 +7,7 @@ from rdev.adapters.telemetry.logs import configure_logs
 from rdev.app import open_identity, serve
 from rdev.cli.client import Client, Event, open_client
 from rdev.cli.failures import run_trio
-from rdev.config import load_settings
+from rdev.cli.settings import read_settings
 
 PROJECT = "demo"
 SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0.5; done'
@@ -18,16 +16,20 @@ SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0
 @click.command()
 def demo() -> None:
     """Show the main road: embedded PostgreSQL, a project, a command, its live stream."""
-    settings = load_settings(os.environ)
+    settings = read_settings(None)
 
     async def main() -> int:
         async with open_identity(settings) as identity, trio.open_nursery() as nursery:
             configure_logs(level="warn", secrets=[identity.admin_key])
             click.echo("starting PostgreSQL and rdev …")
-            url = await nursery.start(serve, settings, identity)
-            async with open_client(url, identity.admin_key) as client:
-                await _show(client)
-            _say_more(url, identity.admin_key)
+
+            async def show(url: str) -> None:
+                async with open_client(url, identity.admin_key) as client:
+                    await _show(client)
+                _say_more(url, identity.admin_key)
+
+            await serve(settings, identity, on_serving=lambda url: nursery.start_soon(show, url))
+            nursery.cancel_scope.cancel()
         return 0
 
     run_trio(main)

@@ -9,15 +9,16 @@ import trio
 
 from rdev.domain.errors import RdevError
 
-# 128 + SIGPIPE, the shell's convention.
+# 128 + the signal, the shell's convention.
 PIPE_STATUS = 141
+INTERRUPT_STATUS = 130
 
 
 def run_trio(main: Callable[[], Coroutine[object, object, int]]) -> None:
     """Run `main` on trio and exit with its status; an `RdevError` becomes one line.
 
-    A reader that left (`rdev run … | head`) ends the program as SIGPIPE would. Other errors are
-    defects and keep their traceback.
+    A reader that left (`rdev run … | head`) ends the program as SIGPIPE would, and Ctrl-C as SIGINT
+    would where nobody heeds it. Other errors are defects and keep their traceback.
     """
     try:
         status = trio.run(main)
@@ -29,6 +30,8 @@ def run_trio(main: Callable[[], Coroutine[object, object, int]]) -> None:
         # What is still buffered cannot be written either; without this Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(PIPE_STATUS) from None
+    except* KeyboardInterrupt:
+        raise SystemExit(INTERRUPT_STATUS) from None
     raise SystemExit(status)
 
 

@@ -61,7 +61,9 @@ class Executor(Protocol):
         The command is started at most once, whoever calls how often: `go/` in its folder is the
         only commit point. It is started only with a `spec` and only when the place is the given
         `instance`; otherwise its status is read or the end is `Lost`.
-        Errors (from `receive`): SERVICE_UNAVAILABLE when the place cannot be reached for a while.
+        A place that cannot be reached for a while ends as `Lost(UNREACHABLE, may_still_run=True)`.
+        Errors (on entry): BAD_REQUEST for a spec that no process can be given (a NUL, an argument
+        that is too long, an environment name that a shell cannot export).
         Cancellation and leaving the block: the command goes on; only the observation ends.
         """
         ...

@@ -231,6 +231,8 @@ class CommandQueue:
         )
         running = _Running(attempt=attempt, scope=trio.CancelScope())
         self._running[claimed.lease] = running
+        if self._cancel_at_stop and self._stop.is_set():
+            attempt.cancel()  # the claim was under way when the others were cancelled
         self._telemetry.command_started(claimed.project, claimed.kind)
         attempts.start_soon(self._run_attempt, running, name=claimed.lease.command)
 

@@ -155,8 +155,8 @@ class Subscription:
 
     async def _news(self) -> bool:
         """Wait for a publication; False after 15 s of silence."""
-        if self.buffer.waiting:
-            return True
+        if self.buffer.waiting or self._hub.draining:
+            return True  # a stop that came while the log was read set the event of then
         self.buffer.news = trio.Event()
         with trio.move_on_after(HEARTBEAT_S) as scope:
             await self.buffer.news.wait()

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT, SIGKILL, Signals
 
+import h11
 import httpx2
 import msgspec
 import trio
@@ -338,11 +339,23 @@ class Api:
     ) -> AsyncIterator[AsyncIterator[Event]]:
         """The events of a command as they arrive, from after `last_id`."""
         headers = {} if last_id is None else {"Last-Event-ID": str(last_id)}
-        path = path or f"/commands/{command}/events"
-        async with self.http.stream("GET", path, headers=headers) as response:
-            assert response.status_code == 200, (await response.aread()).decode()
-            async with contextlib.aclosing(read_events(response)) as events:
+        async with self.wire(path or f"/commands/{command}/events", headers) as wire:
+            assert wire.status == 200, wire
+            async with contextlib.aclosing(read_events(wire)) as events:
                 yield events
+
+    @asynccontextmanager
+    async def wire(self, path: str, headers: Mapping[str, str]) -> AsyncIterator["Wire"]:
+        """A GET over a connection of its own, whose body is read as slowly as one likes."""
+        url = self.http.base_url
+        assert url.port is not None
+        async with await trio.open_tcp_stream(url.host, url.port) as socket:
+            wire = Wire(socket)
+            await wire.request(
+                path,
+                {"Host": url.host, "Authorization": self.http.headers["Authorization"], **headers},
+            )
+            yield wire
 
     async def events(self, command: str, *, last_id: int | None = None) -> list[Event]:
         """All events of a command to the end of its stream."""
@@ -351,14 +364,52 @@ class Api:
                 return [event async for event in events]
 
 
-async def read_events(response: httpx2.Response) -> AsyncIterator[Event]:
-    """Parse a stream as the HTML standard says, for the fields rdev sends."""
+class Wire:
+    """One GET on one connection."""
+
+    def __init__(self, socket: trio.SocketStream) -> None:
+        self.socket = socket
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._http = h11.Connection(h11.CLIENT)
+
+    async def request(self, path: str, headers: Mapping[str, str]) -> None:
+        """Send the request and read the head of the answer."""
+        request = h11.Request(method="GET", target=path, headers=list(headers.items()))
+        for sent in (request, h11.EndOfMessage()):
+            await self.socket.send_all(self._http.send(sent) or b"")
+        head = await self._next()
+        assert isinstance(head, h11.Response), head
+        self.status = head.status_code
+        self.headers = {name.decode(): value.decode() for name, value in head.headers}
+
+    async def body(self) -> AsyncIterator[bytes]:
+        """The body in pieces. Errors: h11.RemoteProtocolError when it is cut."""
+        while isinstance(event := await self._next(), h11.Data):
+            yield bytes(event.data)
+
+    async def _next(self) -> h11.Response | h11.Data | h11.EndOfMessage:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            self._http.receive_data(await self.socket.receive_some(65_536))
+        assert isinstance(event, (h11.Response, h11.Data, h11.EndOfMessage)), event
+        return event
+
+
+async def read_events(wire: Wire) -> AsyncIterator[Event]:
+    """Parse a stream as the HTML standard says, for the fields rdev sends.
+
+    A stream that is cut (a killed server) ends here like one that the server ended.
+    """
     rest = b""
-    async for data in response.aiter_raw():
-        *blocks, rest = (rest + data).split(b"\n\n")
-        for block in blocks:
-            yield _event(block)
-    assert rest == b"", f"the stream ended inside an event: {rest[:100]!r}"
+    try:
+        async with contextlib.aclosing(wire.body()) as body:
+            async for data in body:
+                *blocks, rest = (rest + data).split(b"\n\n")
+                for block in blocks:
+                    yield _event(block)
+        assert rest == b"", f"the stream ended inside an event: {rest[:100]!r}"
+    except (trio.BrokenResourceError, h11.RemoteProtocolError):
+        pass
 
 
 def _event(block: bytes) -> Event:

@@ -102,7 +102,7 @@ async def test_the_list_is_newest_first_filtered_and_in_pages(api: Api) -> None:
     for number in range(5):
         made.append(await api.submit(f"exit {number % 2}", project="listing"))
         await api.ended(made[-1])
-    made.append(await api.submit_body(f"{path}/git", {"args": ["--version"]}))
+    made.append(await api.submit_body(f"{path}/git", {"args": ["status"]}))
     await api.ended(made[-1])
 
     async def listed(query: str) -> list[str]:

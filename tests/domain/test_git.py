@@ -114,7 +114,7 @@ REFUSED = """
 -c core.fsmonitor=evil status
 --config-env=core.pager=X log
 -C /tmp status
---git-dir=/tmp/x status
+--git-dir=/var/x status
 --work-tree=/ status
 --exec-path=/tmp status
 -p log
@@ -150,7 +150,7 @@ clone --config core.sshCommand=evil https://example.org/a
 clone -c core.sshCommand=evil https://example.org/a
 clone --template=/tmp/t https://example.org/a
 clone --reference /other https://example.org/a
-clone --separate-git-dir=/tmp/x https://example.org/a
+clone --separate-git-dir=/var/x https://example.org/a
 clone --recurse-submodules https://example.org/a
 clone --bundle-uri=https://x https://example.org/a
 clone 'ext::sh -c evil'
@@ -206,11 +206,11 @@ diff -- /etc/passwd /dev/null
 diff ../other/a b
 diff --ext-diff
 diff --textconv
-diff --output=/tmp/x
+diff --output=/var/x
 diff --outp=x
 diff -O/etc/passwd
 diff --submodule=diff
-log --output=/tmp/x
+log --output=/var/x
 log --ext-diff -p
 log --show-signature
 log --format=%G?
@@ -218,7 +218,7 @@ log --pretty=tformat:%GK
 for-each-ref --format=%(signature)
 show --textconv HEAD:a
 blame --contents /etc/passwd a
-blame -S/tmp/x a
+blame -S/var/x a
 blame --ignore-revs-file=/etc/passwd a
 blame --textconv a
 commit -F /etc/passwd
@@ -264,16 +264,16 @@ ls-files --exclude-per-directory=../x
 apply /etc/passwd
 apply ../x.patch
 apply --unsafe-paths x
-apply --build-fake-ancestor=/tmp/x a
+apply --build-fake-ancestor=/var/x a
 apply --directory=/etc x
 am /tmp/mbox
 am -i x
 format-patch -o /tmp HEAD~1
 format-patch --signature-file=/etc/passwd HEAD~1
-init /tmp/x
+init /var/x
 init --template=/tmp/t
-init --separate-git-dir=/tmp/x
-worktree add /tmp/x
+init --separate-git-dir=/var/x
+worktree add /var/x
 worktree add ../x
 config core.sshCommand evil
 config --global user.name x

@@ -6,12 +6,13 @@ import signal
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
+from rdev.adapters.execution import script
 from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.errors import ErrorCode, RdevError
@@ -102,9 +103,10 @@ async def test_a_hundred_cuts_lose_and_double_nothing(
                 since += 1
                 if cuts < 100 and since > dice.randrange(2):
                     for pid in attach_processes(projects, command):
-                        if os.getpgid(pid) == pid:  # the shell alone, or all of it
-                            dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
-                            cuts, since = cuts + 1, 0
+                        with suppress(ProcessLookupError):  # it ended just now
+                            if os.getpgid(pid) == pid:  # the shell alone, or all of it
+                                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
+                                cuts, since = cuts + 1, 0
     assert cuts == 100
     assert got == data
     assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), 20_000))
@@ -195,8 +197,6 @@ async def test_the_end_of_stdin_alone_ends_all_observers(
     executor: LocalExecutor, projects: Path
 ) -> None:
     """What a WebSocket's end looks like from inside: nobody kills, stdin just ends."""
-    from rdev.adapters.execution import script
-
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
         PROJECT,
@@ -314,8 +314,6 @@ async def test_a_supervisor_in_another_instance_refuses_to_start(
 
 async def test_a_short_spec_is_refused(executor: LocalExecutor, projects: Path) -> None:
     """A cut while the spec or the stdin travels must not start half a command."""
-    from rdev.adapters.execution import script
-
     command, instance = new_command(), await executor.instance(PROJECT)
     full = script.payload(script.become(sh("cat"), {}, command), b"0123456789")
     words = ("attach", "sh", str(folder(projects, command)), str(projects / PROJECT), instance)
@@ -388,6 +386,21 @@ async def test_a_pid_that_was_taken_by_another_process_is_not_alive(
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
+async def test_a_zombie_is_not_alive(executor: LocalExecutor, projects: Path) -> None:
+    """A pid 1 that does not reap leaves the command's pid in /proc for ever."""
+    command = new_command()
+    place = folder(projects, command)
+    (place / "go").mkdir(parents=True)
+    process = await trio.lowlevel.open_process(["true"])
+    stat = Path(f"/proc/{process.pid}/stat")
+    await until(lambda: stat.read_text().rpartition(") ")[2][0] == "Z", "it is a zombie")
+    me = f"{process.pid} {stat.read_text().rpartition(') ')[2].split()[19]}"
+    (place / "pid").write_text(f"{me} {me} {await executor.instance(PROJECT)}\n")
+    seen = await observe(executor, command, None)
+    assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
+    await process.wait()
+
+
 async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, projects: Path) -> None:
     command = new_command()
     place = folder(projects, command)
@@ -399,7 +412,7 @@ async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, proj
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
-@pytest.mark.parametrize("damage", ["half", "garbage", "empty"])
+@pytest.mark.parametrize("damage", ["half", "garbage", "empty", "no end"])
 async def test_a_status_that_is_not_whole_is_absent(
     executor: LocalExecutor, projects: Path, damage: str
 ) -> None:
@@ -407,9 +420,14 @@ async def test_a_status_that_is_not_whole_is_absent(
     await observe(executor, command, sh("echo done"))
     status = folder(projects, command) / "status"
     whole = status.read_bytes()
-    status.write_bytes(
-        {"half": whole[: len(whole) // 2], "garbage": b"\xff\0{}", "empty": b""}[damage]
-    )
+    damaged = {
+        "half": whole[: len(whole) // 2],
+        "garbage": b"\xff\0{}",
+        "empty": b"",
+        "no end": whole.removesuffix(b"end\n"),
+    }
+    assert damaged[damage] != whole
+    status.write_bytes(damaged[damage])
     seen = await observe(executor, command, None)
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
@@ -548,14 +566,32 @@ ESCAPERS = {
 async def test_a_kill_reaches_what_escaped(
     executor: LocalExecutor, projects: Path, how: str
 ) -> None:
+    await _kill_with_escaper(executor, projects, ESCAPERS[how])
+
+
+@pytest.mark.parametrize("how", [how for how in ESCAPERS if how != "clean daemon"])
+async def test_without_a_subreaper_only_a_daemon_with_a_clean_environment_escapes(
+    projects: Path, tmp_path: Path, how: str
+) -> None:
+    """No perl on this PATH: group, tree and marker."""
+    with shell_path("busybox", tmp_path) as path:
+        executor = local(projects, path)
+        await executor.prepare(PROJECT)
+        await _kill_with_escaper(executor, projects, ESCAPERS[how])
+
+
+async def _kill_with_escaper(executor: LocalExecutor, projects: Path, escaper: str) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
-    script = f"{ESCAPERS[how]}\necho ready; exec sleep 1000"
 
     def sleepers() -> int:
         return sum("sleep 1000" in line for line in processes_in(projects).values())
 
     async with executor.attach(
-        PROJECT, command, spec=sh(script), instance=instance, offsets=Offsets()
+        PROJECT,
+        command,
+        spec=sh(f"{escaper}\necho ready; exec sleep 1000"),
+        instance=instance,
+        offsets=Offsets(),
     ) as attachment:
         await read_until(attachment, b"ready\n")
         await until(lambda: sleepers() >= 2, "the escaper runs")
@@ -603,6 +639,41 @@ async def test_a_kill_whose_worker_died_is_taken_over(
     assert rest.exit.why is Why.CANCELLED
 
 
+async def test_a_kill_spares_those_who_took_the_pids(
+    executor: LocalExecutor, projects: Path
+) -> None:
+    """The command ended long ago; its pids now lead another session and have other children."""
+    command = new_command()
+    await observe(executor, command, sh("echo done"))
+    async with trio.open_nursery() as nursery:
+        stranger = await nursery.start(
+            lambda task_status: trio.run_process(
+                ["sh", "-c", "setsid sleep 1000 & sleep 1000"],
+                start_new_session=True,
+                check=False,
+                task_status=task_status,
+            )
+        )
+        place = folder(projects, command)
+        taken = f"{stranger.pid} 1"
+        for instance in (await executor.instance(PROJECT), NOWHERE):
+            (place / "pid").write_text(f"{taken} {taken} {instance}\n")
+            assert (await executor.kill(PROJECT, command, grace_s=1)).confirmed
+        children = Path(f"/proc/{stranger.pid}/task/{stranger.pid}/children").read_text().split()
+        assert stranger.poll() is None
+        assert len(children) == 2
+        for pid in (*map(int, children), stranger.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_place_without_a_tool_says_which(projects: Path, tmp_path: Path) -> None:
+    with shell_path("busybox", tmp_path) as path:
+        (Path(path) / "setsid").unlink()
+        with pytest.raises(RdevError, match="missing setsid") as caught:
+            await local(projects, path).prepare(PROJECT)
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
 # --- secrets ------------------------------------------------------------------------------------
 
 
@@ -624,6 +695,30 @@ async def test_the_servers_environment_is_not_the_commands(
     assert names == {b"PATH", b"HOME", b"LANG", b"PWD", b"RDEV_COMMAND_ID"}
     # 3 is ls reading the folder: no descriptor of ours is inherited
     assert seen.out.rpartition(b"\0")[2].split() == [b"0", b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize("name", ["dash", "busybox"])
+async def test_the_environment_of_the_place_is_not_the_commands(
+    projects: Path, tmp_path: Path, name: str
+) -> None:
+    """A pod's exec begins with the container's environment."""
+    with shell_path(name, tmp_path) as path:
+        executor, command = local(projects, path), new_command()
+        await executor.prepare(PROJECT)
+        instance = await executor.instance(PROJECT)
+        place = (str(folder(projects, command)), str(projects / PROJECT), instance)
+        done = await trio.run_process(
+            script.argv("sh", path, "attach", "sh", *place, 0, 0, 1, 0, 9, 1, 1 << 30),
+            stdin=script.payload(script.become(spec("env"), {"PATH": path}, command)),
+            env={"PATH": path, "POD_CANARY": "canary"},
+            capture_stdout=True,
+            check=False,
+            start_new_session=True,
+        )
+        assert b"canary" not in done.stdout
+        seen = await observe(executor, command, None)
+    assert b"RDEV_COMMAND_ID=" in seen.out
+    assert b"canary" not in seen.out
 
 
 async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
@@ -650,7 +745,7 @@ async def test_secrets_are_in_no_argument_and_leave_the_disk(
                 except OSError:
                     continue
 
-    what = sh(": ready; exec sleep 0.1", env={"TOKEN": "s3cret-a"}, stdin=b"s3cret-b")
+    what = sh("echo ready; exec sleep 0.1", env={"TOKEN": "s3cret-a"}, stdin=b"s3cret-b")
     for _ in range(5):
         command = new_command()
         async with executor.attach(
@@ -659,13 +754,15 @@ async def test_secrets_are_in_no_argument_and_leave_the_disk(
             while not (folder(projects, command) / "go").exists():
                 look()
                 await trio.sleep(0)
+            seen = await read_until(attachment, b"ready")
             on_disk = [
                 path.name
                 for path in folder(projects, command).rglob("*")
                 if path.is_file() and b"s3cret" in path.read_bytes()
             ]
             assert on_disk == []
-            assert (await read_to_end(attachment)).exit.exit_code == 0
+            at = Offsets(stdout=len(seen.out))
+            assert (await read_to_end(attachment, at)).exit.exit_code == 0
     assert found == []
     assert looks > 20
 
@@ -708,7 +805,5 @@ async def test_the_cwd_is_relative_to_the_project(executor: LocalExecutor, proje
 
 
 def _text(what: Spec) -> bytes:
-    from rdev.adapters.execution import script
-
     payload = script.payload(script.become(what, {}, "cmd_" + "0" * 32))
     return payload.partition(b"\n")[2]

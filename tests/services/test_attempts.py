@@ -1,5 +1,6 @@
 """One attempt: what it shows and when, and how each end is judged."""
 
+import itertools
 import json
 
 import pytest
@@ -386,7 +387,7 @@ async def test_a_take_over_continues_where_the_log_stands(
     shown = b"".join([decode(chunk.payload, Stream.STDERR) for chunk in errors])
     assert shown == b"".join([b"part %d" % number for number in range(200)])
     numbers = [(one.first_seq, one.last_seq) for one in server.state.chunks[command]]
-    assert all(left[1] + 1 == right[0] for left, right in zip(numbers, numbers[1:], strict=False))
+    assert all(left[1] + 1 == right[0] for left, right in itertools.pairwise(numbers))
 
 
 async def test_a_take_over_knows_what_the_agent_said_before(

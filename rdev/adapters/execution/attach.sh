@@ -20,7 +20,7 @@ LC_ALL=C
 attach() {
   D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
   exec 2>/dev/null 3<&0
-  proc_read $$ && GROUP=$P_PGRP
+  proc_read $$ && LEADER=$P_PGRP
   EXISTED=yes
   [ -d "$D" ] || { EXISTED=; mkdir -p "$D"; }
   cd "$D" || exit 1
@@ -175,7 +175,7 @@ quit() {
 # blocked on a reader that is gone; the supervisor is in a session of its own.
 listen() {
   while read -r _; do printf '.'; done
-  [ "$GROUP" != $$ ] || kill -KILL "-$$"
+  [ "$LEADER" != $$ ] || kill -KILL "-$$"
   kill -KILL $$
   printf '.'
 }
@@ -226,11 +226,13 @@ kill_command() {
   fi
   [ -d go ] || exit 1
   await_pid || answer confirmed
+  read_instance
+  [ "$WHERE" = "$INSTANCE" ] || answer confirmed # nobody outlives an instance
   if [ -e kill ] || read_status; then
     end_all "$3"
     answer "$REPORT"
   fi
-  printf '%s\n' "$TEXT" >"reap.$$" || exit 1
+  printf '%s\n' "$TEXT" >"reap.$$" || { reap cancelled "$3"; answer "$REPORT"; } # a full disk
   launch "$1" "$D/reap.$$" reap_detached "$D" cancelled "$3"
   TURNS=$((($3 + 4) * 20))
   until [ -e kill ]; do

@@ -165,7 +165,7 @@ reap() {
   R_FIRST=$?
   set +C
   [ "$R_FIRST" = 0 ] ||
-    { read -r _ _ R_PID R_START <why && ! alive "$R_PID" "$R_START"; } || return
+    { read -r _ _ R_PID R_START <why && alive "$R_PID" "$R_START" && return; }
   read_pid
   end_all "$2"
   printf '%s\n' "$REPORT" >kill.new && mv -f kill.new kill
@@ -216,9 +216,11 @@ prune() {
 # scan: sets MEMBERS ("pid:start …") to the living processes of the command: those that carry its
 # marker, those of its session and process group, orphans its supervisor adopted, and all that
 # descend from any of them. The supervisor's own helpers are those of the supervisor's session.
+# A pid that was taken by another process says nothing: its session and children are others'.
 scan() {
-  FOUND=" " MEMBERS= TABLE=
-  ! alive "$C" "$C_START" || FOUND=" $C "
+  FOUND=" " MEMBERS= TABLE= GROUP=$C ADOPTER=none
+  ! proc_read "$C" || [ "$P_START" = "$C_START" ] || GROUP=none
+  ! alive "$S" "$S_START" || ADOPTER=$S
   for FILE in $(grep -l -F "RDEV_COMMAND_ID=${D##*/}" /proc/[0-9]*/environ 2>/dev/null); do
     FILE=${FILE#/proc/}
     FOUND="$FOUND${FILE%/environ} "
@@ -249,7 +251,7 @@ gather() {
 
 # belongs PPID PGRP SESSION
 belongs() {
-  [ "$2" = "$C" ] || [ "$3" = "$C" ] || { [ "$1" = "$S" ] && [ "$3" != "$S" ]; } ||
+  [ "$2" = "$GROUP" ] || [ "$3" = "$GROUP" ] || { [ "$1" = "$ADOPTER" ] && [ "$3" != "$S" ]; } ||
     case $FOUND in *" $1 "*) ;; *) return 1 ;; esac
 }
 

@@ -24,6 +24,7 @@ from hypercorn.typing import ASGIFramework
 from hypercorn.utils import repr_socket_addr
 
 from rdev.adapters.http.connection import Connection, Stream
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.telemetry import Telemetry
 
 _log = logging.getLogger("rdev.http")
@@ -107,7 +108,7 @@ class HttpServer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`; started once it listens.
 
-        Errors: OSError when an address cannot be bound, before it has started.
+        Errors: CONFLICT when an address cannot be bound, before it has started.
         Cancellation: all sockets are closed at once. Blocks: at most `grace_s` after `stop`.
         """
         raise_descriptor_limit()
@@ -169,7 +170,7 @@ class HttpServer:
         listeners: list[Listener] = []
         bound = []
         for bind in self._bind:
-            opened = cleanup.enter_context(listening_socket(bind, self._times.write_s))
+            opened = cleanup.enter_context(_opened(bind, self._times.write_s))
             if opened.family is socket.AF_UNIX:
                 cleanup.callback(_unlink, bind.removeprefix(_UNIX))
             bound.append(f"{scheme}://{repr_socket_addr(opened.family, opened.getsockname())}")
@@ -215,6 +216,15 @@ def raise_descriptor_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _opened(bind: str, user_timeout_s: float) -> socket.socket:
+    """A listening socket. Errors: CONFLICT, naming the address."""
+    try:
+        return listening_socket(bind, user_timeout_s)
+    except OSError as error:
+        message = f"cannot listen on {bind}: {error.strerror}; choose another RDEV_BIND"
+        raise RdevError(ErrorCode.CONFLICT, message) from error
 
 
 def listening_socket(bind: str, user_timeout_s: float) -> socket.socket:

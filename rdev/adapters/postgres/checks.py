@@ -2,12 +2,25 @@
 
 import importlib.resources
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
 from rdev.adapters.postgres.migration_files import is_migration
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.errors import ErrorCode, RdevError
 
 _APPLIED = "select version from schema_migrations"
 _HAS_TABLE = "select to_regclass('schema_migrations') is not null"
+
+
+def check_dsn(dsn: str) -> None:
+    """Errors: BAD_REQUEST for what libpq cannot read; the text, which may hold a password, is not
+    repeated."""
+    try:
+        conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        message = "RDEV_DATABASE_DSN: is no PostgreSQL URL and no list of key=value"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
 
 
 class DatabaseChecks:

@@ -298,7 +298,7 @@ class TrioConnection(AsyncConnection[Row]):
     async def _run(self, gen: PQGen[RV], *, look_first: bool = False) -> RV:
         try:
             return await self._drive(gen, None, look_first=look_first)
-        except (trio.Cancelled, KeyboardInterrupt):
+        except (trio.Cancelled, KeyboardInterrupt, BaseExceptionGroup):
             # Around Cancelled because the server must be told; it is always raised again.
             if self._in_flight:
                 await self._settle(gen)  # noqa: ASYNC102  # _settle() shields itself

@@ -279,10 +279,13 @@ def translate_errors() -> Iterator[None]:
 
     For a `with` at the edge of an SQL file (not as a decorator of async functions). Now means:
     the connection is lost or refused, the statement took too long, lost a deadlock, or met a
-    server that is full or on standby.
+    server that is full or on standby. A schema that lacks what we ask for is a migration that was
+    not applied yet: it can come at any moment, and `/ready` names it.
     """
     try:
         yield
+    except (errors.UndefinedTable, errors.UndefinedFunction, errors.UndefinedColumn) as error:
+        raise _unavailable("the database lacks a migration: run `rdev migrate up`") from error
     except errors.QueryCanceled as error:
         raise _unavailable("the database did not answer in time") from error
     except (

@@ -85,9 +85,14 @@ async def _wait_both(fd: int) -> int:
             closed = True  # noted, not raised: a nursery would wrap it in a group
         nursery.cancel_scope.cancel()
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(watch, trio.lowlevel.wait_readable, Ready.R)
-        nursery.start_soon(watch, trio.lowlevel.wait_writable, Ready.W)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch, trio.lowlevel.wait_readable, Ready.R)
+            nursery.start_soon(watch, trio.lowlevel.wait_writable, Ready.W)
+    except BaseExceptionGroup:
+        # Cancelled from outside, each task has its Cancelled: callers are to see one, not a group.
+        await trio.lowlevel.checkpoint_if_cancelled()
+        raise
     if closed:
         raise psycopg.OperationalError("connection socket closed")
     return ready

@@ -13,6 +13,7 @@ from quart import Blueprint
 
 from rdev.adapters.http.envelope import success
 from rdev.adapters.http.server import HttpServer, TlsFiles, listening_socket, raise_descriptor_limit
+from rdev.domain.errors import RdevError
 from rdev.ports.telemetry import Silence
 
 
@@ -59,7 +60,7 @@ async def test_a_socket_left_behind_is_replaced_and_a_file_is_not(serve, tmp_pat
     path.write_text("precious")
 
     server = HttpServer(app=site.shell, bind=[f"unix:{path}"], grace_s=1, telemetry=Silence())
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(RdevError, match="in use"):
         await server.run()
     assert path.read_text() == "precious"
 
@@ -70,7 +71,7 @@ async def test_an_address_that_is_taken_fails_before_the_start(serve):
     base = len(os.listdir("/proc/self/fd"))
 
     server = HttpServer(app=site.shell, bind=["127.0.0.1:0", taken], grace_s=1, telemetry=Silence())
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(RdevError, match="in use"):
         await server.run()
 
     assert len(os.listdir("/proc/self/fd")) == base

@@ -283,6 +283,9 @@ async def test_a_dedicated_connection_has_a_name_and_is_replaced_when_lost(setti
         (errors.AdminShutdown("x"), "cannot serve"),
         (errors.ReadOnlySqlTransaction("x"), "cannot serve"),
         (errors.QueryCanceled("x"), "in time"),
+        (errors.UndefinedTable("x"), "lacks a migration"),
+        (errors.UndefinedFunction("x"), "lacks a migration"),
+        (errors.UndefinedColumn("x"), "lacks a migration"),
     ],
 )
 def test_what_the_database_cannot_do_now_is_unavailable(vendor, message):
