@@ -8,7 +8,7 @@ import os
 import pwd
 import random
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,10 +28,16 @@ from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
+from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.migrate import up
-from rdev.adapters.postgres.notifier import QUEUE_CHANNEL, STREAM_CHANNEL, Notifier
+from rdev.adapters.postgres.notifier import (
+    CANCEL_CHANNEL,
+    QUEUE_CHANNEL,
+    STREAM_CHANNEL,
+    Notifier,
+)
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
 from rdev.adapters.postgres.projects import PostgresProjects
@@ -39,6 +45,7 @@ from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
+from rdev.domain.ids import CommandId
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
@@ -157,6 +164,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
     fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
+        lanes=PostgresLanes(pool=pools.requests, lease_s=settings.lease_s),
         leases=leases,
         executor=executor,
         appender=appender,
@@ -164,21 +172,26 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         telemetry=telemetry,
         backoff=_backoff,
         announce=fanout.announce,
+        wake_replicas=notifier.queue_changed,
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,
     )
 
-    def wake_workers() -> None:
-        queue.wake()
-        notifier.queue_changed()
+    def reach_holder(command: CommandId) -> None:
+        queue.cancel(command)
+        notifier.cancel_asked(command)
+
+    def cancel_each(commands: Sequence[CommandId]) -> None:
+        for command in commands:
+            queue.cancel(command)
 
     commands = Commands(
         store=store,
         log=log,
         fanout=fanout,
-        wake_workers=wake_workers,
-        cancel_here=queue.cancel,
+        wake_workers=queue.wake,
+        reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
     projects = Projects(
@@ -196,6 +209,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         pools.settings,
         {
             QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
+            CANCEL_CHANNEL: notifier.heard(cancel_each),
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
         },
         on_connect=look_again,

@@ -62,7 +62,8 @@ TRANSITIONS: Mapping[Status, Mapping[Status, str]] = {
 
 
 class Priority(StrEnum):
-    """Three levels; within a level commands run in the order they were accepted."""
+    """Three levels. A command may be overtaken by one of a higher level, but only if that was
+    accepted less than (difference of levels) × `AGE_STEP_S` after it."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -70,8 +71,8 @@ class Priority(StrEnum):
 
     @property
     def level(self) -> int:
-        """0 is served first."""
-        return {Priority.HIGH: 0, Priority.NORMAL: 1, Priority.LOW: 2}[self]
+        """The higher is served first, as long as nobody waits too long."""
+        return {Priority.HIGH: 2, Priority.NORMAL: 1, Priority.LOW: 0}[self]
 
 
 class Retry(StrEnum):

@@ -4,12 +4,13 @@ All stamps are the database's. A lease is a fence: every write of an attempt com
 writer whose lease is no longer the command's changes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Status
 from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.lanes import Lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,14 @@ class CancelResult:
 
     command: Command
     ended_now: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What a claim took, and what it ended because it had expired."""
+
+    claimed: list[Claimed]
+    expired: list[CommandId]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,17 +95,45 @@ class CommandStore(Protocol):
         ...
 
 
+class Lanes(Protocol):
+    """The order of queued commands, and taking the next ones."""
+
+    async def touch(self, lanes: Collection[Lane]) -> None:
+        """Put these lanes where they stand now: something was queued there, or ended there.
+
+        Called after the commit of what happened, never with it. What is lost is found by `repair`.
+        A lane that is unknown is left out.
+        """
+        ...
+
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+        """Take the head of each of up to `limit` (≥ 1) lanes of this reach, in the order of `due`.
+
+        Never more commands of a lane run than its cap, whoever claims at the same time; within a
+        lane they are taken in order of rank. What has expired is ended on the way. A claim stores
+        `running`, the event `status: running`, a fresh lease, and `instance` where it is given. A
+        lane that another claim holds is left out; nothing taken and nothing ended means that there
+        is nothing for this claim.
+        """
+        ...
+
+    async def repair(self, *, reach: str) -> int:
+        """Touch every lane of this reach that could be served and is parked or stands too late;
+        returns how many there were."""
+        ...
+
+    async def expire(self, *, limit: int) -> list[CommandId]:
+        """End queued commands whose `expires_in_s` has passed, with their last events."""
+        ...
+
+
 class Leases(Protocol):
-    """The queue's side of the store."""
+    """Who may write for a running command."""
 
-    async def claim(
-        self, *, reach: str, instance: str | None, holder: str, limit: int
-    ) -> list[Claimed]:
-        """Take up to `limit` commands of this reach under fresh leases, in one transaction.
+    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
+        """Take commands of this reach whose lease has expired, under fresh leases.
 
-        First those whose lease has expired (take-over: attempt and instance stay), then queued
-        ones by priority and order of acceptance, within the caps of their lanes. A fresh claim
-        stores `running`, the event `status: running`, and `instance` where it is given.
+        Attempt, instance and the log's offsets stay: the command is attached to, not run again.
         """
         ...
 
@@ -115,8 +152,4 @@ class Leases(Protocol):
 
     async def release_holder(self, holder: str) -> int:
         """Expire all leases of a holder that is known to be dead. Returns how many there were."""
-        ...
-
-    async def expire(self, *, reach: str, limit: int) -> list[CommandId]:
-        """End queued commands whose `expires_in_s` has passed, with their last events."""
         ...

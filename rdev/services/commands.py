@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import trio
 
-from rdev.domain.commands import Command, Kind, NewCommand, Status
+from rdev.domain.commands import LANE_CLASS, Command, Kind, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Spec
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
+from rdev.domain.lanes import Lane
 from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.commands import Accepted, CommandStore
@@ -39,17 +40,17 @@ class Commands:
         store: CommandStore,
         log: OutputLog,
         fanout: Fanout,
-        wake_workers: Callable[[], None],
-        cancel_here: Callable[[CommandId], None],
+        wake_workers: Callable[[Lane], None],
+        reach_holder: Callable[[CommandId], None],
         new_uuid: NewUuid,
     ) -> None:
-        """`wake_workers` reaches the queues of all processes, `cancel_here` an attempt of this one;
-        neither waits."""
+        """`wake_workers` says where a command was queued, `reach_holder` that one is to be
+        cancelled, to the queues of all processes; neither waits."""
         self._store = store
         self._log = log
         self._fanout = fanout
         self._wake_workers = wake_workers
-        self._cancel_here = cancel_here
+        self._reach_holder = reach_holder
         self._new_uuid = new_uuid
 
     async def submit(
@@ -88,7 +89,7 @@ class Commands:
         )
         with commit_shield():
             accepted = await self._store.insert(new)
-            self._wake_workers()
+            self._wake_workers(Lane(project=project, lane_class=LANE_CLASS[kind]))
         return accepted
 
     async def get(self, command: CommandId) -> Command:
@@ -138,8 +139,7 @@ class Commands:
         with commit_shield():
             result = await self._store.request_cancel(command)
             if result is not None:
-                self._cancel_here(command)
-                self._wake_workers()
+                self._reach_holder(command)
                 self._fanout.announce(command)
         if result is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")

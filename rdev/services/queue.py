@@ -1,9 +1,11 @@
 """SUBSYSTEM CommandQueue: takes queued commands under leases and runs them.
 
-Woken by submissions here and on other replicas, by attempts that end, and by a tick each second.
-Bounds: `running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew
-all leases in one statement every third of a lease. At stop the leases are given back at once and
-the commands go on; `cancel_running` ends them instead.
+Woken by submissions here and on other replicas, by attempts that end, and by a tick each second,
+which also repairs lanes, ends what expired and takes over what others left. What happened in a lane
+here is told to the store after its commit (`touch`), many lanes in one statement. Bounds:
+`running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew all leases
+in one statement every third of a lease. At stop the leases are given back at once and the commands
+go on; `cancel_running` ends them instead.
 """
 
 import logging
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.commands import Claimed, Lease
+from rdev.domain.commands import LANE_CLASS, Claimed, Lease
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
-from rdev.ports.commands import Leases
+from rdev.domain.lanes import Lane
+from rdev.ports.commands import Lanes, Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import OutputLog
 from rdev.ports.telemetry import Telemetry
@@ -59,6 +62,7 @@ class CommandQueue:
     def __init__(
         self,
         *,
+        lanes: Lanes,
         leases: Leases,
         executor: Executor,
         appender: Appender,
@@ -66,13 +70,16 @@ class CommandQueue:
         telemetry: Telemetry,
         backoff: Callable[[], Backoff],
         announce: Callable[[CommandId], None],
+        wake_replicas: Callable[[], None],
         holder: str,
         lease_s: float,
         running_max: int,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once. `announce` says that a stream has events which no appender published (a
-        claim, an expiry); it never waits."""
+        claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
+        waits."""
+        self._lanes = lanes
         self._leases = leases
         self._executor = executor
         self._appender = appender
@@ -80,10 +87,13 @@ class CommandQueue:
         self._telemetry = telemetry
         self._backoff = backoff
         self._announce = announce
+        self._wake_replicas = wake_replicas
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
         self._running: dict[Lease, _Running] = {}
+        self._touched: set[Lane] = set()
+        self._take_over_from_s = 0.0
         self._wakeup = trio.Event()
         self._stop = trio.Event()
         self._cancel_at_stop = False
@@ -119,8 +129,10 @@ class CommandQueue:
         """Make `stop` end the commands that run here instead of leaving them to the next server."""
         self._cancel_at_stop = True
 
-    def wake(self) -> None:
-        """Something may be claimable. Never waits."""
+    def wake(self, lane: Lane | None = None) -> None:
+        """Something may be claimable; in this lane, where it happened here. Never waits."""
+        if lane is not None:
+            self._touched.add(lane)
         self._wakeup.set()
 
     def cancel(self, command: CommandId) -> None:
@@ -140,27 +152,61 @@ class CommandQueue:
         )
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
-        """Claim as many commands as there are permits, start their attempts, and end what expired.
+        """Touch the lanes where something happened, then claim as many commands as there are
+        permits, at most one of each lane, and start their attempts. Returns how many were claimed
+        or had expired: 0 means that there is nothing more.
 
-        Returns how many were claimed. Errors: SERVICE_UNAVAILABLE.
+        Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
-        with commit_shield():
-            for command in await self._leases.expire(reach=self._executor.reach, limit=EXPIRE_MAX):
-                self._announce(command)
+        await self._touch()
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set():
             return 0
         with commit_shield():
-            claimed = await self._leases.claim(
+            found = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
                 holder=self._holder,
                 limit=permits,
             )
-            for one in claimed:
+            for command in found.expired:
+                self._announce(command)
+            for one in found.claimed:
                 self._announce(one.lease.command)
                 self._start(one, attempts)
-        return len(claimed)
+        if len(found.claimed) == permits:
+            # Others passed by the lanes that this claim held; what is left there is theirs.
+            self._wake_replicas()
+        return len(found.claimed) + len(found.expired)
+
+    async def tick_once(self, attempts: trio.Nursery) -> None:
+        """What no wake-up tells of: lanes that were left parked, commands that expired, and leases
+        that ran out. Errors: SERVICE_UNAVAILABLE."""
+        await self._lanes.repair(reach=self._executor.reach)
+        with commit_shield():
+            for command in await self._lanes.expire(limit=EXPIRE_MAX):
+                self._announce(command)
+        permits = self._running_max - len(self._running)
+        if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
+            return
+        with commit_shield():
+            for one in await self._leases.take_over(
+                reach=self._executor.reach, holder=self._holder, limit=permits
+            ):
+                self._start(one, attempts)
+
+    async def _touch(self) -> None:
+        """Tell the store which lanes may be claimable, then the other replicas."""
+        if not self._touched:
+            return
+        lanes, self._touched = self._touched, set()
+        try:
+            with commit_shield():
+                await self._lanes.touch(lanes)
+                self._wake_replicas()
+        except RdevError:
+            self._touched |= lanes
+            raise
 
     async def heartbeat_once(self) -> None:
         """Renew the leases; leave what is no longer ours, cancel what is to be cancelled.
@@ -218,7 +264,7 @@ class CommandQueue:
             self._telemetry.command_finished(
                 claimed.project, claimed.kind, status, trio.current_time() - started_at
             )
-            self.wake()
+            self.wake(Lane(project=claimed.project, lane_class=LANE_CLASS[claimed.kind]))
 
     def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
         """An attempt that cannot go on now: its lease runs out, and somebody tries again."""
@@ -238,22 +284,31 @@ class CommandQueue:
     async def _claim_loop(self, attempts: trio.Nursery) -> None:
         backoff = self._backoff()
         await self._take_back()
+        tick_at_s = 0.0
         while not self._stop.is_set():
             self._wakeup = trio.Event()
             try:
                 if backoff.failures:
                     # Our leases may have run out meanwhile: they are not for us to take over.
                     await self.heartbeat_once()
-                claimed = await self.claim_once(attempts)
+                if trio.current_time() >= tick_at_s:
+                    await self.tick_once(attempts)
+                    tick_at_s = trio.current_time() + TICK_S
+                found = await self.claim_once(attempts)
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
+                self._database_lost()
                 await trio.sleep(backoff.next_s())
                 continue
             backoff = self._backoff()
-            if not claimed:
-                with trio.move_on_after(TICK_S):
+            if not found:
+                with trio.move_on_at(tick_at_s):
                     await self._wakeup.wait()
+
+    def _database_lost(self) -> None:
+        """Holders could not renew either: give them one heartbeat before anything is taken over."""
+        self._take_over_from_s = trio.current_time() + self._lease_s / 3
 
     async def _heartbeat_loop(self, scope: trio.CancelScope) -> None:
         with scope:

@@ -20,6 +20,7 @@ from rdev.domain.commands import (
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import KillReport, Spec
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.lanes import AGE_STEP_S
 from rdev.domain.stream import final_lines
 from rdev.ports.commands import Accepted, CancelResult
 
@@ -28,18 +29,19 @@ from rdev.ports.commands import Accepted, CancelResult
 _INSERT = """
 with made as (
     insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
-                          request_id, argv, spec, expires_at, last_seq)
+                          request_id, argv, spec, expires_at, rank, last_seq)
     select %(id)s, p.id, %(kind)s, %(lane_class)s, 'queued', %(level)s, p.reach, %(retry)s,
            %(key_id)s, %(request_id)s, %(argv)s, %(spec)s,
-           now() + make_interval(secs => %(expires_in_s)s), 1
+           now() + make_interval(secs => %(expires_in_s)s),
+           extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1
     from projects p
     where p.id = %(project)s
     returning *
 ), ahead as (
     select count(*) + 1 as queue_position
     from commands c, made m
-    where c.status = 'queued' and c.project = m.project
-      and (c.level, c.created_at, c.id) < (m.level, m.created_at, m.id)
+    where c.status = 'queued' and c.project = m.project and c.lane_class = m.lane_class
+      and (c.rank, c.id) < (m.rank, m.id)
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select m.day, m.id, 1, 1, 0, 0, convert_to(format(
@@ -66,8 +68,8 @@ _POSITION = """
 select count(*) as queue_position
 from commands c, commands me
 where me.id = %s and me.status = 'queued'
-  and c.status = 'queued' and c.project = me.project
-  and (c.level, c.created_at, c.id) <= (me.level, me.created_at, me.id)
+  and c.status = 'queued' and c.project = me.project and c.lane_class = me.lane_class
+  and (c.rank, c.id) <= (me.rank, me.id)
 """
 
 # Two racing cancels, or a cancel and a claim: the row's lock decides, the loser's condition no
@@ -170,6 +172,7 @@ def _insert_parameters(new: NewCommand) -> dict[str, object]:
         "kind": new.kind,
         "lane_class": LANE_CLASS[new.kind],
         "level": new.priority.level,
+        "age_step_s": AGE_STEP_S,
         "retry": new.retry,
         "key_id": new.key_id,
         "request_id": new.request_id,

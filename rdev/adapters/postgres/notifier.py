@@ -15,6 +15,7 @@ from rdev.domain.errors import RdevError
 from rdev.domain.ids import CommandId
 
 QUEUE_CHANNEL = "rdev_queue"
+CANCEL_CHANNEL = "rdev_cancel"
 STREAM_CHANNEL = "rdev_stream"
 PAUSE_S = 0.02
 # A notification carries at most 8,000 bytes: 100 ids of 36 characters and commas.
@@ -43,8 +44,8 @@ class Notifier:
         """`server` marks our own notifications, which we do not heed."""
         self._pool = pool
         self._server = server
-        self._queue = False
-        self._streams: set[CommandId] = set()
+        # What changed since the last statement: for each channel the commands concerned.
+        self._changes: dict[str, set[CommandId]] = {}
         self._work = trio.Event()
         self._stop = trio.Event()
         self._sent = self._lost = 0
@@ -83,14 +84,16 @@ class Notifier:
         return NotifierStatistics(sent=self._sent, lost=self._lost)
 
     def queue_changed(self) -> None:
-        """Something may be claimable, or a cancel was asked for. Never waits."""
-        self._queue = True
-        self._work.set()
+        """Something may be claimable. Never waits."""
+        self._collect(QUEUE_CHANNEL)
+
+    def cancel_asked(self, command: CommandId) -> None:
+        """Whoever holds the command should end it. Never waits."""
+        self._collect(CANCEL_CHANNEL, command)
 
     def stream_changed(self, command: CommandId) -> None:
         """The command's stream has new committed events. Never waits."""
-        self._streams.add(command)
-        self._work.set()
+        self._collect(STREAM_CHANNEL, command)
 
     def heard(self, heed: Callable[[Sequence[CommandId]], None]) -> Callable[[str], None]:
         """A callback for the listener: hands on what other servers sent."""
@@ -102,16 +105,19 @@ class Notifier:
 
         return listen
 
+    def _collect(self, channel: str, *commands: CommandId) -> None:
+        self._changes.setdefault(channel, set()).update(commands)
+        self._work.set()
+
     def _collected(self) -> tuple[list[str], list[str]]:
-        streams = sorted(self._streams)
-        payloads = [
-            f"{self._server}:{','.join(streams[first : first + IDS_PER_PAYLOAD])}"
-            for first in range(0, len(streams), IDS_PER_PAYLOAD)
-        ]
-        channels = [STREAM_CHANNEL] * len(payloads)
-        if self._queue:
-            channels.append(QUEUE_CHANNEL)
-            payloads.append(f"{self._server}:")
-        self._queue = False
-        self._streams.clear()
+        """Channels and payloads of everything since the last time; a channel without commands
+        still says that something changed."""
+        changes, self._changes = self._changes, {}
+        channels: list[str] = []
+        payloads: list[str] = []
+        for channel, commands in changes.items():
+            ids = sorted(commands)
+            for first in range(0, max(1, len(ids)), IDS_PER_PAYLOAD):
+                channels.append(channel)
+                payloads.append(f"{self._server}:{','.join(ids[first : first + IDS_PER_PAYLOAD])}")
         return channels, payloads

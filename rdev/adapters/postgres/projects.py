@@ -5,15 +5,22 @@ from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
 
 # Two racing requests with the same id: one inserts, the other finds its row.
 _INSERT = """
-insert into projects (id, executor, reach, definition)
-values (%s, %s, %s, %s)
-on conflict (id) do nothing
+with made as (
+    insert into projects (id, executor, reach, definition)
+    values (%(id)s, %(executor)s, %(reach)s, %(definition)s)
+    on conflict (id) do nothing
+    returning id, reach
+)
+insert into lanes (project, lane_class, reach, cap)
+select made.id, cap.key, made.reach, cap.value::integer
+from made, jsonb_each_text(%(caps)s) as cap
 """
 
 # The counts are taken over the partial indexes of queued and running commands.
@@ -40,8 +47,14 @@ class PostgresProjects:
         stored = Jsonb(msgspec.to_builtins(definition))
         with translate_errors():
             async with self._pool.connection() as connection:
-                values = (definition.id, executor, reach, stored)
-                made = (await connection.execute(_INSERT, values)).rowcount == 1
+                values = {
+                    "id": definition.id,
+                    "executor": executor,
+                    "reach": reach,
+                    "definition": stored,
+                    "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
+                }
+                made = (await connection.execute(_INSERT, values)).rowcount > 0
         project = await self.get(definition.id)
         if project is None:
             raise RdevError(ErrorCode.CONFLICT, f"project {definition.id!r} is being deleted")

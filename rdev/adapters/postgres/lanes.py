@@ -1,0 +1,103 @@
+"""Lanes in PostgreSQL: which command is next, and claiming it.
+
+The statements are functions of `sql/0002_lanes.sql`, because each of their steps needs a snapshot
+of its own: what is read under a lane's lock must be newer than the lock. Their cost does not depend
+on how much is queued or blocked: `lanes_due` gives the lanes, `commands_queued` the head of each.
+"""
+
+from collections.abc import Collection
+
+from psycopg.rows import dict_row
+
+from rdev.adapters.postgres.leases import to_claimed
+from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.domain.commands import Outcome, Status
+from rdev.domain.ids import CommandId, command_id
+from rdev.domain.lanes import AGE_STEP_S, Lane
+from rdev.domain.stream import final_lines, status_line
+from rdev.ports.commands import Claims
+
+_TOUCH = "select touch_lanes(%s, %s, %s)"
+
+_CLAIM = """
+select * from claim_commands(
+    %(reach)s, %(holder)s, %(instance)s, %(lease_s)s, %(age_step_s)s, %(limit)s,
+    %(running_event)s, %(expired_events)s)
+"""
+
+_REPAIR = "select repair_lanes(%s, %s)"
+
+# `commands_expiring` serves it.
+_EXPIRE = """
+with late as (
+    select id from commands
+    where status = 'queued' and expires_at <= clock_timestamp()
+    order by expires_at
+    limit %(limit)s
+    for update skip locked
+)
+select id, expire_command(id, %(expired_events)s) from late
+"""
+
+_EXPIRED_EVENTS = final_lines(
+    Outcome(status=Status.EXPIRED, reason="expired"),
+    attempt=0,
+    truncated=False,
+    stdout_bytes=0,
+    stderr_bytes=0,
+)
+
+
+class PostgresLanes:
+    """The `Lanes` port. `lease_s`: how long a claim holds, in seconds."""
+
+    def __init__(self, *, pool: Pool, lease_s: float) -> None:
+        self._pool = pool
+        self._lease_s = lease_s
+
+    async def touch(self, lanes: Collection[Lane]) -> None:
+        """See `Lanes.touch`."""
+        projects = [lane.project for lane in lanes]
+        lane_classes = [lane.lane_class for lane in lanes]
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                await connection.execute(_TOUCH, (projects, lane_classes, AGE_STEP_S))
+
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+        """See `Lanes.claim`."""
+        parameters = {
+            "reach": reach,
+            "holder": holder,
+            "instance": instance,
+            "lease_s": self._lease_s,
+            "age_step_s": AGE_STEP_S,
+            "limit": limit,
+            "running_event": status_line(Status.RUNNING, attempt=1),
+            "expired_events": _EXPIRED_EVENTS,
+        }
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = connection.cursor(row_factory=dict_row)
+                await cursor.execute(_CLAIM, parameters)
+                rows = await cursor.fetchall()
+        running = [row for row in rows if row["status"] == Status.RUNNING]
+        expired = [row for row in rows if row["status"] == Status.EXPIRED]
+        return Claims(
+            claimed=[to_claimed(row, take_over=False) for row in running],
+            expired=[command_id(row["id"]) for row in expired],
+        )
+
+    async def repair(self, *, reach: str) -> int:
+        """See `Lanes.repair`."""
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                row = await (await connection.execute(_REPAIR, (reach, AGE_STEP_S))).fetchone()
+                return 0 if row is None else row[0]
+
+    async def expire(self, *, limit: int) -> list[CommandId]:
+        """See `Lanes.expire`."""
+        parameters = {"limit": limit, "expired_events": _EXPIRED_EVENTS}
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_EXPIRE, parameters)
+                return [command_id(row[0]) for row in await cursor.fetchall()]
