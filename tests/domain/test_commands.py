@@ -66,7 +66,7 @@ def test_every_judged_status_may_follow_running() -> None:
 
 
 def test_priorities_are_served_high_first() -> None:
-    assert sorted(Priority, key=lambda one: one.level) == ["high", "normal", "low"]
+    assert sorted(Priority, key=lambda one: -one.level) == ["high", "normal", "low"]
 
 
 def test_agents_share_one_place_and_shells_four() -> None:

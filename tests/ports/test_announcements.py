@@ -53,8 +53,8 @@ async def test_a_submission_is_stored_and_announced_or_neither(real: World, pool
         store=real.commands,
         log=real.output,
         fanout=Fanout(log=real.output, tell_replicas=told.append),
-        wake_workers=lambda: told.append(drawn[-1]),
-        cancel_here=lambda _: None,
+        wake_workers=lambda _: told.append(drawn[-1]),
+        reach_holder=lambda _: None,
         new_uuid=new_uuid,
     )
 
@@ -79,8 +79,8 @@ async def test_a_cancel_is_stored_and_announced_or_neither(real: World, pools: P
         store=real.commands,
         log=real.output,
         fanout=Fanout(log=real.output, tell_replicas=told.append),
-        wake_workers=lambda: None,
-        cancel_here=lambda _: None,
+        wake_workers=lambda _: None,
+        reach_holder=lambda _: None,
         new_uuid=lambda: UUID(int=0),
     )
     for _ in range(150):

@@ -14,10 +14,10 @@ ROWS = 100_000
 
 FILL = f"""
 insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
-                      request_id, argv, last_seq)
+                      request_id, argv, rank, last_seq)
 select gen_random_uuid(), 'project-' || n % 500, 'shell', 'work',
        case when n % 10 = 0 then 'queued' else 'succeeded' end,
-       1, 'elsewhere', 'never', 'k', 'r', '[]', 1
+       1, 'elsewhere', 'never', 'k', 'r', '[]', n, 1
 from generate_series(1, {ROWS}) n
 """
 FILL_OUTPUT = """

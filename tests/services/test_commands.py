@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from rdev.domain.commands import Command, Kind, NewCommand, Priority, Retry, Status
+from rdev.domain.commands import Command, Kind, LaneClass, NewCommand, Priority, Retry, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.requests import Common
 from rdev.domain.stream import Source
@@ -41,20 +42,17 @@ class Office:
 
     def __init__(self, server: Server, store: FakeCommands | None = None) -> None:
         self.server = server
-        self.wakes = 0
-        self.cancelled_here: list[CommandId] = []
+        self.woken: list[Lane] = []
+        self.cancelled: list[CommandId] = []
         numbers: Iterator[int] = count(1)
         self.commands = Commands(
             store=store or server.store,
             log=server.log,
             fanout=server.fanout,
-            wake_workers=self._wake,
-            cancel_here=self.cancelled_here.append,
+            wake_workers=self.woken.append,
+            reach_holder=self.cancelled.append,
             new_uuid=lambda: UUID(int=next(numbers)),
         )
-
-    def _wake(self) -> None:
-        self.wakes += 1
 
     async def submit(self, project: str = PROJECT) -> Accepted:
         return await self.commands.submit(
@@ -75,7 +73,7 @@ async def office(server: Server) -> Office:
 async def test_a_submission_is_stored_and_wakes_the_workers(office: Office) -> None:
     accepted = await office.submit()
     assert accepted.queue_position == 1
-    assert office.wakes == 1
+    assert office.woken == [Lane(project=PROJECT, lane_class=LaneClass.WORK)]
     row = office.server.state.rows[accepted.command.id]
     assert row.new.spec.env == {"A": "b", "B": "c"}
     assert (row.new.spec.cwd, row.new.spec.stdin, row.new.spec.timeout_s) == ("src", b"in", 60)
@@ -86,7 +84,7 @@ async def test_a_submission_to_an_unknown_project_wakes_nobody(office: Office) -
     with pytest.raises(RdevError) as caught:
         await office.submit("nowhere")
     assert caught.value.code is ErrorCode.NOT_FOUND
-    assert office.wakes == 0
+    assert office.woken == []
 
 
 async def test_reading_an_unknown_command_is_not_found(office: Office) -> None:
@@ -94,7 +92,7 @@ async def test_reading_an_unknown_command_is_not_found(office: Office) -> None:
         with pytest.raises(RdevError) as caught:
             await ask(UNKNOWN)
         assert caught.value.code is ErrorCode.NOT_FOUND
-    assert office.wakes == 0
+    assert office.woken == []
 
 
 async def test_only_a_queued_command_has_a_position(office: Office) -> None:
@@ -117,13 +115,13 @@ async def test_commands_are_listed_and_their_log_is_read(office: Office) -> None
     assert await office.commands.oldest_seq(ids[0]) == 1
 
 
-async def test_a_cancel_tells_the_attempt_the_workers_and_the_readers(office: Office) -> None:
+async def test_a_cancel_tells_the_holder_and_the_readers(office: Office) -> None:
     command = (await office.submit()).command.id
     with office.server.fanout.end_of(command) as ended:
         assert (await office.commands.cancel(command)).status is Status.CANCELLED
         assert ended.is_set()
-    assert office.cancelled_here == [command]
-    assert office.wakes == 2
+    assert office.cancelled == [command]
+    assert len(office.woken) == 1  # by the submission
     assert office.server.told == [command]
 
 
@@ -231,13 +229,13 @@ def test_whatever_was_committed_was_announced(
                 # The shield's time was up: nobody knows, and nobody was told.
                 assert before_s + after_s >= COMMIT_SHIELD_S
                 return
-        assert office.wakes == len(server.state.rows)
+        assert len(office.woken) == len(server.state.rows)
         for command in server.state.rows:
             with trio.move_on_after(cancel_s):
                 await office.commands.cancel(command)
             ended = server.state.rows[command].command.status is Status.CANCELLED
-            assert office.cancelled_here == ([command] if ended else [])
-            assert server.told == office.cancelled_here
+            assert office.cancelled == ([command] if ended else [])
+            assert server.told == office.cancelled
 
     trio.run(check, clock=MockClock(autojump_threshold=0))
 
