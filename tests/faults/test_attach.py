@@ -77,40 +77,56 @@ def python(source: str, *argv: str, **rest: object) -> Spec:
 async def test_a_hundred_cuts_lose_and_double_nothing(
     executor: LocalExecutor, projects: Path, tmp_path: Path
 ) -> None:
-    data = random.Random(7).randbytes(24_000_000)
+    chunk, size = 20_000, 200_000  # bytes of a write, and of what is written at a time
+    data = random.Random(7).randbytes(130 * size)
     (tmp_path / "data").write_bytes(data)
+    os.mkfifo(tmp_path / "gate")
     writer = python(
         """
-        import os, sys, time
-        data = open(sys.argv[1], "rb").read()
+        import os, sys
+        data, gate = open(sys.argv[1], "rb").read(), open(sys.argv[2], "rb", buffering=0)
         for at in range(0, len(data), 20_000):
+            if at % 200_000 == 0:
+                gate.read(1)
             os.write(1, data[at : at + 20_000])
             os.write(2, data[at : at + 100])
-            time.sleep(0.005)
         """,
         str(tmp_path / "data"),
+        str(tmp_path / "gate"),
     )
     command, instance, dice = new_command(), await executor.instance(PROJECT), random.Random(11)
-    got, errors, cuts, since = bytearray(), bytearray(), 0, 0
-    async with executor.attach(
-        PROJECT, command, spec=writer, instance=instance, offsets=Offsets()
-    ) as attachment:
-        with trio.fail_after(100):
-            while isinstance(piece := await attachment.receive(), Piece):
-                journal = got if piece.stream == "stdout" else errors
-                assert piece.offset == len(journal)
-                journal += piece.data
-                since += 1
-                if cuts < 100 and since > dice.randrange(2):
-                    for pid in attach_processes(projects, command):
-                        with suppress(ProcessLookupError):  # it ended just now
-                            if os.getpgid(pid) == pid:  # the shell alone, or all of it
-                                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
-                                cuts, since = cuts + 1, 0
-    assert cuts == 100
+    got, errors, cuts, granted, target = bytearray(), bytearray(), 0, 0, 0
+    with (tmp_path / "gate").open("r+b", buffering=0) as gate:
+        async with executor.attach(
+            PROJECT, command, spec=writer, instance=instance, offsets=Offsets()
+        ) as attachment:
+            with trio.fail_after(100):
+                while True:
+                    if len(got) == granted and granted < len(data):
+                        target = granted + dice.randrange(size)
+                        granted += size
+                        gate.write(b".")
+                    if not isinstance(piece := await attachment.receive(), Piece):
+                        break
+                    journal = got if piece.stream == "stdout" else errors
+                    assert piece.offset == len(journal)
+                    journal += piece.data
+                    if len(got) >= target and cut(projects, command, dice):
+                        cuts, target = cuts + 1, len(data) + 1
+    assert cuts >= 100
     assert got == data
-    assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), 20_000))
+    assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), chunk))
     assert (piece.stdout_bytes, piece.exit_code) == (len(data), 0)  # type: ignore[union-attr]
+
+
+def cut(projects: Path, command: CommandId, dice: random.Random) -> bool:
+    """Kill the shell that observes alone, or with all its helpers, where there is one."""
+    for pid in attach_processes(projects, command):
+        with suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:
+                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
+                return True
+    return False
 
 
 @pytest.mark.parametrize("name", ["dash", "bash", "busybox"])
@@ -554,7 +570,7 @@ async def test_the_timeout_is_enforced_without_a_supervisor(
 
 ESCAPERS = {
     "background": "sleep 1000 &",
-    "nohup": "nohup sleep 1000 >/dev/null 2>&1 &",
+    "nohup": "/usr/bin/nohup sleep 1000 >/dev/null 2>&1 &",
     "setsid": "setsid sleep 1000 &",
     "daemon": "(setsid sh -c 'sleep 1000 & exit' &)",
     "clean setsid": "setsid env -i PATH=$PATH sleep 1000 &",
@@ -716,6 +732,7 @@ async def test_the_environment_of_the_place_is_not_the_commands(
             start_new_session=True,
         )
         assert b"canary" not in done.stdout
+        await until((folder(projects, command) / "go").exists, "it was started")
         seen = await observe(executor, command, None)
     assert b"RDEV_COMMAND_ID=" in seen.out
     assert b"canary" not in seen.out
