@@ -44,7 +44,7 @@ def script(folder: Path) -> str:
 async def watch(server: Server, command: str, into: list[Event]) -> None:
     async with open_api(server) as api, api.stream(command) as events:
         async for event in events:
-            into.append(event)  # noqa: PERF401  (the test looks at it meanwhile)
+            into.append(event)
 
 
 async def test_what_runs_here_is_seen_there_line_by_line(

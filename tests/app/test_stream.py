@@ -236,7 +236,7 @@ async def test_two_clients_see_the_same_at_once(api: Api, server: Server) -> Non
     async def follow(into: list[Event]) -> None:
         async with api.stream(command) as events:
             async for event in events:
-                into.append(event)  # noqa: PERF401  (the other task looks at it meanwhile)
+                into.append(event)
 
     with trio.fail_after(DEADLINE_S):
         async with trio.open_nursery() as nursery:

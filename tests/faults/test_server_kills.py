@@ -87,7 +87,7 @@ async def follow(api: Api, command: str, into: list[Event]) -> None:
         async with api.stream(command, last_id=last) as events:
             async for event in events:
                 if event.seq is not None:
-                    into.append(event)  # noqa: PERF401  (what came before a kill counts)
+                    into.append(event)
     except OSError:
         pass  # not up yet
 
