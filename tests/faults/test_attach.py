@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,23 @@ async def test_a_kill_that_races_the_start_is_decided_by_go(
         end = ends[0].end
         assert end == Lost(reason=LostReason.NOT_STARTED) or ends[0].exit.why is Why.CANCELLED
         assert not [line for line in processes_in(projects).values() if "sleep 1000" in line]
+
+
+@pytest.mark.slow
+async def test_an_end_before_the_start_is_told_without_a_heartbeat(
+    executor: LocalExecutor, projects: Path
+) -> None:
+    """The starter that lost against the kill says so: nobody waits for the next heartbeat."""
+    patient = local(projects, patience=Patience(heartbeat_s=1_000, silence_s=2_000))
+    instance = await executor.instance(PROJECT)
+    for delay_ms in range(1, 41, 2):
+        command = new_command()
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                what = sh("exec sleep 1000")
+                nursery.start_soon(partial(observe, patient, command, what, instance=instance))
+                await trio.sleep(delay_ms / 1000)
+                assert (await patient.kill(PROJECT, command, grace_s=3)).confirmed
 
 
 async def test_a_supervisor_in_another_instance_refuses_to_start(

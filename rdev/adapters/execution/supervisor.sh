@@ -83,15 +83,19 @@ supervise() {
   setsid "$1" "spec.$TAG" start "$TAG" "$D" "$4" $ME "$INSTANCE"
   CODE=$?
   exec 2>/dev/null
+  REFUSED=
   if read_pid && [ "$S $S_START" = "$ME" ]; then
     printf '' >ending
     conclude
     set -- spec.* stdin.* pid.* wake.*
   else
+    REFUSED=yes
     set -- "spec.$TAG" "stdin.$TAG"
   fi
   kill "$WATCHDOG"
   rm -f "$@" "note.$TAG"
+  # A kill was first: who waits for the start must not wait for the next heartbeat.
+  [ -z "$REFUSED" ] || printf '.' >>bell
 }
 
 # Measure first, then say it: an attach that saw no `ending` has read sizes that are not larger.
