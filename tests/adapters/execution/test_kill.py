@@ -199,3 +199,22 @@ async def test_a_journal_over_its_limit_ends_the_command(projects: Path) -> None
     assert seen.exit.stderr_bytes > 2_000_000
     assert seen.exit.kill is not None
     assert seen.exit.kill.confirmed
+
+
+async def test_nothing_stays_when_a_folder_is_removed_under_its_command(
+    executor: LocalExecutor, projects: Path
+) -> None:
+    """The fixture sees whether the supervisor and its watchdog go."""
+    command, instance = new_command(), await executor.instance(PROJECT)
+    async with executor.attach(
+        PROJECT,
+        command,
+        spec=sh("echo ready; exec sleep 1000"),
+        instance=instance,
+        offsets=Offsets(),
+    ) as attachment:
+        await read_until(attachment, b"ready\n")
+        pid = int(pid_line(projects, command)[0])
+        await executor.remove(PROJECT, command)
+    assert not folder(projects, command).exists()
+    os.kill(pid, signal.SIGKILL)
