@@ -107,7 +107,7 @@ conclude() {
   read -r NOTE <"note.$TAG"
   [ "$CODE" -le 128 ] || [ -z "$NOTE" ] || { SIGNAL=$((CODE - 128)) CODE=; }
   [ ! -e why ] || await_kill
-  until publish; do sleep 1; done
+  until publish || [ ! -e bell ]; do sleep 1; done
   printf '.' >>bell
 }
 
@@ -121,7 +121,7 @@ await_kill() {
   LATE=$(($1 + $2 - OUT - ERR))
 }
 
-# Fails on a full disk: tried again until there is room.
+# Fails on a full disk: tried again until there is room, or the folder was removed.
 publish() {
   printf '%s\n' "code $CODE" "signal $SIGNAL" "why $WHY" "out_bytes $OUT" "err_bytes $ERR" \
     "late_bytes $LATE" "runtime_ms $RAN" "kill $KILL" end >status.new && mv -f status.new status
