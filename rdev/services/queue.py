@@ -180,12 +180,12 @@ class CommandQueue:
         return len(found.claimed) + len(found.expired)
 
     async def tick_once(self, attempts: trio.Nursery) -> None:
-        """What no wake-up tells of: lanes that were left parked, commands that expired, and leases
-        that ran out. Errors: SERVICE_UNAVAILABLE."""
-        await self._lanes.repair(reach=self._executor.reach)
+        """What no wake-up tells of: commands that expired, lanes that were not touched (for those,
+        and after a crash), and leases that ran out. Errors: SERVICE_UNAVAILABLE."""
         with commit_shield():
             for command in await self._lanes.expire(limit=EXPIRE_MAX):
                 self._announce(command)
+        await self._lanes.repair(reach=self._executor.reach)
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
             return
@@ -320,6 +320,7 @@ class CommandQueue:
                     if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                         raise
                     _log.warning("heartbeat failed", extra={"error": str(error)})
+                    self._database_lost()
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state

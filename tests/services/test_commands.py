@@ -115,13 +115,13 @@ async def test_commands_are_listed_and_their_log_is_read(office: Office) -> None
     assert await office.commands.oldest_seq(ids[0]) == 1
 
 
-async def test_a_cancel_tells_the_holder_and_the_readers(office: Office) -> None:
+async def test_a_cancel_tells_the_holder_the_workers_and_the_readers(office: Office) -> None:
     command = (await office.submit()).command.id
     with office.server.fanout.end_of(command) as ended:
         assert (await office.commands.cancel(command)).status is Status.CANCELLED
         assert ended.is_set()
     assert office.cancelled == [command]
-    assert len(office.woken) == 1  # by the submission
+    assert len(office.woken) == 2  # the submission's lane, and again when it left it
     assert office.server.told == [command]
 
 
