@@ -16,7 +16,7 @@ from rdev.adapters.execution import script
 from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Lost, LostReason, Offsets, Piece, Spec, Why
+from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Spec, Why
 from rdev.domain.ids import CommandId
 from tests.adapters.execution.observing import (
     PROJECT,
@@ -637,6 +637,23 @@ async def test_a_kill_whose_worker_died_is_taken_over(
         assert (await executor.kill(PROJECT, command, grace_s=3)).confirmed
         rest = await read_to_end(attachment, Offsets(stdout=6))
     assert rest.exit.why is Why.CANCELLED
+
+
+async def test_a_kill_ends_a_command_that_stopped_its_supervisor(executor: LocalExecutor) -> None:
+    command, instance = new_command(), await executor.instance(PROJECT)
+    async with executor.attach(
+        PROJECT,
+        command,
+        spec=sh("echo ready; kill -STOP $PPID; exit 4"),
+        instance=instance,
+        offsets=Offsets(),
+    ) as attachment:
+        await read_until(attachment, b"ready\n")
+        assert (await executor.kill(PROJECT, command, grace_s=1)).confirmed
+        with trio.fail_after(30):
+            rest = await read_to_end(attachment, Offsets(stdout=6))
+    assert isinstance(rest.end, Exit)
+    assert rest.end.why is Why.CANCELLED
 
 
 async def test_a_kill_spares_those_who_took_the_pids(
