@@ -194,6 +194,8 @@ end_all() {
     scan
     read_clock
   done
+  # A supervisor that was stopped (`kill -STOP $PPID`) would never say how it ended.
+  ! alive "$S" "$S_START" || kill -CONT "$S"
   REPORT=confirmed
   [ -z "$MEMBERS" ] || REPORT=survivors
   for MEMBER in $MEMBERS; do REPORT="$REPORT ${MEMBER%:*}"; done
