@@ -237,3 +237,19 @@ async def test_an_end_before_the_start_is_told_without_a_heartbeat(
                 nursery.start_soon(partial(observe, patient, command, what, instance=instance))
                 await trio.sleep(delay_ms / 1000)
                 assert (await patient.kill(PROJECT, command, grace_s=3)).confirmed
+
+
+async def test_a_kill_ends_a_command_that_stopped_its_supervisor(executor: LocalExecutor) -> None:
+    command, instance = new_command(), await executor.instance(PROJECT)
+    async with executor.attach(
+        PROJECT,
+        command,
+        spec=sh("echo ready; kill -STOP $PPID; exit 4"),
+        instance=instance,
+        offsets=Offsets(),
+    ) as attachment:
+        await read_until(attachment, b"ready\n")
+        assert (await executor.kill(PROJECT, command, grace_s=1)).confirmed
+        with trio.fail_after(30):
+            rest = await read_to_end(attachment, Offsets(stdout=6))
+    assert rest.exit.why is Why.CANCELLED
