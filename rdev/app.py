@@ -162,7 +162,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
     executor = LocalExecutor(
         projects_dir=settings.projects_folder,
         machine_id=identity.machine,
-        base_env=_base_env(),
+        base_env=base_env(),
     )
 
     fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
@@ -348,13 +348,21 @@ def _machine() -> str:
         return os.uname().nodename
 
 
-def _base_env() -> dict[str, str]:
+def base_env() -> dict[str, str]:
     """What every local command gets: nothing of the server's environment."""
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": str(Path("~").expanduser()),
+        "HOME": _home(),
         "LANG": "C.UTF-8",
     }
+
+
+def _home() -> str:
+    """Where this user's files are; "/" for one that the system does not know (a container's)."""
+    try:
+        return str(Path.home())
+    except RuntimeError:
+        return "/"
 
 
 def _tls(settings: Settings) -> TlsFiles | None:

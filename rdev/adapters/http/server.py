@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -108,7 +109,8 @@ class HttpServer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`; started once it listens.
 
-        Errors: CONFLICT when an address cannot be bound, before it has started.
+        Errors, before it has started: CONFLICT when an address cannot be bound, BAD_REQUEST for TLS
+        files that cannot be used.
         Cancellation: all sockets are closed at once. Blocks: at most `grace_s` after `stop`.
         """
         raise_descriptor_limit()
@@ -165,7 +167,7 @@ class HttpServer:
 
     def _listen(self, cleanup: ExitStack) -> list[Listener]:
         """Open all listeners; `cleanup` closes them, also where the second cannot be opened."""
-        context = self._config.create_ssl_context()
+        context = _tls_context(self._config)
         scheme = "https" if context else "http"
         listeners: list[Listener] = []
         bound = []
@@ -206,6 +208,17 @@ class _Config(Config):
             self._second = int(moment)
             self._date = [(b"date", formatdate(moment, usegmt=True).encode())]
         return self._date
+
+
+def _tls_context(config: Config) -> ssl.SSLContext | None:
+    """What hypercorn makes of the certificate and its key. Errors: BAD_REQUEST for files that
+    cannot serve."""
+    try:
+        return config.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        why = error.strerror or str(error)
+        message = f"RDEV_TLS_CERT_FILE, RDEV_TLS_KEY_FILE: cannot be used: {why}"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
 
 
 def raise_descriptor_limit() -> None:
