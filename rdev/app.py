@@ -158,7 +158,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
     executor = LocalExecutor(
         projects_dir=settings.projects_folder,
         machine_id=identity.machine,
-        base_env=_base_env(),
+        base_env=base_env(),
     )
 
     fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
@@ -243,6 +243,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         telemetry=telemetry,
         tls=_tls(settings),
     )
+    for part, statistics in {
+        "queue": queue.statistics,
+        "appender": appender.statistics,
+        "stream": fanout.statistics,
+        "pool": pools.requests.statistics,
+        "listener": listener.statistics,
+        "notifier": notifier.statistics,
+    }.items():
+        telemetry.watch(part, statistics)
     subsystems = (notifier, listener, housekeeper, fanout, queue, http)
     return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
 
@@ -278,13 +287,21 @@ async def _heed_signals(
             control.stop.set()
 
 
-def _base_env() -> dict[str, str]:
+def base_env() -> dict[str, str]:
     """What every local command gets: nothing of the server's environment."""
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": pwd.getpwuid(os.getuid()).pw_dir,
+        "HOME": _home(),
         "LANG": "C.UTF-8",
     }
+
+
+def _home() -> str:
+    """Where this user's files are; "/" for one that the system does not know (a container's)."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return "/"
 
 
 def _tls(settings: Settings) -> TlsFiles | None:

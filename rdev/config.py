@@ -133,8 +133,9 @@ def load_settings(environment: Mapping[str, str], file: Path | None = None) -> S
     """Read the settings. `environment` is looked at for the original's `DB_*` names only; pydantic
     reads the process's own. Errors: SettingsError with every fault."""
     values = _from_file(file) if file is not None else {}
-    if "RDEV_DATABASE_DSN" not in environment and (dsn := _original_dsn(environment)) is not None:
-        values.setdefault("database_dsn", dsn)
+    # Of the environment like the others: an empty variable is none, and it goes before the file.
+    if not environment.get("RDEV_DATABASE_DSN") and (dsn := _original_dsn(environment)) is not None:
+        values["database_dsn"] = dsn
     try:
         return Settings(**values)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -154,9 +155,11 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 def _from_file(file: Path) -> dict[str, object]:
     try:
-        return tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text("utf-8"))
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{file}: is not UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"{file}: {error}") from None
 

@@ -124,12 +124,14 @@ def _refusal(response: httpx2.Response) -> RdevError:
 
 @asynccontextmanager
 async def open_client(url: str, key: str) -> AsyncIterator[Client]:
-    """A client for the time of the block."""
-    headers = {"Authorization": f"Bearer {key}"}
+    """A client for the time of the block. Errors: BAD_REQUEST for what is no URL."""
+    headers = {b"Authorization": b"Bearer " + key.strip().encode()}
     timeout = httpx2.Timeout(CONNECT_TIMEOUT_S, read=SILENCE_S)
-    async with httpx2.AsyncClient(
-        base_url=url, headers=headers, timeout=timeout, trust_env=False
-    ) as http:
+    try:
+        http = httpx2.AsyncClient(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+    except httpx2.InvalidURL as error:
+        raise RdevError(ErrorCode.BAD_REQUEST, f"{url} is no URL: {error}") from error
+    async with http:
         yield Client(http)
 
 

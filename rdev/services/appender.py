@@ -37,11 +37,13 @@ class LeaseLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppenderStatistics:
-    """For tests and metrics: batches sent, appends applied, and those refused as stale."""
+    """For tests and metrics: batches sent, appends applied, those refused as stale, and how often
+    the middle of a stream over its cap was dropped."""
 
     batches: int
     applied: int
     stale: int
+    trims: int
     pending_bytes: int
 
 
@@ -181,7 +183,7 @@ class Appender:
         # By lease: after a take-over of our own a command has two writers for a while.
         self._ready: dict[Lease, Writer] = {}
         self._work = trio.Event()
-        self._batches = self._applied = self._stale = 0
+        self._batches = self._applied = self._stale = self._trims = 0
 
     def open(self, claimed: Claimed) -> Writer:
         """A writer for a claimed command, which begins where the log stands."""
@@ -193,6 +195,7 @@ class Appender:
             batches=self._batches,
             applied=self._applied,
             stale=self._stale,
+            trims=self._trims,
             pending_bytes=sum(writer.pending_bytes for writer in self._ready.values()),
         )
 
@@ -282,3 +285,4 @@ class Appender:
                 writer.lease, source, head_bytes=HEAD_BYTES, tail_bytes=TAIL_BYTES
             )
             writer.trimmed(source, dropped_bytes)
+            self._trims += 1

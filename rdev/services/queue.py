@@ -17,6 +17,7 @@ import trio
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import LANE_CLASS, Claimed, Lease
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.execution import Why
 from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.ports.commands import Lanes, Leases
@@ -252,6 +253,8 @@ class CommandQueue:
                 finished = await running.attempt.run()
                 status = finished.outcome.status
                 self._finished += 1
+                if finished.outcome.reason == Why.OUTPUT_LIMIT:
+                    self._telemetry.limit_checked("journal", refused=True)
             if running.scope.cancelled_caught:
                 self._stale += 1
         except* LeaseLostError:

@@ -31,7 +31,7 @@ def test_what_a_nursery_raised_ends_the_program_with_its_status_alone(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.dup2", lambda *_: None)  # pytest goes on writing
-    # Not in a group: Python 3.11 before 3.11.4 makes one of what an `except*` raises.
+    # Not in a group: Python 3.11.2 (Debian 12) makes one of what an `except*` raises.
     with pytest.raises(SystemExit) as ended:
         run_trio(raising(error))  # type: ignore[arg-type]
     assert ended.value.code == status

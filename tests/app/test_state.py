@@ -8,6 +8,8 @@ from signal import SIGTERM
 import httpx2
 import pytest
 
+from rdev.app import base_env
+from rdev.config import load_settings
 from tests.app.server import Server, open_api, open_server, open_state, probe, rdev, until
 
 
@@ -56,6 +58,45 @@ def test_half_of_tls_is_refused(tmp_path: Path, name: str) -> None:
     refused = rdev("serve", environment=environment)
     assert refused.returncode == 2
     assert refused.stderr.decode().count("\n") == 1
+
+
+def test_tls_files_that_are_missing_are_told_in_one_line(unstarted: Server) -> None:
+    missing = str(unstarted.state_dir / "none.pem")
+    tls = {"RDEV_TLS_CERT_FILE": missing, "RDEV_TLS_KEY_FILE": missing}
+    refused = rdev("serve", environment=unstarted.environment | tls)
+    assert refused.returncode == 1
+    told = refused.stderr.decode()
+    assert told.count("\n") == 1, told
+    assert "RDEV_TLS_CERT_FILE" in told
+
+
+def test_a_settings_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "rdev.toml"
+    file.write_bytes(b"\xff\xfe")
+    refused = rdev("config", "show", "--config", str(file), environment={"PATH": "/usr/bin"})
+    assert refused.returncode == 2
+    assert refused.stderr.decode() == f"{file}: is not UTF-8\n"
+
+
+@pytest.mark.parametrize("empty", [{}, {"RDEV_DATABASE_DSN": ""}])
+def test_the_originals_database_variables_go_before_the_file(
+    tmp_path: Path, empty: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rdev.toml"
+    file.write_text('database_dsn = "host=of-the-file"\n')
+    environment = {"DB_HOST": "of-the-environment", **empty}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = load_settings(environment, file).database_dsn
+    assert found is not None
+    assert found.get_secret_value() == "host='of-the-environment'"
+
+
+def test_a_user_that_the_system_does_not_know_has_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under any number: no HOME and no line in /etc/passwd."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    assert base_env()["HOME"] == "/"
 
 
 def test_a_dsn_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -117,6 +158,21 @@ def test_half_a_key_file_never_lets_anybody_in(unstarted: Server, half: str) -> 
     unstarted.start()
     assert httpx2.get(unstarted.url + "/projects", trust_env=False).status_code == 401
     assert len((unstarted.state_dir / "admin-key").read_text().strip()) >= 32
+
+
+def test_an_admin_key_may_be_any_string(unstarted: Server) -> None:
+    unstarted.settings["RDEV_ADMIN_KEY"] = unstarted.key = "schlüssel-" + "k" * 32
+    unstarted.start()
+    environment = unstarted.client_environment
+    listed = rdev("projects", "list", environment=environment)
+    assert (listed.returncode, listed.stderr) == (0, b"")
+
+
+def test_a_url_that_is_none_is_told_in_one_line() -> None:
+    environment = {"PATH": "/usr/bin", "RDEV_URL": "http://[::x", "RDEV_KEY": "k"}
+    refused = rdev("projects", "list", environment=environment)
+    assert refused.returncode == 1
+    assert refused.stderr.count(b"\n") == 1, refused.stderr
 
 
 def test_a_key_from_a_file_is_taken(unstarted: Server, tmp_path: Path) -> None:

@@ -365,10 +365,11 @@ def _log_request(this: Exchange) -> None:
 def _credential(headers: dict[bytes, str]) -> str | None:
     """The key that the request carries: `X-API-Key`, else a bearer token."""
     key = headers.get(b"x-api-key")
-    if key:
-        return key
-    scheme, _, token = headers.get(b"authorization", "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    if not key:
+        scheme, _, token = headers.get(b"authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else ""
+    # Clients send UTF-8, as the setting is; a key may be any string.
+    return key.encode("latin-1").decode("utf-8", "replace") or None
 
 
 def _forwarded_for(scope: HTTPScope) -> str | None:

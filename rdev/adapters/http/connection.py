@@ -57,6 +57,7 @@ class Connection(TCPServer):
         self._asgi = app
         self._write_timeout_s = write_timeout_s
         self._joined: list[bytes] | None = None
+        self._writing: trio.CancelScope | None = None
         self._idle = _IdleTimer(
             close=self._initiate_server_close,
             context=context,
@@ -68,6 +69,13 @@ class Connection(TCPServer):
     def abort(self) -> None:
         """Close the socket now; whoever reads or writes it sees it closed. Synchronous."""
         self._transport.socket.close()
+
+    def hurry(self, within_s: float) -> None:
+        """The server stops: from now on each write has so long, the one under way included."""
+        self._write_timeout_s = min(self._write_timeout_s, within_s)
+        if self._writing is not None:
+            soon = trio.current_time() + self._write_timeout_s
+            self._writing.deadline = min(self._writing.deadline, soon)
 
     async def protocol_send(self, event: Event) -> None:
         """Write what hypercorn's protocols have to say."""
@@ -133,9 +141,10 @@ class Connection(TCPServer):
         """Write piece by piece; a piece that is not taken in its time aborts the connection."""
         for start in range(0, len(data), _WRITE_PIECE_BYTES):
             piece = data[start : start + _WRITE_PIECE_BYTES]
-            with trio.move_on_after(self._write_timeout_s) as writing:
+            with trio.move_on_after(self._write_timeout_s) as self._writing:
                 await self.stream.send_all(piece)
-            if writing.cancelled_caught:
+            was_late, self._writing = self._writing.cancelled_caught, None
+            if was_late:
                 self.abort()
                 raise trio.BrokenResourceError("the client does not read")
 

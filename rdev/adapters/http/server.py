@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import stat
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -32,6 +33,8 @@ _log = logging.getLogger("rdev.http")
 # Connections the kernel keeps for us while we accept; the kernel caps it at net.core.somaxconn.
 _BACKLOG = 1024
 _TLS_HANDSHAKE_TIMEOUT_S = 10.0
+# How long a client may take, at a stop, for 64 KiB that wait for it.
+_WRITE_AT_STOP_S = 2.0
 _UNIX = "unix:"
 
 Listener: TypeAlias = trio.SocketListener | trio.SSLListener[trio.SocketStream]
@@ -108,7 +111,8 @@ class HttpServer:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`; started once it listens.
 
-        Errors: CONFLICT when an address cannot be bound, before it has started.
+        Errors, before it has started: CONFLICT when an address cannot be bound, BAD_REQUEST for TLS
+        files that cannot be used.
         Cancellation: all sockets are closed at once. Blocks: at most `grace_s` after `stop`.
         """
         raise_descriptor_limit()
@@ -129,8 +133,13 @@ class HttpServer:
                         connection.abort()
 
     async def _finish(self) -> None:
-        """Let what is under way come to its end, for `grace_s` at most."""
+        """Let what is under way come to its end, for `grace_s` at most.
+
+        A client that does not read is not waited for: it would take the whole grace.
+        """
         await self._context.terminated.set()
+        for connection in self._open:
+            connection.hurry(_WRITE_AT_STOP_S)
         with trio.move_on_after(self._grace_s):
             while self._open:
                 self._one_closed = trio.Event()
@@ -165,7 +174,7 @@ class HttpServer:
 
     def _listen(self, cleanup: ExitStack) -> list[Listener]:
         """Open all listeners; `cleanup` closes them, also where the second cannot be opened."""
-        context = self._config.create_ssl_context()
+        context = _tls_context(self._config)
         scheme = "https" if context else "http"
         listeners: list[Listener] = []
         bound = []
@@ -206,6 +215,17 @@ class _Config(Config):
             self._second = int(moment)
             self._date = [(b"date", formatdate(moment, usegmt=True).encode())]
         return self._date
+
+
+def _tls_context(config: Config) -> ssl.SSLContext | None:
+    """What hypercorn makes of the certificate and its key. Errors: BAD_REQUEST for files that
+    cannot serve."""
+    try:
+        return config.create_ssl_context()
+    except OSError as error:  # ssl.SSLError is one
+        why = error.strerror or str(error)
+        message = f"RDEV_TLS_CERT_FILE, RDEV_TLS_KEY_FILE: cannot be used: {why}"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
 
 
 def raise_descriptor_limit() -> None:

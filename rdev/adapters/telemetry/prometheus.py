@@ -5,8 +5,9 @@ ones that come, the rest under `other`.
 """
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 
 import trio
 from prometheus_client import (
@@ -19,6 +20,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily
 
 from rdev import __version__
 from rdev.domain.ids import ProjectId
@@ -54,6 +56,13 @@ class PrometheusTelemetry:
         self._timed = _Projects(_TIMED_PROJECTS)
         build = Gauge("rdev_build_info", "Version", ("version", "python"), registry=registry)
         build.labels(__version__, platform.python_version()).set(1)
+
+    def watch(self, part: str, statistics: Callable[[], object]) -> None:
+        """Show a part's `statistics()` (a dataclass of numbers) as gauges `rdev_<part>_<field>`.
+
+        They are read at each scrape, in its thread: reading must be all they do.
+        """
+        self.registry.register(_Statistics(part, statistics))
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics as OpenMetrics or Prometheus text, and the content type.
@@ -120,6 +129,23 @@ class PrometheusTelemetry:
             self._refusals.limits.labels(limit).inc()
             if limit == _RATE_LIMIT:
                 self._refusals.rate_rejected.inc()
+
+
+class _Statistics:
+    """What a part of the server counts itself."""
+
+    def __init__(self, part: str, statistics: Callable[[], object]) -> None:
+        self._part = part
+        self._statistics = statistics
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One gauge for each field, now."""
+        now = self._statistics()
+        assert is_dataclass(now)
+        for field in fields(now):
+            name = f"rdev_{self._part}_{field.name}"
+            text = f"{field.name.replace('_', ' ')} of the {self._part}, since the start or now"
+            yield GaugeMetricFamily(name, text, value=float(getattr(now, field.name)))
 
 
 class _Projects:

@@ -278,6 +278,21 @@ async def test_a_reader_that_stops_does_not_hold_shutdown(serve, eventually):
     assert told["ended"].is_set()
 
 
+async def test_a_reader_that_stops_does_not_take_the_whole_grace(serve):
+    """The grace is for requests that make progress; whoever does not read gets two seconds."""
+    made, told = routes()
+    site = await serve(made, grace_s=FAR_S, times=ConnectionTimes(write_s=FAR_S))
+
+    async with site.connect() as wire:
+        await wire.send(GET.replace(b"quick", b"flood") + b"\r\n")
+        await told["began"].wait()
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        site.server.stop()
+        await site.done.wait()
+
+    assert told["ended"].is_set()
+
+
 async def test_a_reader_that_stops_does_not_hold_a_cancellation(serve):
     made, told = routes()
     site = await serve(made, grace_s=FAR_S, times=ConnectionTimes(write_s=FAR_S))

@@ -1,5 +1,7 @@
 """The names and labels of the monitoring guide, and what bounds them."""
 
+from dataclasses import dataclass
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -106,3 +108,19 @@ def test_silence_has_every_verb_of_the_port():
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
     assert len(verbs) == 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    taken: int
+    is_open: bool
+
+
+async def test_what_a_part_counts_itself_is_shown_as_it_is_now() -> None:
+    telemetry = PrometheusTelemetry()
+    now = [Counted(taken=1, is_open=False)]
+    telemetry.watch("queue", lambda: now[-1])
+    now.append(Counted(taken=7, is_open=True))
+    body, _ = await telemetry.render("")
+    assert b"rdev_queue_taken 7.0" in body
+    assert b"rdev_queue_is_open 1.0" in body
