@@ -15,7 +15,7 @@ import bench
 from bench.harness import Context, Measurement, Row, Scenario, run, table, write
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = frozenset({"__main__", "client", "harness", "server"})
+PARTS = frozenset({"__main__", "client", "harness", "peers", "server"})
 
 
 def scenario_names() -> list[str]:
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("scenario", nargs="*", help="all where none is named")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--warm-ups", type=int, default=1)
+    parser.add_argument("--long", action="store_true", help="hold what a target holds for a minute")
     parser.add_argument("--list", action="store_true", help="name the scenarios and stop")
     given = parser.parse_args(argv)
     known = scenario_names()
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
     if given.list:
         print("\n".join(f"{scenario.name:24}{scenario.what}" for scenario in scenarios))
         return 0
-    _measure(scenarios, Context(repetitions=given.repetitions, warm_ups=given.warm_ups))
+    context = Context(repetitions=given.repetitions, warm_ups=given.warm_ups, long=given.long)
+    _measure(scenarios, context)
     return 0
 
 

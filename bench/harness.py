@@ -42,10 +42,11 @@ class Figure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """How often a scenario is to be repeated."""
+    """How often a scenario is to be repeated; `long`: what a target wants for a minute takes it."""
 
     repetitions: int = 5
     warm_ups: int = 1
+    long: bool = False
 
     def repeat(self, once: Callable[[], Mapping[str, float]]) -> dict[str, list[float]]:
         """Run `once` for the warm-up, then for each repetition; the samples by figure."""

@@ -67,6 +67,7 @@ class Pools:
     requests: Pool
     heartbeats: Pool
     appends: Pool
+    claims: Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +122,7 @@ async def _serve_until_stopped(
             ),
             heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
             appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+            claims=await stack.enter_async_context(open_dedicated(connection, "claim")),
         )
         server = _build(settings, identity, pools)
 
@@ -164,7 +166,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
     fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
-        lanes=PostgresLanes(pool=pools.requests, lease_s=settings.lease_s),
+        lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
         leases=leases,
         executor=executor,
         appender=appender,

@@ -50,33 +50,35 @@ returns integer
 language plpgsql
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
-    moved integer;
+    key record;
+    lane record;
+    next_due double precision;
+    moved integer := 0;
 begin
     perform set_config('synchronous_commit', 'off', true);
-    perform 1
-    from lanes l
-    where (l.project, l.lane_class) in (select * from unnest(projects, lane_classes))
-    order by l.project, l.lane_class
-    for update;
-    update lanes l
-    set due = n.due
-    from (
-        select i.project, i.lane_class, (
-            select lane_due(c.rank, i.last_start, c.level, age_step_s)
-            from commands c
-            where c.project = i.project and c.lane_class = i.lane_class and c.status = 'queued'
-              and i.cap > (select count(*) from commands r
-                           where r.project = i.project and r.lane_class = i.lane_class
-                             and r.status = 'running')
-            order by c.rank, c.id
-            limit 1
-        ) as due
-        from lanes i
-        where (i.project, i.lane_class) in (select * from unnest(projects, lane_classes))
-    ) n
-    where l.project = n.project and l.lane_class = n.lane_class
-      and l.due is distinct from n.due;
-    get diagnostics moved = row_count;
+    for key in
+        select * from unnest(projects, lane_classes) k (project, lane_class) order by 1, 2
+    loop
+        select l.ctid as place, l.* into lane
+        from lanes l
+        where l.project = key.project and l.lane_class = key.lane_class
+        for update;
+        continue when not found;
+        select lane_due(c.rank, lane.last_start, c.level, age_step_s) into next_due
+        from commands c
+        where c.project = lane.project and c.lane_class = lane.lane_class and c.status = 'queued'
+          and lane.cap > (select count(*) from commands r
+                          where r.project = lane.project and r.lane_class = lane.lane_class
+                            and r.status = 'running')
+        order by c.rank, c.id
+        limit 1;
+        if next_due is distinct from lane.due then
+            -- By place, which the lock keeps: under a held snapshot the key leads through every
+            -- version of the row since.
+            update lanes set due = next_due where ctid = lane.place;
+            moved := moved + 1;
+        end if;
+    end loop;
     return moved;
 end
 $$;
@@ -146,8 +148,7 @@ begin
             next_due := lane_due(head.rank, lane.last_start, head.level, age_step_s);
             if next_due > lane.due then
                 -- It stood there for a head that is gone: look again who comes first.
-                update lanes set due = next_due
-                where project = lane.project and lane_class = lane.lane_class;
+                update lanes set due = next_due where current of lanes_in_order;
                 stood_too_early := true;
                 exit;
             end if;
@@ -180,7 +181,7 @@ begin
                 limit 1;
             end if;
             update lanes set last_start = served_at, due = next_due
-            where project = lane.project and lane_class = lane.lane_class;
+            where current of lanes_in_order;
             exit when taken >= max_commands;
         end loop;
         exit when taken >= max_commands or not stood_too_early;

@@ -32,6 +32,9 @@ from rdev.services.shield import commit_shield
 TICK_S = 1.0
 # What a last write to the database may take at stop.
 RELEASE_S = 5.0
+# One claim takes at most this part of the permits, so that claiming, running and appending overlap
+# instead of taking turns (with commands that do nothing).
+CLAIMS_IN_TURN = 2
 # How many waiting commands one statement ends.
 EXPIRE_MAX = 1_000
 
@@ -92,6 +95,8 @@ class CommandQueue:
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
+        # Half: while some are on their way to their commit, the others are being claimed.
+        self._claim_max = max(1, running_max // CLAIMS_IN_TURN)
         self._running: dict[Lease, _Running] = {}
         self._touched: set[Lane] = set()
         self._take_over_from_s = 0.0
@@ -160,22 +165,22 @@ class CommandQueue:
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
         await self._touch()
-        permits = self._running_max - len(self._running)
-        if permits <= 0 or self._stop.is_set():
+        limit = min(self._running_max - len(self._running), self._claim_max)
+        if limit <= 0 or self._stop.is_set():
             return 0
         with commit_shield():
             found = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
                 holder=self._holder,
-                limit=permits,
+                limit=limit,
             )
             for command in found.expired:
                 self._announce(command)
             for one in found.claimed:
                 self._announce(one.lease.command)
                 self._start(one, attempts)
-        if len(found.claimed) == permits:
+        if len(found.claimed) == limit:
             # Others passed by the lanes that this claim held; what is left there is theirs.
             self._wake_replicas()
         return len(found.claimed) + len(found.expired)

@@ -26,6 +26,7 @@ from rdev.ports.commands import Accepted, CancelResult
 
 # The row comes from the project's, so a command of an unknown project is never stored. The position
 # counts over `commands_queued`; two racing inserts may tell the same position: it is a hint.
+# (A subquery, not a join: joined, a plan from when the table was small read the whole index.)
 _INSERT = """
 with made as (
     insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
@@ -38,10 +39,13 @@ with made as (
     where p.id = %(project)s
     returning *
 ), ahead as (
-    select count(*) + 1 as queue_position
-    from commands c, made m
-    where c.status = 'queued' and c.project = m.project and c.lane_class = m.lane_class
-      and (c.rank, c.id) < (m.rank, m.id)
+    select m.id, 1 + (
+        select count(*)
+        from commands c
+        where c.status = 'queued' and c.project = m.project and c.lane_class = m.lane_class
+          and (c.rank, c.id) < (m.rank, m.id)
+    ) as queue_position
+    from made m
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select m.day, m.id, 1, 1, 0, 0, convert_to(format(
