@@ -21,11 +21,13 @@ from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
+from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
+from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
@@ -45,10 +47,12 @@ from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import ADMIN_KEY_CHARACTERS_MIN, Settings
 from rdev.domain.backoff import Backoff
+from rdev.domain.depths import DepthLimits
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
+from rdev.services.depths import QueueGate
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.keys import Keys
 from rdev.services.projects import Projects
@@ -197,9 +201,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         for command in commands:
             queue.cancel(command)
 
+    gate = QueueGate(
+        queue=PostgresDepths(pool=pools.requests),
+        limits=DepthLimits(project_max=settings.queue_project_max, server_max=settings.queue_max),
+        telemetry=telemetry,
+    )
     commands = Commands(
         store=store,
         log=log,
+        gate=gate,
         fanout=fanout,
         wake_workers=queue.wake,
         reach_holder=reach_holder,
@@ -236,6 +246,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
             stream_routes(commands, fanout, telemetry),
+            queue_routes(gate, queue.statistics, running_max=settings.running_max),
         ],
         authenticate=Keys(admin_key=identity.admin_key).authenticate,
         telemetry=telemetry,

@@ -81,6 +81,8 @@ class Settings(BaseSettings):
     grace_s: float = Field(default=30, ge=0, le=600)
     drain_delay_s: float | None = Field(default=None, ge=0, le=600)
     running_max: int = Field(default=64, ge=1, le=1_000)
+    queue_project_max: int = Field(default=10_000, ge=1, le=10_000_000)
+    queue_max: int = Field(default=100_000, ge=1, le=10_000_000)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)

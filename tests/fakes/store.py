@@ -26,6 +26,7 @@ from rdev.domain.commands import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
 from rdev.domain.stream import (
@@ -37,8 +38,9 @@ from rdev.domain.stream import (
     queued_line,
     status_line,
 )
-from rdev.ports.commands import Accepted, Beat, CancelResult
+from rdev.ports.commands import POSITION_MAX, Accepted, Beat, CancelResult
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
+from tests.fakes.idempotency import KeptKeys
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # PostgreSQL's integer: an append that does not fit is refused, and its batch with it.
@@ -78,6 +80,7 @@ class StoreState:
     projects: dict[ProjectId, Project] = field(default_factory=dict)
     rows: dict[CommandId, Row] = field(default_factory=dict)
     chunks: dict[CommandId, list[Chunk]] = field(default_factory=dict)
+    keys: KeptKeys = field(default_factory=KeptKeys)
     # Rows that "another connection" has locked: appends and claims pass them by.
     held: set[CommandId] = field(default_factory=set)
     # The database is gone.
@@ -157,6 +160,10 @@ class FakeCommands:
         project = state.projects.get(new.project)
         if project is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {new.project!r}")
+        if new.idempotency is not None:
+            if (made := state.keys.find(new.idempotency)) is not None:
+                return self._replayed(CommandId(made))
+            state.keys.keep(new.idempotency, new.id)
         expires_in_s = float("inf") if new.expires_in_s is None else new.expires_in_s
         row = Row(
             new=new,
@@ -171,6 +178,18 @@ class FakeCommands:
         state.put(row, Source.LIFE, 1, 0, queued_line(queue_position=position))
         state.reply()
         return Accepted(command=row.command, queue_position=position)
+
+    async def replay(self, idempotency: Idempotency) -> Accepted | None:
+        await self._state.step()
+        made = self._state.keys.find(idempotency)
+        return None if made is None else self._replayed(CommandId(made))
+
+    def _replayed(self, command: CommandId) -> Accepted:
+        row = self._state.rows.get(command)
+        if row is None:
+            raise RdevError(ErrorCode.GONE, f"command {command!r} is no longer stored")
+        position = self._position(row) if _is_queued(row) else None
+        return Accepted(command=row.command, queue_position=position, is_replay=True)
 
     async def get(self, command: CommandId) -> Command | None:
         await self._state.step()

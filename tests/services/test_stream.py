@@ -278,9 +278,7 @@ async def test_a_gap_is_seen_by_whoever_resumes_inside_it(hub: Hub) -> None:
     assert [(seq, name) for seq, name, _ in seen] == [(8, "gap"), (9, "status"), (10, "complete")]
 
 
-async def test_a_buffer_that_is_full_falls_back_to_the_log(
-    hub: Hub, nursery: trio.Nursery
-) -> None:
+async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub, nursery: trio.Nursery) -> None:
     with hub.fanout.subscribe(COMMAND, after=0) as reader:
         hub.publish()
         assert isinstance(await reader.receive(), Frames)
@@ -388,9 +386,7 @@ async def test_a_stop_is_heard_at_once(hub: Hub, nursery: trio.Nursery) -> None:
     assert trio.current_time() == began
 
 
-async def test_a_stop_while_the_log_is_read_is_heard_too(
-    hub: Hub, nursery: trio.Nursery
-) -> None:
+async def test_a_stop_while_the_log_is_read_is_heard_too(hub: Hub, nursery: trio.Nursery) -> None:
     hub.log.after_s = 1.0
     nursery.start_soon(_stop_after, hub, 0.5)
     began = trio.current_time()

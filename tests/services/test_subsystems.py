@@ -90,9 +90,7 @@ async def test_they_start_in_order_and_stop_together(story: list[str]) -> None:
     assert trio.current_time() - began == pytest.approx(5)
 
 
-async def test_started_means_that_all_have_started(
-    story: list[str], nursery: trio.Nursery
-) -> None:
+async def test_started_means_that_all_have_started(story: list[str], nursery: trio.Nursery) -> None:
     stop = trio.Event()
 
     async def run(task_status: trio.TaskStatus[None]) -> None:
