@@ -150,7 +150,7 @@ async def test_one_process_never_passes_a_limit(
     async def take() -> None:
         """Claims make room."""
         while True:
-            await trio.sleep(0.13)
+            await trio.sleep(1.3)
             for project in (A, B):
                 queue.queued[project] = max(0, queue.queued[project] - 1)
 
