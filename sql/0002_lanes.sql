@@ -39,11 +39,18 @@ create function lane_due(head_rank double precision, last_start double precision
 language sql immutable strict parallel safe as
 $$ select greatest(head_rank, last_start - head_level * age_step_s) $$;
 
--- After the commit of what made it claimable: the lane may be due. Lanes are locked in order of
--- their key; a claim never waits for them. What is lost here the tick repairs, so the commit need
--- not reach the disk.
-create function touch_lanes(projects text[], lane_classes text[]) returns void
-language plpgsql as $$
+-- After the commit of what may have made them claimable: where these lanes stand now. Read under their
+-- locks, so it is exact; whatever commits later is followed by a touch of its own. Lanes are locked
+-- in order of their key, and a claim never waits for them. What is lost here the tick repairs, so
+-- the commit need not reach the disk. Returns how many lanes it moved.
+-- (No sequential scans or sorts here and below: a plan that was made while the tables were small is
+-- kept while they grow.)
+create function touch_lanes(projects text[], lane_classes text[], age_step_s double precision)
+returns integer
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
+declare
+    moved integer;
 begin
     perform set_config('synchronous_commit', 'off', true);
     perform 1
@@ -52,17 +59,25 @@ begin
     order by l.project, l.lane_class
     for update;
     update lanes l
-    set due = least(l.due, h.rank)
-    from unnest(projects, lane_classes) as t (project, lane_class)
-    cross join lateral (
-        select c.rank
-        from commands c
-        where c.project = t.project and c.lane_class = t.lane_class and c.status = 'queued'
-        order by c.rank, c.id
-        limit 1
-    ) h
-    where l.project = t.project and l.lane_class = t.lane_class
-      and (l.due is null or l.due > h.rank);
+    set due = n.due
+    from (
+        select i.project, i.lane_class, (
+            select lane_due(c.rank, i.last_start, c.level, age_step_s)
+            from commands c
+            where c.project = i.project and c.lane_class = i.lane_class and c.status = 'queued'
+              and i.cap > (select count(*) from commands r
+                           where r.project = i.project and r.lane_class = i.lane_class
+                             and r.status = 'running')
+            order by c.rank, c.id
+            limit 1
+        ) as due
+        from lanes i
+        where (i.project, i.lane_class) in (select * from unnest(projects, lane_classes))
+    ) n
+    where l.project = n.project and l.lane_class = n.lane_class
+      and l.due is distinct from n.due;
+    get diagnostics moved = row_count;
+    return moved;
 end
 $$;
 
@@ -80,46 +95,50 @@ language sql as $$
     select day, id, last_seq - 1, last_seq, 0, 0, events from ended
 $$;
 
--- One command of each of up to max_lanes lanes, in the order of `due`. Every statement in here has a
--- snapshot of its own: what is read under a lane's lock is the truth about the lane, because only
--- claims make commands of a lane run. Lock order: lane before command.
+-- One command of each of up to max_lanes lanes, in the order of `due`, and the expired ones that were
+-- found at the heads (ended here, at most 100 of a lane). Every statement in here has a snapshot of
+-- its own: what is read under a lane's lock is the truth about the lane, because only claims make
+-- commands of a lane run. The cursor locks one lane at a time: a lane that this claim does not need
+-- is another's to take. Lock order: lane before command.
 create function claim_commands(
     in_reach text, in_holder text, in_instance text, lease_s double precision,
     age_step_s double precision, max_lanes integer, running_event bytea, expired_events bytea
 ) returns setof commands
-language plpgsql as $$
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
-    lane lanes;
-    head commands;
-    next_head record;
-    is_full boolean;
-    moment double precision;
-begin
-    for lane in
+    lanes_in_order cursor for
         select * from lanes
         where reach = in_reach and due is not null
         order by due
-        limit max_lanes
-        for update skip locked
-    loop
-        select count(*) >= lane.cap into is_full
-        from commands
+        for update skip locked;
+    head commands;
+    next_due double precision;
+    running integer;
+    served_at double precision;
+    taken integer := 0;
+begin
+    for lane in lanes_in_order loop
+        head := null;
+        served_at := lane.last_start;
+        select count(*) into running from commands
         where project = lane.project and lane_class = lane.lane_class and status = 'running';
-        if is_full then
-            update lanes set due = null
-            where project = lane.project and lane_class = lane.lane_class;
-            continue;
+        if running < lane.cap then
+            for expired in 1..100 loop
+                select * into head from commands
+                where project = lane.project and lane_class = lane.lane_class and status = 'queued'
+                order by rank, id
+                limit 1
+                for update;
+                exit when not found
+                    or head.expires_at is null or head.expires_at > clock_timestamp();
+                perform expire_command(head.id, expired_events);
+                head.status := 'expired';
+                head.spec := null;
+                return next head;
+                head := null;
+            end loop;
         end if;
-        loop
-            select * into head from commands
-            where project = lane.project and lane_class = lane.lane_class and status = 'queued'
-            order by rank, id
-            limit 1
-            for update;
-            exit when not found or head.expires_at is null or head.expires_at > clock_timestamp();
-            perform expire_command(head.id, expired_events);
-        end loop;
-        moment := extract(epoch from clock_timestamp());
         if head.id is not null then
             update commands
             set status = 'running',
@@ -135,53 +154,58 @@ begin
             insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
             values (head.day, head.id, head.last_seq, head.last_seq, 0, 0, running_event);
             return next head;
+            running := running + 1;
+            taken := taken + 1;
+            served_at := extract(epoch from clock_timestamp());
         end if;
-        select c.rank, c.level into next_head from commands c
-        where c.project = lane.project and c.lane_class = lane.lane_class and c.status = 'queued'
-        order by c.rank, c.id
-        limit 1;
-        update lanes
-        set last_start = case when head.id is null then last_start else moment end,
-            due = lane_due(next_head.rank,
-                           case when head.id is null then last_start else moment end,
-                           next_head.level, age_step_s)
+        next_due := null;
+        if running < lane.cap then
+            select lane_due(rank, served_at, level, age_step_s) into next_due from commands
+            where project = lane.project and lane_class = lane.lane_class and status = 'queued'
+            order by rank, id
+            limit 1;
+        end if;
+        update lanes set last_start = served_at, due = next_due
         where project = lane.project and lane_class = lane.lane_class;
+        exit when taken >= max_lanes;
     end loop;
 end
 $$;
 
--- The tick's repair of what was lost between a commit and its touch: lanes that are parked although
--- something is queued and there is room. Walks from lane to lane over `commands_queued`, so its cost
--- is in lanes with queued commands, not in commands.
-create function repair_lanes(in_reach text) returns integer
-language plpgsql as $$
+-- The tick's repair of what was lost between a commit and its touch: lanes with something queued and
+-- room that are parked, or stand later than their head. Walks from lane to lane over
+-- `commands_queued`, so its cost is in lanes with queued commands, not in commands.
+create function repair_lanes(in_reach text, age_step_s double precision) returns integer
+language plpgsql
+set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
-    repaired integer;
+    late_projects text[];
+    late_classes text[];
 begin
     with recursive waiting as (
-        (select c.project, c.lane_class from commands c
-         where c.status = 'queued' order by c.project, c.lane_class limit 1)
+        (select c.project, c.lane_class, c.rank, c.level from commands c
+         where c.status = 'queued' order by c.project, c.lane_class, c.rank, c.id limit 1)
         union all
-        select n.project, n.lane_class
+        select n.project, n.lane_class, n.rank, n.level
         from waiting w
         cross join lateral (
-            select c.project, c.lane_class from commands c
+            select c.project, c.lane_class, c.rank, c.level from commands c
             where c.status = 'queued' and (c.project, c.lane_class) > (w.project, w.lane_class)
-            order by c.project, c.lane_class limit 1
+            order by c.project, c.lane_class, c.rank, c.id limit 1
         ) n
-    ), parked as (
-        select l.project, l.lane_class
-        from waiting w
-        join lanes l using (project, lane_class)
-        where l.reach = in_reach and l.due is null
-          and l.cap > (select count(*) from commands r
-                       where r.project = l.project and r.lane_class = l.lane_class
-                         and r.status = 'running')
     )
-    select count(*), touch_lanes(array_agg(project), array_agg(lane_class)) into repaired
-    from parked
-    having count(*) > 0;
-    return coalesce(repaired, 0);
+    select array_agg(l.project), array_agg(l.lane_class) into late_projects, late_classes
+    from waiting w
+    join lanes l using (project, lane_class)
+    where l.reach = in_reach
+      and (l.due is null or l.due > lane_due(w.rank, l.last_start, w.level, age_step_s))
+      and l.cap > (select count(*) from commands r
+                   where r.project = l.project and r.lane_class = l.lane_class
+                     and r.status = 'running');
+    if late_projects is null then
+        return 0;
+    end if;
+    return touch_lanes(late_projects, late_classes, age_step_s);
 end
 $$;
 

@@ -37,6 +37,14 @@ class CancelResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Claims:
+    """What a claim took, and what it ended because it had expired."""
+
+    claimed: list[Claimed]
+    expired: list[CommandId]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
     """What a heartbeat found: leases that are no longer ours, and commands to be cancelled."""
 
@@ -102,25 +110,27 @@ class Lanes(Protocol):
     """The order of queued commands, and taking the next ones."""
 
     async def touch(self, lanes: Collection[Lane]) -> None:
-        """These lanes may be claimable: something was queued there, or ended there.
+        """Put these lanes where they stand now: something was queued there, or ended there.
 
         Called after the commit of what happened, never with it. What is lost is found by `repair`.
+        A lane that is unknown is left out.
         """
         ...
 
-    async def claim(
-        self, *, reach: str, instance: str | None, holder: str, limit: int
-    ) -> list[Claimed]:
-        """Take the head of each of up to `limit` lanes of this reach, in the order of `due`.
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+        """Take the head of each of up to `limit` (≥ 1) lanes of this reach, in the order of `due`.
 
         Never more commands of a lane run than its cap, whoever claims at the same time; within a
         lane they are taken in order of rank. What has expired is ended on the way. A claim stores
-        `running`, the event `status: running`, a fresh lease, and `instance` where it is given.
+        `running`, the event `status: running`, a fresh lease, and `instance` where it is given. A
+        lane that another claim holds is left out; nothing taken and nothing ended means that there
+        is nothing for this claim.
         """
         ...
 
     async def repair(self, *, reach: str) -> int:
-        """Make due every lane that is parked although it could be served; returns how many."""
+        """Touch every lane of this reach that could be served and is parked or stands too late;
+        returns how many there were."""
         ...
 
     async def expire(self, *, limit: int) -> list[CommandId]:

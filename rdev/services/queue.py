@@ -158,7 +158,8 @@ class CommandQueue:
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
         """Touch the lanes where something happened, then claim as many commands as there are
-        permits, at most one of each lane, and start their attempts. Returns how many.
+        permits, at most one of each lane, and start their attempts. Returns how many were claimed
+        or had expired: 0 means that there is nothing more.
 
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
@@ -167,16 +168,21 @@ class CommandQueue:
         if permits <= 0 or self._stop.is_set():
             return 0
         with commit_shield():
-            claimed = await self._lanes.claim(
+            found = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
                 holder=self._holder,
                 limit=permits,
             )
-            for one in claimed:
+            for command in found.expired:
+                self._announce(command)
+            for one in found.claimed:
                 self._announce(one.lease.command)
                 self._start(one, attempts)
-        return len(claimed)
+        if len(found.claimed) == permits:
+            # Others passed by the lanes that this claim held; what is left there is theirs.
+            self._wake_replicas()
+        return len(found.claimed) + len(found.expired)
 
     async def tick_once(self, attempts: trio.Nursery) -> None:
         """What no wake-up tells of: lanes that were left parked, commands that expired, and leases
@@ -294,7 +300,7 @@ class CommandQueue:
                 if trio.current_time() >= tick_at_s:
                     await self.tick_once(attempts)
                     tick_at_s = trio.current_time() + TICK_S
-                claimed = await self.claim_once(attempts)
+                found = await self.claim_once(attempts)
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
@@ -302,7 +308,7 @@ class CommandQueue:
                 await trio.sleep(backoff.next_s())
                 continue
             backoff = self._backoff()
-            if not claimed:
+            if not found:
                 with trio.move_on_at(tick_at_s):
                     await self._wakeup.wait()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from itertools import groupby, islice
+from itertools import groupby
 
 import trio
 
@@ -19,6 +19,7 @@ from rdev.domain.commands import (
     Claimed,
     Command,
     Kind,
+    LaneClass,
     Lease,
     NewCommand,
     Outcome,
@@ -28,6 +29,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.lanes import Lane, rank
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
 from rdev.domain.stream import (
     Chunk,
@@ -36,7 +38,6 @@ from rdev.domain.stream import (
     final_lines,
     gap_line,
     queued_line,
-    status_line,
 )
 from rdev.ports.commands import POSITION_MAX, Accepted, Beat, CancelResult
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
@@ -55,7 +56,7 @@ class Row:
     new: NewCommand
     command: Command
     reach: str
-    order: int
+    rank: float
     expires_at: float
     has_spec: bool = True
     cancel_requested: bool = False
@@ -69,8 +70,23 @@ class Row:
         return Offsets(stdout=self.command.stdout_bytes, stderr=self.command.stderr_bytes)
 
     @property
-    def rank(self) -> tuple[int, int]:
-        return self.new.priority.level, self.order
+    def lane(self) -> Lane:
+        return Lane(project=self.new.project, lane_class=LANE_CLASS[self.new.kind])
+
+    @property
+    def place(self) -> tuple[float, CommandId]:
+        """Where it stands in its lane."""
+        return self.rank, self.new.id
+
+
+@dataclass(slots=True, kw_only=True)
+class LaneRow:
+    """One lane as it is stored."""
+
+    reach: str
+    cap: int
+    due: float | None = None
+    last_start: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,17 +97,24 @@ class StoreState:
     rows: dict[CommandId, Row] = field(default_factory=dict)
     chunks: dict[CommandId, list[Chunk]] = field(default_factory=dict)
     keys: KeptKeys = field(default_factory=KeptKeys)
-    # Rows that "another connection" has locked: appends and claims pass them by.
+    lanes: dict[Lane, LaneRow] = field(default_factory=dict)
+    # Rows that "another connection" has locked: appends and take-overs pass them by.
     held: set[CommandId] = field(default_factory=set)
     # The database is gone.
     unavailable: bool = False
     # So many of the next writes are done, and their reply is lost.
     lost_replies: int = 0
     last_lease_id: int = 0
+    last_moment: float = 0.0
 
     @property
     def now(self) -> datetime:
         return EPOCH + timedelta(seconds=trio.current_time())
+
+    def moment(self) -> float:
+        """The store's clock, which never shows the same time twice."""
+        self.last_moment = max(trio.current_time(), self.last_moment + 1e-6)
+        return self.last_moment
 
     async def step(self) -> None:
         """Before each operation."""
@@ -126,6 +149,23 @@ class StoreState:
         self.put(row, Source.LIFE, 2, 0, payload)
         row.command = replace(row.command, status=status, reason=status.value, finished_at=self.now)
         row.has_spec = False
+
+    def lease(self, row: Row, holder: str, lease_s: float) -> None:
+        """Put a command under a fresh lease."""
+        self.last_lease_id += 1
+        row.lease_id = self.last_lease_id
+        row.lease_until = trio.current_time() + lease_s
+        row.holder = holder
+
+    def queued(self, lane: Lane) -> list[Row]:
+        """What waits in a lane, in order."""
+        rows = [row for row in self.rows.values() if row.lane == lane and is_queued(row)]
+        return sorted(rows, key=lambda row: row.place)
+
+    def has_room(self, lane: Lane) -> bool:
+        """Whether fewer than the cap of a lane run."""
+        rows = [row for row in self.rows.values() if row.lane == lane and is_running(row)]
+        return len(rows) < self.lanes[lane].cap
 
     def leased(self, lease: Lease) -> Row | None:
         """The running command of a lease that is still its own."""
@@ -169,7 +209,7 @@ class FakeCommands:
             new=new,
             command=_accepted(new, state.now),
             reach=project.reach,
-            order=len(state.rows),
+            rank=rank(accepted_at_s=state.moment(), level=new.priority.level),
             expires_at=trio.current_time() + expires_in_s,
         )
         state.rows[new.id] = row
@@ -188,7 +228,7 @@ class FakeCommands:
         row = self._state.rows.get(command)
         if row is None:
             raise RdevError(ErrorCode.GONE, f"command {command!r} is no longer stored")
-        position = self._position(row) if _is_queued(row) else None
+        position = self._position(row) if is_queued(row) else None
         return Accepted(command=row.command, queue_position=position, is_replay=True)
 
     async def get(self, command: CommandId) -> Command | None:
@@ -236,24 +276,15 @@ class FakeCommands:
         self._state.reply()
         return CancelResult(command=row.command, ended_now=ended_now)
 
-    async def claim(
-        self, *, reach: str, instance: str | None, holder: str, limit: int
-    ) -> list[Claimed]:
+    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
         await self._state.step()
-        expired = [row for row in self._running(reach) if row.lease_until < trio.current_time()]
-        expired = [row for row in expired if row.command.id not in self._state.held][:limit]
-        fresh = list(islice(self._claimable(reach), limit - len(expired)))
-        for row in fresh:
-            self._begin(row)
-        taken = sorted([*expired, *fresh], key=lambda row: row.rank)
+        rows = [row for row in self._state.rows.values() if row.reach == reach and is_running(row)]
+        late = [row for row in rows if row.lease_until < trio.current_time()]
+        taken = [row for row in late if row.command.id not in self._state.held][:limit]
         for row in taken:
-            self._state.last_lease_id += 1
-            row.lease_id = self._state.last_lease_id
-            row.lease_until = trio.current_time() + self._lease_s
-            row.holder = holder
-            row.instance = row.instance or instance
+            self._state.lease(row, holder, self._lease_s)
         self._state.reply()
-        return [_claimed(row, take_over=row not in fresh) for row in taken]
+        return [claimed_of(row, take_over=True) for row in taken]
 
     async def heartbeat(self, leases: Sequence[Lease]) -> Beat:
         await self._state.step()
@@ -288,55 +319,14 @@ class FakeCommands:
         await self._state.step()
         now = trio.current_time()
         rows = [row for row in self._state.rows.values() if row.holder == holder]
-        held = [row for row in rows if _is_running(row) and row.lease_until >= now]
+        held = [row for row in rows if is_running(row) and row.lease_until >= now]
         for row in held:
             row.lease_until = float("-inf")
         self._state.reply()
         return len(held)
 
-    async def expire(self, *, reach: str, limit: int) -> list[CommandId]:
-        await self._state.step()
-        now = trio.current_time()
-        due = [row for row in self._queued(reach) if row.expires_at <= now][:limit]
-        for row in due:
-            self._state.end(row, Status.EXPIRED)
-        self._state.reply()
-        return [row.command.id for row in due]
-
-    def _begin(self, row: Row) -> None:
-        attempt = row.command.attempt + 1
-        wait = self._state.now - row.command.created_at
-        row.command = replace(
-            row.command,
-            status=Status.RUNNING,
-            attempt=attempt,
-            started_at=self._state.now,
-            queue_wait_ms=int(wait.total_seconds() * 1000),
-        )
-        payload = status_line(Status.RUNNING, attempt=attempt)
-        self._state.put(row, Source.LIFE, 1, 0, payload)
-
     def _position(self, row: Row) -> int:
-        rows = self._state.rows.values()
-        same = [r for r in rows if r.command.project == row.command.project and _is_queued(r)]
-        return sum(other.rank <= row.rank for other in same)
-
-    def _running(self, reach: str) -> list[Row]:
-        return [r for r in self._state.rows.values() if r.reach == reach and _is_running(r)]
-
-    def _queued(self, reach: str) -> list[Row]:
-        return [r for r in self._state.rows.values() if r.reach == reach and _is_queued(r)]
-
-    def _claimable(self, reach: str) -> Iterator[Row]:
-        """Queued rows in order of service, as far as their lane has room."""
-        busy: dict[tuple[ProjectId, str], int] = {}
-        for row in self._running(reach):
-            busy[_lane(row)] = busy.get(_lane(row), 0) + 1
-        queued = [row for row in self._queued(reach) if row.expires_at > trio.current_time()]
-        for row in sorted(queued, key=lambda row: row.rank):
-            busy[_lane(row)] = busy.get(_lane(row), 0) + 1
-            if busy[_lane(row)] <= LANE_CAP[LANE_CLASS[row.new.kind]]:
-                yield row
+        return sum(other.place <= row.place for other in self._state.queued(row.lane))
 
 
 class FakeOutput:
@@ -410,7 +400,7 @@ class FakeOutput:
         if row.offsets == append.end and row.command.last_seq == end_seq:
             return _applied(command, _numbered(append))
         stands_at = (row.offsets, row.command.last_seq)
-        if stands_at != (append.start, append.start_seq) or not _is_running(row):
+        if stands_at != (append.start, append.start_seq) or not is_running(row):
             return AppendResult(command=command, state=AppendState.STALE)
         if command in self._state.held:
             return AppendResult(command=command, state=AppendState.LOCKED)
@@ -462,6 +452,9 @@ class FakeProjects:
                 definition=definition,
             )
             self._state.projects[definition.id] = project
+            for lane_class in LaneClass:
+                lane = Lane(project=project.id, lane_class=lane_class)
+                self._state.lanes[lane] = LaneRow(reach=reach, cap=LANE_CAP[lane_class])
             self._state.reply()
             return project, True
         if found.definition != definition:
@@ -482,7 +475,7 @@ class FakeProjects:
     def _counted(self, project: Project) -> Project:
         rows = [r for r in self._state.rows.values() if r.command.project == project.id]
         return replace(
-            project, queued=sum(map(_is_queued, rows)), running=sum(map(_is_running, rows))
+            project, queued=sum(map(is_queued, rows)), running=sum(map(is_running, rows))
         )
 
 
@@ -510,7 +503,7 @@ def _accepted(new: NewCommand, now: datetime) -> Command:
     )
 
 
-def _claimed(row: Row, *, take_over: bool) -> Claimed:
+def claimed_of(row: Row, *, take_over: bool) -> Claimed:
     assert row.lease_id is not None
     return Claimed(
         lease=Lease(command=row.command.id, id=row.lease_id),
@@ -528,15 +521,11 @@ def _claimed(row: Row, *, take_over: bool) -> Claimed:
     )
 
 
-def _lane(row: Row) -> tuple[ProjectId, str]:
-    return row.command.project, LANE_CLASS[row.new.kind]
-
-
-def _is_queued(row: Row) -> bool:
+def is_queued(row: Row) -> bool:
     return row.command.status is Status.QUEUED
 
 
-def _is_running(row: Row) -> bool:
+def is_running(row: Row) -> bool:
     return row.command.status is Status.RUNNING
 
 

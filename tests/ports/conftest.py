@@ -10,18 +10,29 @@ import pytest
 
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
+from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
 from rdev.adapters.postgres.projects import PostgresProjects
-from rdev.domain.commands import Claimed, Kind, NewCommand, Outcome, Priority, Retry
+from rdev.domain.commands import (
+    LANE_CLASS,
+    Claimed,
+    Kind,
+    NewCommand,
+    Outcome,
+    Priority,
+    Retry,
+)
 from rdev.domain.execution import Offsets, Spec
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
-from rdev.ports.commands import CommandStore, Leases
+from rdev.ports.commands import CommandStore, Lanes, Leases
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
+from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
 
 REACH = "local:machine:/projects"
@@ -35,6 +46,7 @@ class World:
     """The ports of one store, and the steps that tests have in common."""
 
     commands: CommandStore
+    lanes: Lanes
     leases: Leases
     output: OutputLog
     projects: ProjectStore
@@ -79,15 +91,25 @@ class World:
         priority: Priority = Priority.NORMAL,
         expires_in_s: int | None = None,
     ) -> CommandId:
-        """Accept a command."""
+        """Accept a command, and touch its lane as the service does."""
         new = self.new(project, kind=kind, priority=priority, expires_in_s=expires_in_s)
-        return (await self.commands.insert(new)).command.id
+        await self.commands.insert(new)
+        await self.lanes.touch([Lane(project=new.project, lane_class=LANE_CLASS[kind])])
+        return new.id
 
     async def claim(
         self, limit: int = 100, *, reach: str = REACH, holder: str = "one"
     ) -> list[Claimed]:
-        """Claim as a server would."""
-        return await self.leases.claim(reach=reach, instance="boot-1", holder=holder, limit=limit)
+        """Take over, then claim, as a server would: again and again until there is nothing more."""
+        claimed = await self.leases.take_over(reach=reach, holder=holder, limit=limit)
+        while len(claimed) < limit:
+            found = await self.lanes.claim(
+                reach=reach, instance="boot-1", holder=holder, limit=limit - len(claimed)
+            )
+            claimed += found.claimed
+            if not found.claimed and not found.expired:
+                break
+        return claimed
 
     async def running(self, kind: Kind = Kind.SHELL) -> Claimed:
         """A running command of a project that is made where needed."""
@@ -215,6 +237,7 @@ def postgres_world(pools: Pools) -> World:
 
     return World(
         commands=PostgresCommands(pool=pools.requests),
+        lanes=PostgresLanes(pool=pools.requests, lease_s=LEASE_S),
         leases=PostgresLeases(pool=pools.requests, heartbeats=pools.heartbeats, lease_s=LEASE_S),
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
@@ -234,6 +257,7 @@ def fake_world() -> World:
     commands = FakeCommands(state, lease_s=LEASE_S)
     return World(
         commands=commands,
+        lanes=FakeLanes(state, lease_s=LEASE_S),
         leases=commands,
         output=FakeOutput(state),
         projects=FakeProjects(state),

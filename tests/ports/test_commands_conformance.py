@@ -5,13 +5,25 @@ from collections import Counter
 import pytest
 import trio
 
-from rdev.domain.commands import Claimed, Kind, Lease, Outcome, Priority, Status
+from rdev.domain.commands import (
+    LANE_CLASS,
+    Claimed,
+    Kind,
+    LaneClass,
+    Lease,
+    Outcome,
+    Priority,
+    Status,
+)
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import CommandId
+from rdev.domain.lanes import Lane
 from rdev.domain.stream import Source, final_lines, queued_line, status_line
 from tests.ports.conftest import PROJECT, REACH, World, append_to, last_chunk, lines
 
+WORK = Lane(project=PROJECT, lane_class=LaneClass.WORK)
+AGENT = Lane(project=PROJECT, lane_class=LaneClass.AGENT)
 UNKNOWN = CommandId("cmd_" + "f" * 32)
 
 
@@ -176,6 +188,7 @@ async def test_a_claim_starts_an_attempt_under_a_fresh_lease(world: World) -> No
     await world.project()
     new = world.new()
     await world.commands.insert(new)
+    await world.lanes.touch([WORK])
     [claimed] = await world.claim()
     assert claimed.lease.command == new.id
     assert (claimed.project, claimed.kind, claimed.spec) == (PROJECT, Kind.SHELL, new.spec)
@@ -332,7 +345,8 @@ async def test_a_heartbeat_without_leases_finds_nothing(world: World) -> None:
 async def test_an_instance_is_recorded_under_the_lease(world: World) -> None:
     await world.project()
     await world.queued()
-    [claimed] = await world.leases.claim(reach=REACH, instance=None, holder="one", limit=1)
+    found = await world.lanes.claim(reach=REACH, instance=None, holder="one", limit=1)
+    [claimed] = found.claimed
     assert claimed.instance is None
     assert await world.leases.record_instance(claimed.lease, "boot-7")
     assert await world.leases.record_instance(claimed.lease, "boot-7")
@@ -376,8 +390,8 @@ async def test_what_waited_too_long_ends_as_expired(world: World) -> None:
     due = await world.queued(expires_in_s=0)
     waiting = await world.queued(expires_in_s=10_000)
     forever = await world.queued()
-    assert await world.leases.expire(reach=REACH, limit=10) == [due]
-    assert await world.leases.expire(reach=REACH, limit=10) == []
+    assert await world.lanes.expire(limit=10) == [due]
+    assert await world.lanes.expire(limit=10) == []
     ended = await world.commands.get(due)
     assert ended is not None
     assert (ended.status, ended.reason, ended.last_seq) == (Status.EXPIRED, "expired", 3)
@@ -387,13 +401,12 @@ async def test_what_waited_too_long_ends_as_expired(world: World) -> None:
     assert sorted(_ids(await world.claim())) == [waiting, forever]
 
 
-async def test_expiry_is_bounded_and_keeps_to_its_reach(world: World) -> None:
+async def test_expiry_is_bounded(world: World) -> None:
     await world.project()
     for _ in range(3):
         await world.queued(expires_in_s=0)
-    assert await world.leases.expire(reach="elsewhere", limit=10) == []
-    assert len(await world.leases.expire(reach=REACH, limit=2)) == 2
-    assert len(await world.leases.expire(reach=REACH, limit=2)) == 1
+    assert len(await world.lanes.expire(limit=2)) == 2
+    assert len(await world.lanes.expire(limit=2)) == 1
 
 
 # Races (only PostgreSQL can show them)
@@ -471,3 +484,4 @@ async def _end(world: World, claimed: Claimed) -> None:
     )
     [result] = await world.output.append([append])
     assert result.state == "applied"
+    await world.lanes.touch([Lane(project=claimed.project, lane_class=LANE_CLASS[claimed.kind])])

@@ -18,6 +18,7 @@ from rdev.services.attempts import Attempt
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from tests.fakes.executor import FakeExecutor, FakeRun, Program
+from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
 
 PROJECT = ProjectId("demo")
@@ -61,6 +62,7 @@ class Server:
     holder: str = "one"
     running_max: int = 64
     store: FakeCommands = field(init=False)
+    lanes: FakeLanes = field(init=False)
     log: FakeOutput = field(init=False)
     fanout: Fanout = field(init=False)
     appender: Appender = field(init=False)
@@ -69,14 +71,18 @@ class Server:
     published: list[Chunk] = field(default_factory=list)
     announced: list[CommandId] = field(default_factory=list)
     told: list[CommandId] = field(default_factory=list)
+    # The queues of the other processes, as far as a notification reaches them.
+    replicas: list[CommandQueue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Build what the composition root builds."""
         self.store = FakeCommands(self.state, lease_s=LEASE_S)
+        self.lanes = FakeLanes(self.state, lease_s=LEASE_S)
         self.log = FakeOutput(self.state)
         self.fanout = Fanout(log=self.log, tell_replicas=self.told.append)
         self.appender = Appender(log=self.log, publish=self._publish, backoff=backoff)
         self.queue = CommandQueue(
+            lanes=self.lanes,
             leases=self.store,
             executor=self.place,
             appender=self.appender,
@@ -84,6 +90,7 @@ class Server:
             telemetry=Silence(),
             backoff=backoff,
             announce=self._announce,
+            wake_replicas=self._wake_replicas,
             holder=self.holder,
             lease_s=LEASE_S,
             running_max=self.running_max,
@@ -101,13 +108,18 @@ class Server:
         )
 
     async def claim(self) -> list[Claimed]:
-        """What the queue would claim."""
-        return await self.store.claim(
-            reach=self.place.reach,
-            instance=self.place.standing_instance,
-            holder=self.holder,
-            limit=self.running_max,
-        )
+        """What the queue would take over and claim at a tick."""
+        reach = self.place.reach
+        claimed = await self.store.take_over(reach=reach, holder=self.holder, limit=100)
+        await self.lanes.repair(reach=reach)
+        instance = self.place.standing_instance
+        while True:
+            found = await self.lanes.claim(
+                reach=reach, instance=instance, holder=self.holder, limit=100
+            )
+            if not found.claimed and not found.expired:
+                return claimed
+            claimed += found.claimed
 
     async def ended(self, command: CommandId) -> Status:
         """Wait for the end of a command, in the clock's time."""
@@ -123,6 +135,10 @@ class Server:
     def _publish(self, chunk: Chunk) -> None:
         self.published.append(chunk)
         self.fanout.publish(chunk)
+
+    def _wake_replicas(self) -> None:
+        for queue in self.replicas:
+            queue.wake()
 
     def _announce(self, command: CommandId) -> None:
         self.announced.append(command)

@@ -5,13 +5,18 @@ from collections.abc import Callable
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from rdev.domain.commands import Claimed, Status
+from rdev.domain.commands import LaneClass, Status
 from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.lanes import Lane
 from rdev.domain.stream import Chunk
+from rdev.ports.commands import Claims
 from rdev.services.queue import TICK_S
 from tests.fakes.executor import FakeRun
+from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands
 from tests.services.scripted import LEASE_S, PROJECT, Server, make_project, submit
+
+LANE = Lane(project=PROJECT, lane_class=LaneClass.WORK)
 
 
 async def _until(condition: Callable[[], bool], *, within_s: float = 600) -> None:
@@ -34,7 +39,7 @@ async def test_a_queued_command_is_claimed_run_and_ended(
 ) -> None:
     await nursery.start(server.queue.run)
     command = await submit(server, "quick")
-    server.queue.wake()
+    server.queue.wake(LANE)
     assert await server.ended(command) is Status.SUCCEEDED
     await wait_all_tasks_blocked()
     statistics = server.queue.statistics()
@@ -47,7 +52,7 @@ async def test_a_wake_up_is_answered_at_once(server: Server, nursery: trio.Nurse
     await wait_all_tasks_blocked()
     began = trio.current_time()
     command = await submit(server, "quick")
-    server.queue.wake()
+    server.queue.wake(LANE)
     await wait_all_tasks_blocked()
     assert _status(server, command) is Status.SUCCEEDED
     assert trio.current_time() == began
@@ -202,24 +207,22 @@ async def test_stop_gives_the_leases_back_and_leaves_the_commands_running(
     assert len(server.place.started) == 3
 
 
-class SlowClaims(FakeCommands):
+class SlowClaims(FakeLanes):
     """A claim whose answer takes its time."""
 
     def __init__(self, server: Server) -> None:
         super().__init__(server.state, lease_s=LEASE_S)
         self.claiming = trio.Event()
 
-    async def claim(
-        self, *, reach: str, instance: str | None, holder: str, limit: int
-    ) -> list[Claimed]:
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
         self.claiming.set()
-        claimed = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
         await trio.sleep(1)
-        return claimed
+        return found
 
 
 async def test_a_claim_in_flight_at_stop_is_given_back_too(server: Server) -> None:
-    server.queue._leases = store = SlowClaims(server)
+    server.queue._lanes = store = SlowClaims(server)
     command = await submit(server, "forever")
     async with trio.open_nursery() as own:
         await own.start(server.queue.run)
@@ -232,7 +235,7 @@ async def test_a_claim_in_flight_at_stop_is_given_back_too(server: Server) -> No
 
 async def test_a_cancelled_queue_forgets_no_claim(server: Server) -> None:
     """Cancelled while the claim commits: the attempt exists when the leases are counted."""
-    server.queue._leases = store = SlowClaims(server)
+    server.queue._lanes = store = SlowClaims(server)
     await submit(server, "forever")
     async with trio.open_nursery() as own:
         await own.start(server.queue.run)

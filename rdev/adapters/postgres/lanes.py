@@ -11,12 +11,13 @@ from psycopg.rows import dict_row
 
 from rdev.adapters.postgres.leases import to_claimed
 from rdev.adapters.postgres.pool import Pool, translate_errors
-from rdev.domain.commands import Claimed, Outcome, Status
+from rdev.domain.commands import Outcome, Status
 from rdev.domain.ids import CommandId, command_id
 from rdev.domain.lanes import AGE_STEP_S, Lane
 from rdev.domain.stream import final_lines, status_line
+from rdev.ports.commands import Claims
 
-_TOUCH = "select touch_lanes(%s, %s)"
+_TOUCH = "select touch_lanes(%s, %s, %s)"
 
 _CLAIM = """
 select * from claim_commands(
@@ -24,7 +25,7 @@ select * from claim_commands(
     %(running_event)s, %(expired_events)s)
 """
 
-_REPAIR = "select repair_lanes(%s)"
+_REPAIR = "select repair_lanes(%s, %s)"
 
 # `commands_expiring` serves it.
 _EXPIRE = """
@@ -56,14 +57,13 @@ class PostgresLanes:
 
     async def touch(self, lanes: Collection[Lane]) -> None:
         """See `Lanes.touch`."""
-        keys = ([lane.project for lane in lanes], [lane.lane_class for lane in lanes])
+        projects = [lane.project for lane in lanes]
+        lane_classes = [lane.lane_class for lane in lanes]
         with translate_errors():
             async with self._pool.connection() as connection:
-                await connection.execute(_TOUCH, keys)
+                await connection.execute(_TOUCH, (projects, lane_classes, AGE_STEP_S))
 
-    async def claim(
-        self, *, reach: str, instance: str | None, holder: str, limit: int
-    ) -> list[Claimed]:
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
         """See `Lanes.claim`."""
         parameters = {
             "reach": reach,
@@ -79,13 +79,19 @@ class PostgresLanes:
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(_CLAIM, parameters)
-                return [to_claimed(row, take_over=False) for row in await cursor.fetchall()]
+                rows = await cursor.fetchall()
+        running = [row for row in rows if row["status"] == Status.RUNNING]
+        expired = [row for row in rows if row["status"] == Status.EXPIRED]
+        return Claims(
+            claimed=[to_claimed(row, take_over=False) for row in running],
+            expired=[command_id(row["id"]) for row in expired],
+        )
 
     async def repair(self, *, reach: str) -> int:
         """See `Lanes.repair`."""
         with translate_errors():
             async with self._pool.connection() as connection:
-                row = await (await connection.execute(_REPAIR, (reach,))).fetchone()
+                row = await (await connection.execute(_REPAIR, (reach, AGE_STEP_S))).fetchone()
                 return 0 if row is None else row[0]
 
     async def expire(self, *, limit: int) -> list[CommandId]:
