@@ -27,3 +27,8 @@ class KeptKeys:
         """From now on the key stands for this."""
         key = (idempotency.key_id, idempotency.key)
         self.kept[key] = (idempotency.digest, made, trio.current_time())
+
+    def age(self, seconds: float) -> None:
+        """Make all of them older."""
+        for key, (digest, made, made_at_s) in self.kept.items():
+            self.kept[key] = (digest, made, made_at_s - seconds)

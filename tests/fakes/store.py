@@ -326,7 +326,8 @@ class FakeCommands:
         return len(held)
 
     def _position(self, row: Row) -> int:
-        return sum(other.place <= row.place for other in self._state.queued(row.lane))
+        ahead = sum(other.place <= row.place for other in self._state.queued(row.lane))
+        return min(POSITION_MAX, ahead)
 
 
 class FakeOutput:

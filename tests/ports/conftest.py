@@ -1,8 +1,9 @@
 """One world of stores per test: the fakes, and the same ports on a PostgreSQL of the test's own."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from itertools import count
 from uuid import UUID
 
@@ -10,6 +11,7 @@ import pytest
 
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
+from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.output import PostgresOutput
@@ -30,14 +32,25 @@ from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.ports.commands import CommandStore, Lanes, Leases
+from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
+from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
 
 REACH = "local:machine:/projects"
 LEASE_S = 600.0
 PROJECT = ProjectId("demo")
+_AGE = (
+    "update idempotency_keys set made_at = made_at - make_interval(secs => %(seconds)s)",
+    """
+    update commands
+    set created_at = created_at - make_interval(secs => %(seconds)s),
+        started_at = started_at - make_interval(secs => %(seconds)s),
+        finished_at = finished_at - make_interval(secs => %(seconds)s)
+    """,
+)
 LINE = b'{"stream":"stdout","line":"%d"}'
 
 
@@ -50,6 +63,9 @@ class World:
     leases: Leases
     output: OutputLog
     projects: ProjectStore
+    depths: QueueDepths
+    # Make all that is stored so many seconds older.
+    age: Callable[[float], Awaitable[None]]
     # Lock a command's row from another connection.
     hold: Callable[[CommandId], AbstractAsyncContextManager[None]]
     serial: Iterator[int] = field(default_factory=lambda: count(1))
@@ -235,12 +251,19 @@ def postgres_world(pools: Pools) -> World:
         finally:
             await connection.close()
 
+    async def age(seconds: float) -> None:
+        async with pools.requests.connection() as connection:
+            for statement in _AGE:
+                await connection.execute(statement, {"seconds": seconds})
+
     return World(
         commands=PostgresCommands(pool=pools.requests),
         lanes=PostgresLanes(pool=pools.requests, lease_s=LEASE_S),
         leases=PostgresLeases(pool=pools.requests, heartbeats=pools.heartbeats, lease_s=LEASE_S),
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
+        depths=PostgresDepths(pool=pools.requests),
+        age=age,
         hold=hold,
     )
 
@@ -254,6 +277,17 @@ def fake_world() -> World:
         with state.hold(command):
             yield
 
+    async def age(seconds: float) -> None:
+        back = timedelta(seconds=seconds)
+        state.keys.age(seconds)
+        for row in state.rows.values():
+            ended_at = row.command.finished_at
+            row.command = replace(
+                row.command,
+                created_at=row.command.created_at - back,
+                finished_at=None if ended_at is None else ended_at - back,
+            )
+
     commands = FakeCommands(state, lease_s=LEASE_S)
     return World(
         commands=commands,
@@ -261,6 +295,8 @@ def fake_world() -> World:
         leases=commands,
         output=FakeOutput(state),
         projects=FakeProjects(state),
+        depths=FakeDepths(state),
+        age=age,
         hold=hold,
     )
 
