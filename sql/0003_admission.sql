@@ -20,7 +20,8 @@ create index commands_finished on commands (reach, finished_at) where finished_a
 -- How far the folders of ended commands are tidied, for each reach.
 create table tidied (
     reach text primary key,
-    until timestamptz not null
+    until timestamptz not null,
+    command uuid not null
 );
 
 -- migrate:down
