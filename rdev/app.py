@@ -50,6 +50,7 @@ from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
+from rdev.domain.retention import Retention
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
@@ -82,6 +83,7 @@ class Pools:
     requests: Pool
     heartbeats: Pool
     appends: Pool
+    housekeeping: Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,9 @@ async def _serve_until_stopped(
             ),
             heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
             appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+            housekeeping=await stack.enter_async_context(
+                open_dedicated(connection, "housekeeping")
+            ),
         )
         server = _build(settings, identity, pools)
 
@@ -235,7 +240,13 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         },
         on_connect=look_again,
     )
-    housekeeper = Housekeeper(upkeep=PostgresUpkeep(pool=pools.requests), backoff=_backoff)
+    housekeeper = Housekeeper(
+        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        executor=executor,
+        telemetry=telemetry,
+        retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        backoff=_backoff,
+    )
 
     checks = DatabaseChecks(pool=pools.requests)
     readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})

@@ -83,6 +83,8 @@ class Settings(BaseSettings):
     running_max: int = Field(default=64, ge=1, le=1_000)
     queue_project_max: int = Field(default=10_000, ge=1, le=10_000_000)
     queue_max: int = Field(default=100_000, ge=1, le=10_000_000)
+    retention_days: int = Field(default=7, ge=1, le=3_650)
+    log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)

@@ -11,8 +11,8 @@ from rdev.domain.ids import CommandId, ProjectId
 class OutputDay:
     """The stored output of all commands that were accepted on one day.
 
-    `age_days` by the store's clock: 0 is today, less than 0 a day that was made ahead. `is_settled`:
-    all commands of the day have ended, so nothing is written there any more.
+    `age_days` by the store's clock: 0 is today, less than 0 a day that was made ahead.
+    `is_settled`: all commands of the day have ended, so nothing is written there any more.
     """
 
     day: date

@@ -1,10 +1,11 @@
 """How much is queued, known to the second, and the refusal of what is too much.
 
-The count is shared: it is at most `MAX_AGE_S` old, one task at a time takes it, and at most a tenth
-of the time is spent on it. What this process has accepted since is added, so that it alone never
-exceeds a limit; n servers together may, by what the others accept within that second. A request
-under way while the count is taken may be counted twice until the next one. Where the count fails,
-the last one stands, with what was accepted since: the bound holds without the database's help.
+The count is shared: at most `MAX_AGE_S` old, or `REFUSAL_AGE_S` where something is refused by it.
+One task at a time takes it, and at most a tenth of the time is spent on it. What this process accepted
+since is added, so that it alone never exceeds a limit; n servers together may, by what the others
+accept within that second. A request under way while the count is taken may be counted twice until
+the next one. Where the count fails, the last one stands, with what was accepted since: the bound
+holds without the database's help.
 """
 
 from collections import Counter
@@ -20,6 +21,8 @@ from rdev.ports.depths import QueueDepths
 from rdev.ports.telemetry import Telemetry
 
 MAX_AGE_S = 1.0
+# What was accepted since the count may run already: a refusal looks again.
+REFUSAL_AGE_S = 0.1
 # A count that took t seconds serves for at least so many times t.
 AGE_PER_COUNT = 10
 MAX_AGE_OF_SLOW_S = 10.0
@@ -28,7 +31,12 @@ RETRY_AFTER_S = 5.0
 
 
 class QueueFullError(RdevError):
-    """A refusal by a depth limit: nothing was asked of the store."""
+    """A refusal by a depth limit: nothing was asked of the store. `limit` is its name."""
+
+    def __init__(self, limit: str, code: ErrorCode, message: str) -> None:
+        """With a delay."""
+        super().__init__(code, message, retry_after_s=RETRY_AFTER_S)
+        self.limit = limit
 
 
 class Place:
@@ -53,7 +61,8 @@ class QueueGate:
         self._counted = Depths(projects={})
         self._queued = 0
         self._failure: RdevError | None = None
-        self._fresh_until_s = float("-inf")
+        self._counted_at_s = float("-inf")
+        self._pause_s = 0.0
         # Places taken since the count began; those of requests that are still under way; and, while
         # the next count is taken, what will have to be added to it.
         self._taken: Counter[ProjectId] = Counter()
@@ -65,7 +74,7 @@ class QueueGate:
 
         Errors: SERVICE_UNAVAILABLE, the same for all who ask within that time.
         """
-        failure = await self._refresh()
+        failure = await self._refresh(MAX_AGE_S)
         if failure is not None:
             raise RdevError(failure.code, failure.message, retry_after_s=failure.retry_after_s)
         return self._counted
@@ -78,8 +87,13 @@ class QueueGate:
         Errors: QueueFullError: TOO_MANY_REQUESTS where the project's queue is full,
         SERVICE_UNAVAILABLE where the server's is, both with a delay.
         """
-        await self._refresh()
-        self._check(project)
+        await self._refresh(MAX_AGE_S)
+        if self._refusal(project) is not None:
+            await self._refresh(REFUSAL_AGE_S)
+        refusal = self._refusal(project)
+        if refusal is not None:
+            self._telemetry.limit_checked(refusal.limit, refused=True)
+            raise refusal
         place = Place()
         self._move(project, 1)
         self._under_way[project] += 1
@@ -94,15 +108,15 @@ class QueueGate:
             if not place.is_kept:
                 self._move(project, -1)
 
-    async def _refresh(self) -> RdevError | None:
+    async def _refresh(self, max_age_s: float) -> RdevError | None:
         """Count again where the count is too old; why that failed, where it did."""
         async with self._counting:
             began_s = trio.current_time()
-            if began_s >= self._fresh_until_s:
+            if began_s >= self._counted_at_s + max(max_age_s, self._pause_s):
                 self._failure = await self._count()
-                took_s = trio.current_time() - began_s if self._failure is None else 0.0
-                age_s = min(MAX_AGE_OF_SLOW_S, max(MAX_AGE_S, AGE_PER_COUNT * took_s))
-                self._fresh_until_s = trio.current_time() + age_s
+                self._counted_at_s = trio.current_time()
+                took_s = self._counted_at_s - began_s if self._failure is None else 0.0
+                self._pause_s = min(MAX_AGE_OF_SLOW_S, AGE_PER_COUNT * took_s)
         return self._failure
 
     async def _count(self) -> RdevError | None:
@@ -119,20 +133,17 @@ class QueueGate:
         finally:
             self._taken_meanwhile = None
 
-    def _check(self, project: ProjectId) -> None:
-        """Errors: see `place`."""
+    def _refusal(self, project: ProjectId) -> QueueFullError | None:
+        """Why no more may be queued there now."""
         found = self._counted.projects.get(project)
         in_project = (0 if found is None else found.depth.queued) + self._taken[project]
         if in_project >= self.limits.project_max:
             message = f"project {project!r} has {in_project} commands queued, as many as it may"
-            raise self._refusal("queue_project", ErrorCode.TOO_MANY_REQUESTS, message)
+            return QueueFullError("queue_project", ErrorCode.TOO_MANY_REQUESTS, message)
         if self._queued + self._taken.total() >= self.limits.server_max:
             message = f"{self.limits.server_max} commands are queued, as many as there may be"
-            raise self._refusal("queue", ErrorCode.SERVICE_UNAVAILABLE, message)
-
-    def _refusal(self, limit: str, code: ErrorCode, message: str) -> QueueFullError:
-        self._telemetry.limit_checked(limit, refused=True)
-        return QueueFullError(code, message, retry_after_s=RETRY_AFTER_S)
+            return QueueFullError("queue", ErrorCode.SERVICE_UNAVAILABLE, message)
+        return None
 
     def _move(self, project: ProjectId, places: int) -> None:
         self._taken[project] += places

@@ -32,3 +32,11 @@ class KeptKeys:
         """Make all of them older."""
         for key, (digest, made, made_at_s) in self.kept.items():
             self.kept[key] = (digest, made, made_at_s - seconds)
+
+    def forget(self, older_s: float, limit: int) -> int:
+        """Delete up to so many that are older; how many there were."""
+        before = trio.current_time() - older_s
+        old = [key for key, (_, _, made_at_s) in self.kept.items() if made_at_s < before][:limit]
+        for key in old:
+            del self.kept[key]
+        return len(old)

@@ -116,6 +116,16 @@ class StoreState:
         self.last_moment = max(trio.current_time(), self.last_moment + 1e-6)
         return self.last_moment
 
+    def age(self, seconds: float) -> None:
+        """Make all that is stored so much older."""
+        back = timedelta(seconds=seconds)
+        self.keys.age(seconds)
+        for row in self.rows.values():
+            ended_at = row.command.finished_at
+            ended_at = None if ended_at is None else ended_at - back
+            created_at = row.command.created_at - back
+            row.command = replace(row.command, created_at=created_at, finished_at=ended_at)
+
     async def step(self) -> None:
         """Before each operation."""
         await trio.lowlevel.checkpoint()

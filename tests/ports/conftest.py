@@ -2,8 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, field
 from itertools import count
 from uuid import UUID
 
@@ -17,6 +16,7 @@ from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
 from rdev.adapters.postgres.projects import PostgresProjects
+from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.domain.commands import (
     LANE_CLASS,
     Claimed,
@@ -35,9 +35,11 @@ from rdev.ports.commands import CommandStore, Lanes, Leases
 from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
+from rdev.ports.upkeep import Upkeep
 from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"
 LEASE_S = 600.0
@@ -64,6 +66,9 @@ class World:
     output: OutputLog
     projects: ProjectStore
     depths: QueueDepths
+    upkeep: Upkeep
+    # That of another server on the same store.
+    other_upkeep: Callable[[], Upkeep]
     # Make all that is stored so many seconds older.
     age: Callable[[float], Awaitable[None]]
     # Lock a command's row from another connection.
@@ -217,6 +222,7 @@ class Pools:
     requests: Pool
     heartbeats: Pool
     appends: Pool
+    housekeeping: Pool
 
 
 @pytest.fixture
@@ -232,6 +238,9 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
             ),
             appends=await stack.enter_async_context(
                 open_dedicated(settings, "append", wait_s=60.0)
+            ),
+            housekeeping=await stack.enter_async_context(
+                open_dedicated(settings, "housekeeping", wait_s=60.0)
             ),
         )
 
@@ -263,6 +272,8 @@ def postgres_world(pools: Pools) -> World:
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
         depths=PostgresDepths(pool=pools.requests),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests),
         age=age,
         hold=hold,
     )
@@ -278,17 +289,10 @@ def fake_world() -> World:
             yield
 
     async def age(seconds: float) -> None:
-        back = timedelta(seconds=seconds)
-        state.keys.age(seconds)
-        for row in state.rows.values():
-            ended_at = row.command.finished_at
-            row.command = replace(
-                row.command,
-                created_at=row.command.created_at - back,
-                finished_at=None if ended_at is None else ended_at - back,
-            )
+        state.age(seconds)
 
     commands = FakeCommands(state, lease_s=LEASE_S)
+    upkeep = FakeUpkeep(state)
     return World(
         commands=commands,
         lanes=FakeLanes(state, lease_s=LEASE_S),
@@ -296,6 +300,8 @@ def fake_world() -> World:
         output=FakeOutput(state),
         projects=FakeProjects(state),
         depths=FakeDepths(state),
+        upkeep=upkeep,
+        other_upkeep=lambda: upkeep,
         age=age,
         hold=hold,
     )

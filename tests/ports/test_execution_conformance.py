@@ -344,6 +344,7 @@ async def test_tidying_leaves_alone_and_tells_what_still_runs(executor: Executor
     assert (await observe(executor, ended, None)).end == Lost(reason=LostReason.NOT_STARTED)
 
 
+@pytest.mark.slow
 async def test_many_are_tidied_and_removed_at_once(executor: Executor) -> None:
     command = new_command()
     await observe(executor, command, spec("say", "done", ""))

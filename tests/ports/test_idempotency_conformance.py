@@ -137,9 +137,9 @@ async def test_a_request_waits_two_seconds_for_another_with_its_key(
     other = await real.queued()
     connection = await open_connection(pools.settings)
     try:
-        with pytest.raises(RdevError) as caught:
-            async with connection.transaction(force_rollback=True):
-                await _keep_by_hand(connection, other)
+        async with connection.transaction(force_rollback=True):
+            await _keep_by_hand(connection, other)
+            with pytest.raises(RdevError) as caught:
                 await real.commands.insert(keyed(real))
     finally:
         await connection.close()
@@ -162,11 +162,10 @@ async def test_a_request_that_waited_finds_what_the_other_made(real: World, pool
         accepted.append(await real.commands.insert(keyed(real)))
 
     try:
-        async with trio.open_nursery() as nursery:
-            async with connection.transaction():
-                await _keep_by_hand(connection, other)
-                nursery.start_soon(submit)
-                await _until_waiting(pools)
+        async with trio.open_nursery() as nursery, connection.transaction():
+            await _keep_by_hand(connection, other)
+            nursery.start_soon(submit)
+            await _until_waiting(pools)
     finally:
         await connection.close()
     assert [(one.command.id, one.is_replay) for one in accepted] == [(other, True)]

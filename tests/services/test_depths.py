@@ -10,7 +10,13 @@ from rdev.domain.depths import Depth, DepthLimits, Depths, ProjectDepth
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.ports.telemetry import Silence
-from rdev.services.depths import MAX_AGE_OF_SLOW_S, MAX_AGE_S, QueueFullError, QueueGate
+from rdev.services.depths import (
+    MAX_AGE_OF_SLOW_S,
+    MAX_AGE_S,
+    REFUSAL_AGE_S,
+    QueueFullError,
+    QueueGate,
+)
 
 A, B = ProjectId("a"), ProjectId("b")
 
@@ -102,14 +108,44 @@ async def test_what_was_accepted_since_the_count_is_added(gate: QueueGate, queue
     assert queue.counts == 1
 
 
-async def test_room_is_seen_again_within_a_second(gate: QueueGate, queue: Queue) -> None:
+async def test_a_refusal_looks_again_but_not_at_once(gate: QueueGate, queue: Queue) -> None:
     queue.queued[A] = 10
     assert not await store(gate, queue, A)
     queue.queued[A] = 9
-    await trio.sleep(MAX_AGE_S / 2)
+    await trio.sleep(REFUSAL_AGE_S / 2)
     assert not await store(gate, queue, A)
-    await trio.sleep(MAX_AGE_S / 2)
+    assert queue.counts == 1
+    await trio.sleep(REFUSAL_AGE_S / 2)
     assert await store(gate, queue, A)
+    assert queue.counts == 2
+
+
+async def test_what_was_accepted_and_runs_already_refuses_nothing(
+    gate: QueueGate, queue: Queue
+) -> None:
+    for _ in range(100):
+        assert await store(gate, queue, A)
+        queue.queued[A] -= 1
+        await trio.sleep(0.015)
+
+
+async def test_a_place_that_is_given_back_during_a_count_is_free_after_it(
+    gate: QueueGate, queue: Queue
+) -> None:
+    async def give_back() -> None:
+        async with gate.place(A) as place:
+            await trio.sleep(MAX_AGE_S + 0.1)
+            place.give_back()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(give_back)
+        await trio.sleep(MAX_AGE_S)
+        queue.takes_s = 0.2
+        await gate.depths()
+    queue.takes_s = 0.0
+    assert [await store(gate, queue, A) for _ in range(10)] == [True] * 10
+    assert queue.counts == 2
 
 
 async def test_those_who_ask_at_once_share_one_count(gate: QueueGate, queue: Queue) -> None:
@@ -195,6 +231,7 @@ async def test_where_the_count_fails_the_last_one_bounds(gate: QueueGate, queue:
     await trio.sleep(MAX_AGE_S)
     let_in = [await store(gate, queue, A) for _ in range(7)]
     assert let_in == [True] * 5 + [False] * 2
+    assert queue.counts == 2
     with pytest.raises(RdevError) as caught:
         await gate.depths()
     assert (caught.value.message, caught.value.retry_after_s) == ("gone", 1.0)

@@ -4,7 +4,7 @@ A turn is a session's advisory lock, asked for and never waited for, on a connec
 housekeeper's own that does the duties too: whoever loses the connection loses the turn.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import date
 
@@ -200,7 +200,7 @@ class PostgresStoreDuties:
         """See `StoreDuties.forget_commands`."""
         return await self._delete(_FORGET_COMMANDS, {"older_s": older_s, "limit": limit})
 
-    async def _delete(self, statement: str, values: dict[str, float]) -> int:
+    async def _delete(self, statement: str, values: Mapping[str, float]) -> int:
         with translate_errors():
             return (await self._connection.execute(statement, values)).rowcount
 
