@@ -1,11 +1,11 @@
 """How much is queued, known to the second, and the refusal of what is too much.
 
 The count is shared: at most `MAX_AGE_S` old, or `REFUSAL_AGE_S` where something is refused by it.
-One task at a time takes it, and at most a tenth of the time is spent on it. What this process accepted
-since is added, so that it alone never exceeds a limit; n servers together may, by what the others
-accept within that second. A request under way while the count is taken may be counted twice until
-the next one. Where the count fails, the last one stands, with what was accepted since: the bound
-holds without the database's help.
+One task at a time takes it, and at most a tenth of the time is spent on it. What this process has
+accepted since is added, so that it alone never exceeds a limit; n servers together may, by what the
+others accept within that second. A request under way while the count is taken may be counted twice
+until the next one. Where the count fails, the last one stands, with what was accepted since: the
+bound holds without the database's help.
 """
 
 from collections import Counter
