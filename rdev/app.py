@@ -5,6 +5,7 @@ Reads top to bottom: state folder, database, adapters, services, subsystems, run
 
 import logging
 import os
+import pwd
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -42,15 +43,14 @@ from rdev.adapters.postgres.notifier import (
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
 from rdev.adapters.postgres.projects import PostgresProjects
-from rdev.adapters.postgres.state import hold_state
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
-from rdev.config import ADMIN_KEY_CHARACTERS_MIN, Settings
+from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
-from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.domain.retention import Retention
+from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
@@ -62,17 +62,6 @@ from rdev.services.stream import Fanout
 from rdev.services.subsystems import Subsystem, run_subsystems
 
 _log = logging.getLogger("rdev")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Names this server has for others. `holder` survives a restart: the state folder keeps it."""
-
-    holder: str
-    machine: str
-    admin_key: str
-    # Where the key was written, when this start made it.
-    made_admin_key: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,84 +300,11 @@ async def _heed_signals(
             control.stop.set()
 
 
-@asynccontextmanager
-async def open_identity(settings: Settings) -> AsyncIterator[Identity]:
-    """Hold the state folder, and find or make there what names this server and its admin key.
-
-    Errors: CONFLICT when another server holds the folder.
-    """
-    with hold_state(settings.state_dir) as state_dir:
-        key_file = state_dir / "admin-key"
-        given = _given_admin_key(settings)
-        is_first = given is None and not _text_in(key_file)
-        yield Identity(
-            holder=_kept(state_dir / "server-id", _new_name),
-            machine=_machine(),
-            admin_key=given or _long_enough(_kept(key_file, _new_admin_key), str(key_file)),
-            made_admin_key=key_file if is_first else None,
-        )
-
-
-def _given_admin_key(settings: Settings) -> str | None:
-    """The bootstrap key of the settings. Errors: BAD_REQUEST for a file that cannot serve."""
-    if settings.admin_key is not None:
-        return settings.admin_key.get_secret_value()
-    if settings.admin_key_file is None:
-        return None
-    try:
-        key = settings.admin_key_file.read_text().strip()
-    except OSError as error:
-        message = f"RDEV_ADMIN_KEY_FILE: {settings.admin_key_file}: {error.strerror}"
-        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
-    return _long_enough(key, "RDEV_ADMIN_KEY_FILE")
-
-
-def _long_enough(key: str, where: str) -> str:
-    """The key itself. Errors: BAD_REQUEST: an empty key would let everybody in."""
-    if len(key) < ADMIN_KEY_CHARACTERS_MIN:
-        message = f"{where}: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters"
-        raise RdevError(ErrorCode.BAD_REQUEST, message)
-    return key
-
-
-def _kept(path: Path, make: Callable[[], str]) -> str:
-    """The text in a file of the state folder, made at the first start (mode 0600), by rename: a
-    crash leaves no half of it."""
-    if text := _text_in(path):
-        return text
-    text = make()
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(descriptor)
-    fresh.rename(path)
-    return text
-
-
-def _text_in(path: Path) -> str:
-    """What is in the file, "" where there is none."""
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def _machine() -> str:
-    """What names this machine for the reach of local projects."""
-    try:
-        return Path("/etc/machine-id").read_text().strip() or "machine"
-    except FileNotFoundError:
-        return os.uname().nodename
-
-
 def _base_env() -> dict[str, str]:
     """What every local command gets: nothing of the server's environment."""
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": str(Path("~").expanduser()),
+        "HOME": pwd.getpwuid(os.getuid()).pw_dir,
         "LANG": "C.UTF-8",
     }
 
@@ -413,14 +329,6 @@ def _backoff() -> Backoff:
 
 def _now() -> datetime:
     return datetime.now(UTC)  # noqa: TID251  (this is the `now` that is injected)
-
-
-def _new_admin_key() -> str:
-    return f"rdev_admin_{os.urandom(24).hex()}"
-
-
-def _new_name() -> str:
-    return uuid_utils.compat.uuid7().hex
 
 
 def _new_request_id() -> str:

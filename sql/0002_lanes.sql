@@ -95,14 +95,14 @@ language sql as $$
     select day, id, last_seq - 1, last_seq, 0, 0, events from ended
 $$;
 
--- One command of each of up to max_lanes lanes, in the order of `due`, and the expired ones that were
--- found at the heads (ended here, at most 100 of a lane). Every statement in here has a snapshot of
+-- The heads of lanes in the order of `due`, and the expired ones that were found before them (ended
+-- here, at most 100 of a lane at once). Every statement in here has a snapshot of
 -- its own: what is read under a lane's lock is the truth about the lane, because only claims make
 -- commands of a lane run. The cursor locks one lane at a time: a lane that this claim does not need
 -- is another's to take. Lock order: lane before command.
 create function claim_commands(
     in_reach text, in_holder text, in_instance text, lease_s double precision,
-    age_step_s double precision, max_lanes integer, running_event bytea, expired_events bytea
+    age_step_s double precision, max_commands integer, running_event bytea, expired_events bytea
 ) returns setof commands
 language plpgsql
 set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
@@ -117,57 +117,73 @@ declare
     running integer;
     served_at double precision;
     taken integer := 0;
+    stood_too_early boolean;
 begin
-    for lane in lanes_in_order loop
-        head := null;
-        served_at := lane.last_start;
-        select count(*) into running from commands
-        where project = lane.project and lane_class = lane.lane_class and status = 'running';
-        if running < lane.cap then
-            for expired in 1..100 loop
-                select * into head from commands
-                where project = lane.project and lane_class = lane.lane_class and status = 'queued'
-                order by rank, id
-                limit 1
-                for update;
-                exit when not found
-                    or head.expires_at is null or head.expires_at > clock_timestamp();
-                perform expire_command(head.id, expired_events);
-                head.status := 'expired';
-                head.spec := null;
+    loop
+        stood_too_early := false;
+        for lane in lanes_in_order loop
+            head := null;
+            served_at := lane.last_start;
+            select count(*) into running from commands
+            where project = lane.project and lane_class = lane.lane_class and status = 'running';
+            if running < lane.cap then
+                for expired in 1..100 loop
+                    select * into head from commands
+                    where project = lane.project and lane_class = lane.lane_class
+                      and status = 'queued'
+                    order by rank, id
+                    limit 1
+                    for update;
+                    exit when not found
+                        or head.expires_at is null or head.expires_at > clock_timestamp();
+                    perform expire_command(head.id, expired_events);
+                    head.status := 'expired';
+                    head.spec := null;
+                    return next head;
+                    head := null;
+                end loop;
+            end if;
+            next_due := lane_due(head.rank, lane.last_start, head.level, age_step_s);
+            if next_due > lane.due then
+                -- It stood there for a head that is gone: look again who comes first.
+                update lanes set due = next_due
+                where project = lane.project and lane_class = lane.lane_class;
+                stood_too_early := true;
+                exit;
+            end if;
+            if head.id is not null then
+                update commands
+                set status = 'running',
+                    attempt = attempt + 1,
+                    last_seq = last_seq + 1,
+                    started_at = clock_timestamp(),
+                    instance = in_instance,
+                    lease_id = nextval('lease_ids'),
+                    lease_until = clock_timestamp() + make_interval(secs => lease_s),
+                    holder = in_holder
+                where id = head.id
+                returning * into head;
+                insert into output
+                    (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
+                values (head.day, head.id, head.last_seq, head.last_seq, 0, 0, running_event);
                 return next head;
-                head := null;
-            end loop;
-        end if;
-        if head.id is not null then
-            update commands
-            set status = 'running',
-                attempt = attempt + 1,
-                last_seq = last_seq + 1,
-                started_at = clock_timestamp(),
-                instance = in_instance,
-                lease_id = nextval('lease_ids'),
-                lease_until = clock_timestamp() + make_interval(secs => lease_s),
-                holder = in_holder
-            where id = head.id
-            returning * into head;
-            insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
-            values (head.day, head.id, head.last_seq, head.last_seq, 0, 0, running_event);
-            return next head;
-            running := running + 1;
-            taken := taken + 1;
-            served_at := extract(epoch from clock_timestamp());
-        end if;
-        next_due := null;
-        if running < lane.cap then
-            select lane_due(rank, served_at, level, age_step_s) into next_due from commands
-            where project = lane.project and lane_class = lane.lane_class and status = 'queued'
-            order by rank, id
-            limit 1;
-        end if;
-        update lanes set last_start = served_at, due = next_due
-        where project = lane.project and lane_class = lane.lane_class;
-        exit when taken >= max_lanes;
+                running := running + 1;
+                taken := taken + 1;
+                served_at := extract(epoch from clock_timestamp());
+            end if;
+            next_due := null;
+            if running < lane.cap then
+                select lane_due(rank, served_at, level, age_step_s) into next_due from commands
+                where project = lane.project and lane_class = lane.lane_class
+                  and status = 'queued'
+                order by rank, id
+                limit 1;
+            end if;
+            update lanes set last_start = served_at, due = next_due
+            where project = lane.project and lane_class = lane.lane_class;
+            exit when taken >= max_commands;
+        end loop;
+        exit when taken >= max_commands or not stood_too_early;
     end loop;
 end
 $$;

@@ -4,10 +4,11 @@ import click
 import trio
 
 from rdev.adapters.telemetry.logs import configure_logs
-from rdev.app import open_identity, serve
+from rdev.app import serve
 from rdev.cli.client import Client, Event, open_client
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import read_settings
+from rdev.identity import open_identity
 
 PROJECT = "demo"
 SCRIPT = 'for n in 1 2 3 4 5; do echo "line $n, written at $(date +%T)"; sleep 0.5; done'
@@ -19,7 +20,7 @@ def demo() -> None:
     settings = read_settings(None)
 
     async def main() -> int:
-        async with open_identity(settings) as identity, trio.open_nursery() as nursery:
+        with open_identity(settings) as identity:
             configure_logs(level="warn", secrets=[identity.admin_key])
             click.echo("starting PostgreSQL and rdev …")
 
@@ -28,8 +29,13 @@ def demo() -> None:
                     await _show(client)
                 _say_more(url, identity.admin_key)
 
-            await serve(settings, identity, on_serving=lambda url: nursery.start_soon(show, url))
-            nursery.cancel_scope.cancel()
+            async with trio.open_nursery() as nursery:
+
+                def begin(url: str) -> None:
+                    nursery.start_soon(show, url)
+
+                await serve(settings, identity, on_serving=begin)
+                nursery.cancel_scope.cancel()
         return 0
 
     run_trio(main)

@@ -4,6 +4,7 @@ import base64
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 
 import click
 import trio
@@ -96,8 +97,13 @@ async def _follow(client: Client, command_id: str) -> int:
         elif event.name == "complete":
             status = _exit_status(event.data)
 
+    def leave(with_status: int) -> None:
+        nonlocal status
+        status = with_status
+        nursery.cancel_scope.cancel()
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_heed_interrupts, client, command_id, nursery.cancel_scope)
+        nursery.start_soon(_heed_interrupts, client, command_id, leave)
         await client.follow(
             f"/commands/{command_id}/events",
             heed,
@@ -107,17 +113,19 @@ async def _follow(client: Client, command_id: str) -> int:
     return status
 
 
-async def _heed_interrupts(client: Client, command_id: str, following: trio.CancelScope) -> None:
-    """Ctrl-C: ask on a terminal; elsewhere, and at the second one, leave the command running."""
+async def _heed_interrupts(client: Client, command_id: str, leave: Callable[[int], None]) -> None:
+    """Ctrl-C: ask on a terminal; elsewhere leave the command running, with the shell's status for
+    an interrupted program. To detach when asked is a success, as `--detach` is."""
     with trio.open_signal_receiver(signal.SIGINT) as interrupts:
         async for _ in interrupts:
-            answer = await _ask(command_id) if sys.stdin.isatty() else "d"
+            is_asked = sys.stdin.isatty()
+            answer = await _ask(command_id) if is_asked else "d"
             if answer == "c":
                 await client.delete(f"/commands/{command_id}")
                 _say("cancelling")
             elif answer == "d":
                 _say(f"{command_id} goes on; follow it with GET /commands/{command_id}/events")
-                following.cancel()
+                leave(0 if is_asked else SIGNALLED + signal.SIGINT)
                 return
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import click
 
 from rdev.adapters.telemetry.logs import configure_logs
-from rdev.app import open_identity
 from rdev.app import serve as run_server
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import config_option, read_settings
+from rdev.identity import open_identity
 
 
 @click.command()
@@ -19,7 +19,7 @@ def serve(config_file: Path | None) -> None:
     settings = read_settings(config_file)
 
     async def main() -> int:
-        async with open_identity(settings) as identity:
+        with open_identity(settings) as identity:
             configure_logs(level=settings.log_level, secrets=[identity.admin_key])
             if identity.made_admin_key is not None:
                 tell_admin_key(identity.admin_key, identity.made_admin_key)

@@ -7,9 +7,9 @@ clock, stored with the rows, so nothing has to be rewritten as time passes.
 Bounds that follow, and are tested:
 1. In a lane, a command is overtaken only by commands accepted less than (difference of levels) ×
    `AGE_STEP_S` after it.
-2. A lane that was served after time t stands behind every command that has waited since before
-   t - (difference of levels) × `AGE_STEP_S`: a flood in one project delays another project's
-   command by at most one turn of each lane.
+2. A lane that was served at time t stands behind every lane whose head was accepted, and which was
+   last served, before t - (difference of the heads' levels) × `AGE_STEP_S`. So at one level a flood
+   in one project delays another project's command by at most one turn of each lane.
 """
 
 from dataclasses import dataclass

@@ -118,7 +118,8 @@ class Lanes(Protocol):
         ...
 
     async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
-        """Take the head of each of up to `limit` (≥ 1) lanes of this reach, in the order of `due`.
+        """Take up to `limit` (≥ 1) commands: heads of lanes of this reach, in the order of `due`; a
+        lane that gave one stands behind those that wait.
 
         Never more commands of a lane run than its cap, whoever claims at the same time; within a
         lane they are taken in order of rank. What has expired is ended on the way. A claim stores

@@ -54,6 +54,8 @@ class Writer:
         self.end = claimed.offsets
         self._dropped_before = claimed.dropped_bytes > 0
         self._dropped_bytes = {Source.STDOUT: 0, Source.STDERR: 0}
+        # How far a stream must be before it is trimmed again, whatever became of the last time.
+        self._trim_at = {Source.STDOUT: 0, Source.STDERR: 0}
         self._wake = wake
         self._committed = claimed.offsets
         self._committed_seq = claimed.last_seq
@@ -150,14 +152,18 @@ class Writer:
         """So many bytes of the source were dropped in all."""
         self._dropped_bytes[source] = dropped_bytes
 
-    def over_cap(self) -> list[Source]:
-        """The streams of which more is stored than is kept."""
+    def to_trim(self) -> list[Source]:
+        """The streams of which more is stored than is kept; each once a stride."""
         limit = HEAD_BYTES + TAIL_BYTES + TRIM_STRIDE_BYTES
-        stored = {
-            Source.STDOUT: self._committed.stdout - self._dropped_bytes[Source.STDOUT],
-            Source.STDERR: self._committed.stderr - self._dropped_bytes[Source.STDERR],
-        }
-        return [source for source, size_bytes in stored.items() if size_bytes > limit]
+        due = []
+        for source, reached in (
+            (Source.STDOUT, self._committed.stdout),
+            (Source.STDERR, self._committed.stderr),
+        ):
+            if reached - self._dropped_bytes[source] > limit and reached >= self._trim_at[source]:
+                self._trim_at[source] = reached + TRIM_STRIDE_BYTES
+                due.append(source)
+        return due
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -271,7 +277,7 @@ class Appender:
         writer.fail(error)
 
     async def _trim(self, writer: Writer) -> None:
-        for source in writer.over_cap():
+        for source in writer.to_trim():
             dropped_bytes = await self._log.trim(
                 writer.lease, source, head_bytes=HEAD_BYTES, tail_bytes=TAIL_BYTES
             )

@@ -47,8 +47,8 @@ class Commands:
         reach_holder: Callable[[CommandId], None],
         new_uuid: NewUuid,
     ) -> None:
-        """`wake_workers` says where a command was queued, `reach_holder` that one is to be
-        cancelled, to the queues of all processes; neither waits."""
+        """`wake_workers` says in which lane a command was queued or left the queue, `reach_holder`
+        that one is to be cancelled, to the queues of all processes; neither waits."""
         self._store = store
         self._log = log
         self._gate = gate
@@ -111,8 +111,7 @@ class Commands:
                 if accepted.is_replay:
                     place.give_back()
                 else:
-                    lane = Lane(project=new.project, lane_class=LANE_CLASS[new.kind])
-                    self._wake_workers(lane)
+                    self._wake_workers(_lane_of(accepted.command))
         return accepted
 
     async def get(self, command: CommandId) -> Command:
@@ -164,6 +163,9 @@ class Commands:
             if result is not None:
                 self._reach_holder(command)
                 self._fanout.announce(command)
+                if result.ended_now:
+                    # The next head may be of a higher level, and its lane then stands earlier.
+                    self._wake_workers(_lane_of(result.command))
         if result is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
         return result.command
@@ -185,3 +187,7 @@ class Commands:
     async def oldest_seq(self, command: CommandId) -> int | None:
         """The first event that is still stored; None when none is."""
         return await self._log.oldest_seq(command)
+
+
+def _lane_of(command: Command) -> Lane:
+    return Lane(project=command.project, lane_class=LANE_CLASS[command.kind])

@@ -185,12 +185,12 @@ class CommandQueue:
         return len(found.claimed) + len(found.expired)
 
     async def tick_once(self, attempts: trio.Nursery) -> None:
-        """What no wake-up tells of: lanes that were left parked, commands that expired, and leases
-        that ran out. Errors: SERVICE_UNAVAILABLE."""
-        await self._lanes.repair(reach=self._executor.reach)
+        """What no wake-up tells of: commands that expired, lanes that were not touched (for those,
+        and after a crash), and leases that ran out. Errors: SERVICE_UNAVAILABLE."""
         with commit_shield():
             for command in await self._lanes.expire(limit=EXPIRE_MAX):
                 self._announce(command)
+        await self._lanes.repair(reach=self._executor.reach)
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
             return
@@ -297,6 +297,7 @@ class CommandQueue:
                 if backoff.failures:
                     # Our leases may have run out meanwhile: they are not for us to take over.
                     await self.heartbeat_once()
+                    self._leave_others_time()
                 if trio.current_time() >= tick_at_s:
                     await self.tick_once(attempts)
                     tick_at_s = trio.current_time() + TICK_S
@@ -304,7 +305,6 @@ class CommandQueue:
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
-                self._database_lost()
                 await trio.sleep(backoff.next_s())
                 continue
             backoff = self._backoff()
@@ -312,20 +312,27 @@ class CommandQueue:
                 with trio.move_on_at(tick_at_s):
                     await self._wakeup.wait()
 
-    def _database_lost(self) -> None:
-        """Holders could not renew either: give them one heartbeat before anything is taken over."""
+    def _leave_others_time(self) -> None:
+        """After an outage: holders could not renew either, and have one heartbeat to do it before
+        anything is taken over."""
         self._take_over_from_s = trio.current_time() + self._lease_s / 3
 
     async def _heartbeat_loop(self, scope: trio.CancelScope) -> None:
+        failed = False
         with scope:
             while True:
                 await trio.sleep(self._lease_s / 3)
                 try:
                     await self.heartbeat_once()
+                    if failed:
+                        self._leave_others_time()
+                    failed = False
                 except RdevError as error:
                     if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                         raise
                     _log.warning("heartbeat failed", extra={"error": str(error)})
+                    failed = True
+                    self._leave_others_time()
 
     async def _take_back(self) -> None:
         """What this server held when it died can be taken over at once: it is dead (the state
@@ -334,6 +341,8 @@ class CommandQueue:
         while not self._stop.is_set():
             try:
                 await self._leases.release_holder(self._holder)
+                if backoff.failures:
+                    self._leave_others_time()
                 return
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:

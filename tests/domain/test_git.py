@@ -148,7 +148,7 @@ clone -uevil https://example.org/a
 clone -qu evil https://example.org/a
 clone --config core.sshCommand=evil https://example.org/a
 clone -c core.sshCommand=evil https://example.org/a
-clone --template=/tmp/t https://example.org/a
+clone --template=/var/t https://example.org/a
 clone --reference /other https://example.org/a
 clone --separate-git-dir=/var/x https://example.org/a
 clone --recurse-submodules https://example.org/a
@@ -159,7 +159,7 @@ clone evil://x
 clone file:///etc
 clone /other/project
 clone ../other
-clone https://example.org/a /tmp/elsewhere
+clone https://example.org/a /mnt/elsewhere
 clone https://example.org/a ../elsewhere
 clone -- -oProxyCommand=evil:x
 clone ssh://-oProxyCommand=evil/x
@@ -187,7 +187,7 @@ rebase --gpg-sign=x main
 rebase -s evil main
 bisect run evil
 bisect visualize
-bisect replay /tmp/log
+bisect replay /mnt/log
 bisect
 bisect -- run
 grep -Oevil x
@@ -266,12 +266,12 @@ apply ../x.patch
 apply --unsafe-paths x
 apply --build-fake-ancestor=/var/x a
 apply --directory=/etc x
-am /tmp/mbox
+am /mnt/mbox
 am -i x
 format-patch -o /tmp HEAD~1
 format-patch --signature-file=/etc/passwd HEAD~1
 init /var/x
-init --template=/tmp/t
+init --template=/var/t
 init --separate-git-dir=/var/x
 worktree add /var/x
 worktree add ../x

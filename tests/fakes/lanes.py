@@ -30,16 +30,31 @@ class FakeLanes:
     async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
         await self._state.step()
         found = Claims(claimed=[], expired=[])
-        for lane in self._in_order(reach):
-            found.expired.extend(self._expire_heads(lane))
-            if self._state.has_room(lane) and (queued := self._state.queued(lane)):
-                self._begin(queued[0], instance, holder)
-                found.claimed.append(claimed_of(queued[0], take_over=False))
-            self._place(lane)
-            if len(found.claimed) == limit:
-                break
+        while self._claim_in_order(reach, instance, holder, limit, found):
+            pass
         self._state.reply()
         return found
+
+    def _claim_in_order(
+        self, reach: str, instance: str | None, holder: str, limit: int, found: Claims
+    ) -> bool:
+        """One pass over the lanes, up to one that stood too early; whether there was one."""
+        for lane in self._in_order(reach):
+            found.expired.extend(self._expire_heads(lane))
+            stood_at = self._state.lanes[lane].due
+            self._place(lane)
+            stands_at = self._state.lanes[lane].due
+            if stands_at is None or stood_at is None:
+                continue
+            if stands_at > stood_at:
+                return True
+            head = self._state.queued(lane)[0]
+            self._begin(head, instance, holder)
+            found.claimed.append(claimed_of(head, take_over=False))
+            self._place(lane)
+            if len(found.claimed) == limit:
+                return False
+        return False
 
     async def repair(self, *, reach: str) -> int:
         await self._state.step()

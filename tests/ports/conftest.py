@@ -279,9 +279,8 @@ def postgres_world(pools: Pools) -> World:
     )
 
 
-def fake_world() -> World:
+def fake_world_on(state: StoreState) -> World:
     """The ports in memory."""
-    state = StoreState()
 
     @asynccontextmanager
     async def hold(command: CommandId) -> AsyncIterator[None]:
@@ -317,5 +316,5 @@ async def real(pools: Pools) -> World:
 def world(request: pytest.FixtureRequest) -> World:
     """The ports, once in memory and once on PostgreSQL."""
     if request.param == "fake":
-        return fake_world()
+        return fake_world_on(StoreState())
     return request.getfixturevalue("real")

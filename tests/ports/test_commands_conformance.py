@@ -17,10 +17,11 @@ from rdev.domain.commands import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
 from rdev.domain.stream import Source, final_lines, queued_line, status_line
-from tests.ports.conftest import PROJECT, REACH, World, append_to, last_chunk, lines
+from rdev.ports.commands import Claims
+from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk, lines
 
 WORK = Lane(project=PROJECT, lane_class=LaneClass.WORK)
 AGENT = Lane(project=PROJECT, lane_class=LaneClass.AGENT)
@@ -308,6 +309,121 @@ async def test_a_row_held_by_another_connection_is_not_taken_over_now(world: Wor
     async with world.hold(first.lease.command):
         assert await world.claim() == []
     assert _ids(await world.claim()) == [first.lease.command]
+
+
+# Lanes
+
+
+async def _claim_once(world: World, limit: int = 100, *, reach: str = REACH) -> Claims:
+    return await world.lanes.claim(reach=reach, instance="boot-1", holder="one", limit=limit)
+
+
+async def test_what_nobody_touched_is_claimed_after_a_repair(world: World) -> None:
+    await world.project()
+    new = world.new()
+    await world.commands.insert(new)
+    assert (await _claim_once(world)).claimed == []
+    assert await world.lanes.repair(reach="elsewhere") == 0
+    assert await world.lanes.repair(reach=REACH) == 1
+    assert await world.lanes.repair(reach=REACH) == 0
+    assert _ids((await _claim_once(world)).claimed) == [new.id]
+
+
+async def test_a_repair_finds_a_lane_that_stands_too_late(world: World) -> None:
+    """A command of a higher level came in front, and nobody touched its lane."""
+    for name in ("here", "there"):
+        await world.project(name)
+    low = await world.queued("here", priority=Priority.LOW)
+    normal = await world.queued("there")
+    high = world.new("here", priority=Priority.HIGH)
+    await world.commands.insert(high)
+    assert await world.lanes.repair(reach=REACH) == 1
+    assert _ids((await _claim_once(world, 1)).claimed) == [high.id]
+    assert set(_ids(await world.claim())) == {low, normal}
+
+
+async def test_a_repair_leaves_full_and_empty_lanes_alone(world: World) -> None:
+    await world.running(kind=Kind.GIT)
+    await world.queued(kind=Kind.GIT)
+    assert await world.lanes.repair(reach=REACH) == 0
+
+
+async def test_touching_nothing_or_an_unknown_lane_is_fine(world: World) -> None:
+    await world.lanes.touch([])
+    await world.lanes.touch([WORK])
+
+
+async def test_full_lanes_cost_a_claim_nothing_of_its_limit(world: World) -> None:
+    for name in ("full", "free"):
+        await world.project(name)
+    for _ in range(5):
+        await world.queued("full")
+    assert len(await world.claim()) == 4
+    free = await world.queued("free")
+    await world.lanes.touch([Lane(project=ProjectId("full"), lane_class=LaneClass.WORK)])
+    assert _ids((await _claim_once(world, 1)).claimed) == [free]
+
+
+async def test_lanes_take_turns(world: World) -> None:
+    for name in ("one", "two"):
+        await world.project(name)
+    ids = [await world.queued(name) for name in ("one", "one", "two", "two")]
+    served = [_ids((await _claim_once(world, 1)).claimed)[0] for _ in ids]
+    assert served == [ids[0], ids[2], ids[1], ids[3]]
+
+
+async def test_a_claim_ends_what_expired_before_it_and_says_so(world: World) -> None:
+    await world.project()
+    late = [await world.queued(kind=Kind.GIT, expires_in_s=0) for _ in range(2)]
+    command = await world.queued(kind=Kind.GIT)
+    found = await _claim_once(world, 1)
+    assert (found.expired, _ids(found.claimed)) == (late, [command])
+    for one in late:
+        ended = await world.commands.get(one)
+        assert ended is not None
+        assert (ended.status, ended.reason, ended.last_seq) == (Status.EXPIRED, "expired", 3)
+        assert (await world.log(one))[-1].is_final
+
+
+async def test_a_claim_may_find_nothing_but_what_expired(world: World) -> None:
+    await world.project()
+    late = await world.queued(expires_in_s=0)
+    found = await _claim_once(world)
+    assert (found.expired, found.claimed) == ([late], [])
+    assert await _claim_once(world) == Claims(claimed=[], expired=[])
+
+
+async def test_a_cancelled_head_leaves_its_turn_to_others(world: World) -> None:
+    """The lane stood where its head was; the command behind it waits for its own turn."""
+    for name in ("one", "two"):
+        await world.project(name)
+    head = await world.queued("one", priority=Priority.HIGH)
+    normal = await world.queued("two")
+    behind = await world.queued("one", priority=Priority.LOW)
+    await world.commands.request_cancel(head)
+    assert _ids((await _claim_once(world, 1)).claimed) == [normal]
+    assert _ids((await _claim_once(world, 1)).claimed) == [behind]
+
+
+async def test_a_lane_that_another_claim_holds_is_passed_by(real: World, pools: Pools) -> None:
+    for name in ("held", "free"):
+        await real.project(name)
+    held, free = await real.queued("held"), await real.queued("free")
+    async with pools.requests.connection() as connection, connection.transaction():
+        await connection.execute("select 1 from lanes where project = 'held' for update")
+        assert _ids((await _claim_once(real, 2)).claimed) == [free]
+    assert _ids((await _claim_once(real, 2)).claimed) == [held]
+
+
+async def test_a_claim_holds_no_lane_that_it_does_not_take(real: World, pools: Pools) -> None:
+    names = [f"project-{number}" for number in range(12)]
+    for name in names:
+        await real.project(name)
+        await real.queued(name)
+    query = "select * from claim_commands(%s, 'two', null, 60, 30, 1, 'r', 'e')"
+    async with pools.requests.connection() as connection, connection.transaction():
+        await connection.execute(query, (REACH,))
+        assert len((await _claim_once(real)).claimed) == 11
 
 
 # Leases

@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from rdev.domain.commands import Claimed, Outcome, Status
+from rdev.domain.commands import Claimed, Lease, Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Stream
 from rdev.domain.stream import Chunk, Source, final_lines
@@ -358,6 +358,28 @@ async def test_output_over_the_cap_is_trimmed(
     assert writer.truncated
     command = bench.server.state.rows[writer.lease.command].command
     assert command.dropped_bytes == 1_000 - kept_bytes
+
+
+async def test_a_trim_that_fails_comes_again_after_a_stride(
+    bench: Bench, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of very many small chunks may be too slow to trim: that must not hold up everybody."""
+    monkeypatch.setattr(module, "HEAD_BYTES", 100)
+    monkeypatch.setattr(module, "TAIL_BYTES", 100)
+    monkeypatch.setattr(module, "TRIM_STRIDE_BYTES", 50)
+    tries: list[int] = []
+
+    async def too_slow(lease: Lease, source: Source, *, head_bytes: int, tail_bytes: int) -> int:
+        tries.append(bench.server.state.rows[lease.command].command.stdout_bytes)
+        raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "the database did not answer in time")
+
+    monkeypatch.setattr(bench.log, "trim", too_slow)
+    nursery.start_soon(bench.appender.run)
+    writer = await bench.writer()
+    for _ in range(50):
+        await writer.write(Stream.STDOUT, chunk(raw_bytes=10))
+        await _until(lambda: writer.pending_bytes == 0)
+    assert tries == [260, 310, 360, 410, 460]
 
 
 async def test_a_writer_after_a_take_over_knows_that_output_was_dropped(

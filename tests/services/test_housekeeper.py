@@ -219,7 +219,7 @@ async def test_output_over_its_limit_goes_by_its_oldest_days(house: House) -> No
 
 async def test_a_day_that_is_read_now_is_dropped_later(house: House) -> None:
     command = await house.ended()
-    house.age(8 * DAY_S)
+    house.age(8 * DAY_S - 60)
     house.upkeep.in_use.add(house.server.state.rows[command].command.created_at.date())
     await house.keeper.run_once()
     assert await house.server.log.oldest_seq(command) == 1

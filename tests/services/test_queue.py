@@ -391,3 +391,105 @@ async def test_two_servers_share_the_work_and_run_nothing_twice(
 def _published(server: Server) -> int:
     final: list[Chunk] = [chunk for chunk in server.published if chunk.is_final]
     return len(final)
+
+
+# Wake-ups between servers
+
+
+async def _full_and_idle(server: Server, nursery: trio.Nursery) -> tuple[Server, Server]:
+    """Two servers: one has no permit left, the other waits for work."""
+    full = Server(state=server.state, place=server.place, holder="full", running_max=1)
+    await submit(full, "forever")
+    await nursery.start(full.queue.run)
+    await _until(lambda: full.queue.statistics().running == 1)
+    idle = _another(server, "idle")
+    await nursery.start(idle.queue.run)
+    await trio.sleep(0.3)
+    await wait_all_tasks_blocked()
+    return full, idle
+
+
+async def test_what_is_queued_at_a_full_server_starts_at_once_on_another(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    full, idle = await _full_and_idle(server, nursery)
+    full.replicas.append(idle.queue)
+    began = trio.current_time()
+    command = await submit(full, "quick")
+    full.queue.wake(LANE)
+    await wait_all_tasks_blocked()
+    assert _status(server, command) is Status.SUCCEEDED
+    assert trio.current_time() == began
+
+
+async def test_with_all_notifications_lost_nothing_is_late_by_more_than_a_tick(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    full, _ = await _full_and_idle(server, nursery)
+    for _ in range(10):
+        await trio.sleep(0.37)
+        began = trio.current_time()
+        command = await submit(full, "quick")
+        full.queue.wake(LANE)
+        assert await server.ended(command) is Status.SUCCEEDED
+        assert trio.current_time() - began <= TICK_S + 0.1
+
+
+async def test_what_a_claim_leaves_for_want_of_permits_is_told_to_others(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    """Others may have passed by the lane while it was held."""
+    woken: list[float] = []
+    server = Server(state=server.state, place=server.place, running_max=2)
+    server.queue._wake_replicas = lambda: woken.append(trio.current_time())
+    for _ in range(3):
+        await submit(server, "forever")
+    await server.lanes.touch([LANE])
+    await nursery.start(server.queue.run)
+    await _until(lambda: server.queue.statistics().running == 2)
+    assert woken != []
+
+
+async def test_what_a_claim_finds_expired_is_announced(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    late = await submit(server, "quick", expires_in_s=0)
+    command = await submit(server, "quick")
+    await server.lanes.touch([LANE])
+    assert await server.queue.claim_once(nursery) == 2
+    assert server.announced == [late, command]
+    assert _status(server, late) is Status.EXPIRED
+
+
+async def test_nothing_is_taken_over_for_one_heartbeat_after_an_outage(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    """Its holder could not renew either."""
+    command = await submit(server, "forever")
+    [claimed] = await server.claim()
+    other = _another(server, "two")
+    await nursery.start(other.queue.run)
+    server.state.unavailable = True
+    await trio.sleep(2 * LEASE_S)
+    server.state.unavailable = False
+    back = trio.current_time()
+    await _until(lambda: other.queue.statistics().running == 1)
+    waited_s = trio.current_time() - back
+    assert LEASE_S / 3 <= waited_s <= LEASE_S / 3 + 5 + TICK_S  # 5: the longest pause
+    assert server.state.rows[command].lease_id != claimed.lease.id
+
+
+async def test_a_holder_that_is_back_first_keeps_its_commands(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    await submit(server, "forever")
+    other = _another(server, "two")
+    await nursery.start(server.queue.run)
+    await _until(lambda: server.queue.statistics().running == 1)
+    await nursery.start(other.queue.run)
+    server.state.unavailable = True
+    await trio.sleep(3 * LEASE_S)
+    server.state.unavailable = False
+    await trio.sleep(3 * LEASE_S)
+    assert server.queue.statistics().running == 1
+    assert other.queue.statistics().taken_over == 0

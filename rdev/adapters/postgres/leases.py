@@ -54,16 +54,33 @@ where id = %(id)s and lease_id = %(lease_id)s and status = 'running'
   and coalesce(instance, %(instance)s) = %(instance)s
 """
 
+# Rows are locked in id order like everywhere: a heartbeat of the same rows may be under way.
 _RELEASE = """
+with mine as (
+    select c.id
+    from commands c
+    join unnest(%s::uuid[], %s::bigint[]) as held (id, lease_id) using (id, lease_id)
+    where c.status = 'running'
+    order by c.id
+    for update of c
+)
 update commands c
 set lease_until = clock_timestamp() - interval '1 second'
-from unnest(%s::uuid[], %s::bigint[]) as held (id, lease_id)
-where c.id = held.id and c.lease_id = held.lease_id and c.status = 'running'
+from mine
+where c.id = mine.id
 """
 
 _RELEASE_HOLDER = """
-update commands set lease_until = clock_timestamp() - interval '1 second'
-where holder = %s and status = 'running' and lease_until >= clock_timestamp()
+with mine as (
+    select id from commands
+    where holder = %s and status = 'running' and lease_until >= clock_timestamp()
+    order by id
+    for update
+)
+update commands c
+set lease_until = clock_timestamp() - interval '1 second'
+from mine
+where c.id = mine.id
 """
 
 

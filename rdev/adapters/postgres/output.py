@@ -111,14 +111,21 @@ where bytes_before < %(limit_bytes)s
 order by first_seq
 """
 
+# Read backwards. A chunk stands for a byte at least (the very last may stand for none), which
+# bounds how many are looked at: of a million small chunks all were, in 1.6 s.
 _READ_TAIL = """
 select first_seq, last_seq, source, raw_bytes, payload
 from (
-    select *, sum(raw_bytes) over (order by first_seq desc) - raw_bytes as bytes_behind
-    from output
-    where day = (select day from commands where id = %(id)s)
-      and command_id = %(id)s and source = %(source)s
-) o
+    select o.*, sum(raw_bytes) over (order by first_seq desc) - raw_bytes as bytes_behind
+    from (
+        select first_seq, last_seq, source, raw_bytes, payload
+        from output
+        where day = (select day from commands where id = %(id)s)
+          and command_id = %(id)s and source = %(source)s
+        order by first_seq desc
+        limit %(tail_bytes)s::bigint + 1
+    ) o
+) tail
 where bytes_behind < %(tail_bytes)s
 order by first_seq
 """

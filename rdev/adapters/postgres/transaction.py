@@ -1,11 +1,12 @@
 """What is committed is announced, and nothing else: COMMIT under a shield.
 
 A task cancelled in COMMIT used to leave a committed row that nobody was woken for (256 of 295
-cancelled transactions). Here COMMIT, or a single autocommit statement, and the announcement that
-follows it run in one shielded scope, bounded by `SHIELD_S`. Two ways to use it:
+cancelled transactions). Here COMMIT and the announcement that follows it run in one shielded scope,
+bounded by `SHIELD_S`:
 
     async with connection.transaction(after_commit=announce): ...
-    rows = await execute_and_announce(connection.cursor(), SQL, params, announce=announce)
+
+A single statement that commits by itself is shielded by whoever announces it: `services/shield.py`.
 
 A synchronous announcement runs in the same step in which the reply is read, so nothing can come
 between. One that must wait (a further statement, a NOTIFY) returns an awaitable and gets the rest
@@ -20,13 +21,11 @@ from typing import Self, TypeVar
 
 import psycopg
 import trio
-from psycopg import AsyncConnection, AsyncCursor, AsyncTransaction, errors, pq
-from psycopg.abc import Params, Query
-from psycopg.rows import Row
+from psycopg import AsyncConnection, AsyncTransaction, errors, pq
 
 from rdev.domain.errors import ErrorCode, RdevError
 
-# COMMIT (or the one statement) and what must follow it; §4 of the architecture.
+# COMMIT and what must follow it; §4 of the architecture.
 SHIELD_S = 5.0
 
 AfterCommit = Callable[[], Awaitable[None] | None]
@@ -100,33 +99,6 @@ async def _asked(
         if connection.pgconn.status == _CONNECTED:
             raise  # the server said no
         raise OutcomeUnknownError from error
-
-
-async def execute_and_announce(
-    cursor: AsyncCursor[Row],
-    query: Query,
-    params: Params | None = None,
-    *,
-    announce: Callable[[list[Row]], Awaitable[None] | None],
-) -> list[Row]:
-    """Run one statement that commits by itself, announce its rows, return them.
-
-    A statement without RETURNING gives no rows. Any row factory: the cursor's.
-    Errors: as `commit_and_announce`; `psycopg.ProgrammingError` on a connection that is not in
-    autocommit or is inside a transaction. Cancellation: before the statement is sent, or not at
-    all; a statement in flight is never cancelled. Blocks: as `commit_and_announce`.
-    """
-    connection = cursor.connection
-    if not connection.autocommit or connection.info.transaction_status != _IDLE:
-        raise psycopg.ProgrammingError("the statement would not be committed by itself")
-
-    async def execute() -> list[Row]:
-        # mypy cannot choose between psycopg's overloads for a Query that may be a template.
-        await cursor.execute(query, params)  # type: ignore[arg-type]
-        return await cursor.fetchall() if cursor.description is not None else []
-
-    await trio.lowlevel.checkpoint_if_cancelled()
-    return await commit_and_announce(connection, execute, announce)
 
 
 class TrioTransaction(AsyncTransaction):

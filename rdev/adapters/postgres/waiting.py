@@ -91,7 +91,7 @@ async def _wait_both(fd: int) -> int:
             nursery.start_soon(watch, trio.lowlevel.wait_writable, Ready.W)
     except BaseExceptionGroup:
         # Cancelled from outside, each task has its Cancelled: callers are to see one, not a group.
-        await trio.lowlevel.checkpoint_if_cancelled()
+        await trio.lowlevel.checkpoint_if_cancelled()  # noqa: ASYNC120  # that is the point
         raise
     if closed:
         raise psycopg.OperationalError("connection socket closed")

@@ -13,7 +13,6 @@ from rdev.adapters.postgres.connection import ConnectionSettings, open_connectio
 from rdev.adapters.postgres.transaction import (
     OutcomeUnknownError,
     commit_and_announce,
-    execute_and_announce,
 )
 from rdev.domain.errors import ErrorCode, RdevError
 
@@ -372,25 +371,13 @@ async def test_no_cancel_ever_hits_the_next_statement(settings, observer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("single_statement", [False, True])
-async def test_what_is_committed_is_announced_and_nothing_else(
-    connection, observer, single_statement
-):
+async def test_what_is_committed_is_announced_and_nothing_else(connection, observer):
     await connection.execute("create table t (n int primary key)")
-    insert = "insert into t values (%s) returning n"
     announced: list[int] = []
 
     async def commit(n: int) -> None:
-        if single_statement:
-            await execute_and_announce(
-                connection.cursor(),
-                insert,
-                (n,),
-                announce=lambda rows: announced.extend(row[0] for row in rows),
-            )
-        else:
-            async with connection.transaction(after_commit=lambda: announced.append(n)):
-                await connection.execute(insert, (n,))
+        async with connection.transaction(after_commit=lambda: announced.append(n)):
+            await connection.execute("insert into t values (%s)", (n,))
         await trio.lowlevel.checkpoint()
 
     within_s = 0.001
@@ -540,28 +527,6 @@ async def test_only_the_outermost_transaction_announces(connection):
                 pass
         assert announced == []
     assert announced == [1]
-
-
-async def test_a_failed_statement_is_not_announced(connection):
-    announced = []
-    with pytest.raises(psycopg.errors.DivisionByZero):
-        await execute_and_announce(connection.cursor(), "select 1 / 0", announce=announced.append)
-    assert announced == []
-
-
-async def test_a_statement_in_a_transaction_cannot_announce(connection):
-    async with connection.transaction():
-        with pytest.raises(psycopg.ProgrammingError):
-            await execute_and_announce(connection.cursor(), "select 1", announce=print)
-
-
-async def test_a_statement_without_rows_announces_none(connection):
-    announced = []
-    rows = await execute_and_announce(
-        connection.cursor(), "create table t (n int)", announce=announced.append
-    )
-    assert rows == []
-    assert announced == [[]]
 
 
 async def test_nothing_is_asked_of_a_closed_connection(connection):
