@@ -22,11 +22,13 @@ from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
+from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
+from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
@@ -45,10 +47,13 @@ from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
+from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
+from rdev.domain.retention import Retention
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
+from rdev.services.depths import QueueGate
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.keys import Keys
 from rdev.services.projects import Projects
@@ -68,6 +73,7 @@ class Pools:
     heartbeats: Pool
     appends: Pool
     claims: Pool
+    housekeeping: Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +129,9 @@ async def _serve_until_stopped(
             heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
             appends=await stack.enter_async_context(open_dedicated(connection, "append")),
             claims=await stack.enter_async_context(open_dedicated(connection, "claim")),
+            housekeeping=await stack.enter_async_context(
+                open_dedicated(connection, "housekeeping")
+            ),
         )
         server = _build(settings, identity, pools)
 
@@ -188,9 +197,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         for command in commands:
             queue.cancel(command)
 
+    gate = QueueGate(
+        queue=PostgresDepths(pool=pools.requests),
+        limits=DepthLimits(project_max=settings.queue_project_max, server_max=settings.queue_max),
+        telemetry=telemetry,
+    )
     commands = Commands(
         store=store,
         log=log,
+        gate=gate,
         fanout=fanout,
         wake_workers=queue.wake,
         reach_holder=reach_holder,
@@ -216,7 +231,13 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         },
         on_connect=look_again,
     )
-    housekeeper = Housekeeper(upkeep=PostgresUpkeep(pool=pools.requests), backoff=_backoff)
+    housekeeper = Housekeeper(
+        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        executor=executor,
+        telemetry=telemetry,
+        retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        backoff=_backoff,
+    )
 
     checks = DatabaseChecks(pool=pools.requests)
     readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
@@ -227,6 +248,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
             stream_routes(commands, fanout, telemetry),
+            queue_routes(gate, queue.statistics, running_max=settings.running_max),
         ],
         authenticate=Keys(admin_key=identity.admin_key).authenticate,
         telemetry=telemetry,

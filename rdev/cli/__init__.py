@@ -16,6 +16,7 @@ _COMMANDS = {
     "run": "run",
     "claude": "run",
     "projects": "projects",
+    "queue": "queue",
     "demo": "demo",
     "config": "config",
     "version": "version",

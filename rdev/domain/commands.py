@@ -9,6 +9,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec, Why
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 
 
@@ -113,6 +114,7 @@ class NewCommand:
     expires_in_s: int | None
     key_id: str
     request_id: str
+    idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

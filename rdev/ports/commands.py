@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Status
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
+
+# Positions are counted so far: a count must not cost what a whole queue costs.
+POSITION_MAX = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accepted:
-    """What the store made of a new command."""
+    """What the store made of a new command, or (`is_replay`) of an earlier request with the same
+    idempotency key, as it is now. The position is None where the command is no longer queued."""
 
     command: Command
-    queue_position: int
+    queue_position: int | None
+    is_replay: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,23 +52,27 @@ class Beat:
     cancel_requested: frozenset[Lease]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueDepth:
-    """How many commands wait and run, in all."""
-
-    queued: int
-    running: int
-    oldest_wait_s: float
-
-
 class CommandStore(Protocol):
     """Accepting, reading and cancelling commands."""
 
     async def insert(self, new: NewCommand) -> Accepted:
-        """Store a queued command with its first event (seq 1), in one transaction.
+        """Store a queued command with its first event (seq 1) and its idempotency key, where it has
+        one, in one transaction. A key that stands for something already makes nothing: what it
+        stands for is returned. Of several at once with one key one makes a command, the others wait
+        for it.
 
-        Errors: NOT_FOUND when the project does not exist; SERVICE_UNAVAILABLE.
+        Errors: NOT_FOUND when the project does not exist; CONFLICT, with a delay, when another
+        request with this key took longer than 2 s; as `replay`.
         Cancellation: runs under a bounded shield; when it returns, the command is stored.
+        """
+        ...
+
+    async def replay(self, idempotency: Idempotency) -> Accepted | None:
+        """What the key stands for, as it is now; None when nothing was made under it within
+        `IDEMPOTENCY_S`.
+
+        Errors: IDEMPOTENCY_MISMATCH when it stands for another request; GONE when the command it
+        stands for is no longer stored.
         """
         ...
 
@@ -83,8 +93,9 @@ class CommandStore(Protocol):
         ...
 
     async def queue_position(self, command: CommandId) -> int | None:
-        """How many queued commands of its project are served no later than it, itself included;
-        None when it is not queued."""
+        """How many queued commands of its lane are served no later than it, itself included; None
+        when it is not queued. No more than `POSITION_MAX` are counted: that number says "at least
+        so many"."""
         ...
 
     async def request_cancel(self, command: CommandId) -> CancelResult | None:

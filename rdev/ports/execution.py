@@ -1,5 +1,6 @@
 """What the queue needs from a place where commands run (a local folder, a pod)."""
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -77,6 +78,16 @@ class Executor(Protocol):
         """
         ...
 
-    async def remove(self, project: ProjectId, command: CommandId) -> None:
-        """Delete the command's folder once its row is gone. Idempotent."""
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+        """Clear what these commands left behind, all but the fact that they can never start again.
+
+        For commands whose end is stored: an attach finds nothing any more. One of them that still
+        runs here is left as it is and returned. Unknown ones are fine; idempotent.
+        Errors: SERVICE_UNAVAILABLE; some may be cleared then. At most 1,000 at once.
+        """
+        ...
+
+    async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
+        """Delete these commands' folders, before their rows go. Idempotent.
+        Errors: SERVICE_UNAVAILABLE; some may be gone then. At most 1,000 at once."""
         ...

@@ -71,6 +71,15 @@ class Telemetry(Protocol):
         ...
 
 
+class UpkeepTelemetry(Protocol):
+    """What the housekeeper tells; no verb blocks, awaits or raises either."""
+
+    def kept_house(self, duty: str, count: int) -> None:
+        """So many things were put away. `duty` comes from a closed set in the code: `output_days`,
+        `idempotency_keys`, `commands`, `folders`, `orphans`."""
+        ...
+
+
 class Silence:
     """Telemetry that nobody listens to: for tests and for parts that run without a server."""
 
@@ -100,4 +109,7 @@ class Silence:
         """Nothing."""
 
     def limit_checked(self, limit: str, *, refused: bool) -> None:
+        """Nothing."""
+
+    def kept_house(self, duty: str, count: int) -> None:
         """Nothing."""

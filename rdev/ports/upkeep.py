@@ -1,11 +1,71 @@
-"""What the housekeeper asks of the store."""
+"""What the housekeeper asks of the store.
 
+The duties are behind turns: while one server has a turn, no other has it. Every duty is idempotent
+and bounded, so a turn that ends early (its connection was lost) leaves nothing half done.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
+from datetime import date
 from typing import Protocol
+
+from rdev.domain.ids import CommandId
+from rdev.domain.retention import Ended, OutputDay
+
+
+class StoreDuties(Protocol):
+    """What concerns the store alone. Errors of all: SERVICE_UNAVAILABLE."""
+
+    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
+        """Make the partitions of today and of the days that follow."""
+        ...
+
+    async def output_days(self) -> list[OutputDay]:
+        """Every day for which there is a partition, oldest first."""
+        ...
+
+    async def drop_output(self, day: date) -> bool:
+        """Drop a day's output; its streams answer GONE from then on. False: the day is in use now
+        (a dump, a long read), and nothing was done. Blocks: at most 0.1 s behind others."""
+        ...
+
+    async def forget_keys(self, *, limit: int) -> int:
+        """Delete idempotency keys that stand for nothing any more; returns how many."""
+        ...
+
+    async def forget_commands(self, *, older_s: float, limit: int) -> int:
+        """Delete commands that ended so long ago, of whatever reach; returns how many."""
+        ...
+
+
+class PlaceDuties(Protocol):
+    """What concerns the places of one reach. Errors of all: SERVICE_UNAVAILABLE."""
+
+    async def untidied(self, *, older_s: float, limit: int) -> list[Ended]:
+        """Commands that were started, ended so long ago, and come after the last that was tidied;
+        in the order in which they ended."""
+        ...
+
+    async def mark_tidied(self, last: Ended) -> None:
+        """Everything up to this one is tidied."""
+        ...
+
+    async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
+        """Commands that ended so long ago, in the order in which they ended."""
+        ...
+
+    async def forget(self, commands: Sequence[CommandId]) -> None:
+        """Delete these commands, as far as they have ended."""
+        ...
 
 
 class Upkeep(Protocol):
-    """Duties that are idempotent and safe to do from several servers at once."""
+    """Turns. Each is for one server at a time; None while another one has it."""
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """Make the partitions of today and of the days that follow. Errors: SERVICE_UNAVAILABLE."""
+    def store_turn(self) -> AbstractAsyncContextManager[StoreDuties | None]:
+        """The turn for the store's duties, for the block. Errors: SERVICE_UNAVAILABLE."""
+        ...
+
+    def place_turn(self, reach: str) -> AbstractAsyncContextManager[PlaceDuties | None]:
+        """The turn for the places of a reach, for the block. Errors: SERVICE_UNAVAILABLE."""
         ...

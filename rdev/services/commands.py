@@ -8,12 +8,14 @@ import trio
 from rdev.domain.commands import LANE_CLASS, Command, Kind, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Spec
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
 from rdev.domain.lanes import Lane
 from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.commands import Accepted, CommandStore
 from rdev.ports.output import OutputLog
+from rdev.services.depths import QueueFullError, QueueGate
 from rdev.services.shield import commit_shield
 from rdev.services.stream import Fanout
 
@@ -39,6 +41,7 @@ class Commands:
         *,
         store: CommandStore,
         log: OutputLog,
+        gate: QueueGate,
         fanout: Fanout,
         wake_workers: Callable[[Lane], None],
         reach_holder: Callable[[CommandId], None],
@@ -48,6 +51,7 @@ class Commands:
         that one is to be cancelled, to the queues of all processes; neither waits."""
         self._store = store
         self._log = log
+        self._gate = gate
         self._fanout = fanout
         self._wake_workers = wake_workers
         self._reach_holder = reach_holder
@@ -62,11 +66,13 @@ class Commands:
         argv: tuple[str, ...],
         common: Common,
         env: dict[str, str] | None = None,
+        idempotency: Idempotency | None = None,
     ) -> Accepted:
-        """Store a command and wake the workers. Errors: NOT_FOUND, SERVICE_UNAVAILABLE.
+        """Store a command and wake the workers; a repeat of an earlier request stores nothing.
 
-        `env` is what rdev adds for the kind. Cancellation: the command is stored and announced,
-        or neither.
+        `env` is what rdev adds for the kind. Errors: as `CommandStore.insert`; as
+        `QueueGate.place`, except for a repeat, which needs no place. Cancellation: the command is
+        stored and announced, or neither.
         """
         spec = Spec(
             argv=argv,
@@ -86,10 +92,26 @@ class Commands:
             expires_in_s=common.expires_in_s,
             key_id=caller.key_id,
             request_id=caller.request_id,
+            idempotency=idempotency,
         )
-        with commit_shield():
-            accepted = await self._store.insert(new)
-            self._wake_workers(_lane_of(accepted.command))
+        try:
+            return await self._insert(new)
+        except QueueFullError as error:
+            refusal = error
+        # A repeat of what was accepted is not refused.
+        earlier = None if idempotency is None else await self._store.replay(idempotency)
+        if earlier is None:
+            raise refusal
+        return earlier
+
+    async def _insert(self, new: NewCommand) -> Accepted:
+        async with self._gate.place(new.project) as place:
+            with commit_shield():
+                accepted = await self._store.insert(new)
+                if accepted.is_replay:
+                    place.give_back()
+                else:
+                    self._wake_workers(_lane_of(accepted.command))
         return accepted
 
     async def get(self, command: CommandId) -> Command:
@@ -155,6 +177,12 @@ class Commands:
     async def read_log(self, command: CommandId, *, after: int) -> list[Chunk]:
         """A page of the command's events after a number, in order; empty at the end."""
         return await self._log.read(command, after=after, limit_bytes=PAGE_BYTES)
+
+    async def check_stored(self, command: Command) -> None:
+        """Errors: GONE when the command's output was pruned (its first event never is alone)."""
+        if await self._log.oldest_seq(command.id) is None:
+            message = f"the output of {command.id!r} is no longer stored"
+            raise RdevError(ErrorCode.GONE, message)
 
     async def oldest_seq(self, command: CommandId) -> int | None:
         """The first event that is still stored; None when none is."""

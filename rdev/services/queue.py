@@ -20,6 +20,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Why
 from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
+from rdev.domain.rate import RecentRate
 from rdev.ports.commands import Lanes, Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import OutputLog
@@ -50,6 +51,8 @@ class QueueStatistics:
     taken_over: int
     finished: int
     stale: int
+    # Over the last ten seconds.
+    claims_per_s: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,6 +107,7 @@ class CommandQueue:
         self._stop = trio.Event()
         self._cancel_at_stop = False
         self._claimed = self._taken_over = self._finished = self._stale = 0
+        self._claims = RecentRate()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`, then give the leases back (or see the cancelled commands end).
@@ -155,6 +159,7 @@ class CommandQueue:
             taken_over=self._taken_over,
             finished=self._finished,
             stale=self._stale,
+            claims_per_s=self._claims.per_s(trio.current_time()),
         )
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
@@ -232,6 +237,7 @@ class CommandQueue:
 
     def _start(self, claimed: Claimed, attempts: trio.Nursery) -> None:
         self._claimed += 1
+        self._claims.add(trio.current_time(), 1)
         self._taken_over += claimed.take_over
         attempt = Attempt(
             claimed=claimed,

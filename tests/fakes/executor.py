@@ -4,7 +4,7 @@ Passes tests/ports/test_execution_conformance.py. For tests of services it can a
 place (`restart`) and lose a command (`lose`).
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -40,6 +40,8 @@ class FakeRun:
     why: Why | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     grown: trio.Event = field(default_factory=trio.Event)
+    # Its program is over, however it was judged.
+    over: trio.Event = field(default_factory=trio.Event)
 
     def write(self, data: bytes, stream: Stream = Stream.STDOUT) -> None:
         self.journals[stream] += data
@@ -63,6 +65,8 @@ class FakeExecutor:
         self._runs: dict[CommandId, FakeRun | None] = {}  # None: can never start
         self._boots = 1
         self.started: list[CommandId] = []
+        # Projects that cannot be tidied now.
+        self.unreachable: set[ProjectId] = set()
 
     @property
     def reach(self) -> str:
@@ -96,16 +100,41 @@ class FakeExecutor:
     async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
         await trio.lowlevel.checkpoint()
         run = self._runs.setdefault(command, None)
-        if run is not None and run.end is None:
+        if run is not None and not run.over.is_set():
             run.why = Why.CANCELLED
             run.scope.cancel()
-            while run.end is None:
-                await run.grown.wait()
+            await run.over.wait()
         return KillReport(confirmed=True)
 
-    async def remove(self, project: ProjectId, command: CommandId) -> None:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
         await trio.lowlevel.checkpoint()
-        self._runs.pop(command, None)
+        self.check_reachable(project)
+        known = [command for command in commands if command in self._runs]
+        running = [command for command in known if self.is_running(command)]
+        for command in known:
+            if command not in running:
+                self._runs[command] = None
+        return running
+
+    async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
+        await trio.lowlevel.checkpoint()
+        self.check_reachable(project)
+        for command in commands:
+            self._runs.pop(command, None)
+
+    def is_running(self, command: CommandId) -> bool:
+        """Whether a program of it lives, whatever was said of its end."""
+        run = self._runs.get(command)
+        return run is not None and not run.over.is_set()
+
+    def has_folder(self, command: CommandId) -> bool:
+        """Whether anything is known of it."""
+        return command in self._runs
+
+    def check_reachable(self, project: ProjectId) -> None:
+        """Errors: SERVICE_UNAVAILABLE for what is in `unreachable`."""
+        if project in self.unreachable:
+            raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "project cannot be reached")
 
     def restart(self) -> None:
         """The place gets another instance; what ran there is gone."""
@@ -114,11 +143,12 @@ class FakeExecutor:
             self.lose(command, LostReason.SUPERVISOR_GONE)
 
     def lose(self, command: CommandId, reason: LostReason, *, may_still_run: bool = False) -> None:
-        """A running command ends as lost."""
+        """A running command ends as lost; one that may still run does."""
         run = self._runs.get(command)
         if run is not None and run.end is None:
             run.end = Lost(reason=reason, may_still_run=may_still_run)
-            run.scope.cancel()
+            if not may_still_run:
+                run.scope.cancel()
             run.ring()
 
     def _start(self, command: CommandId, spec: Spec) -> FakeRun:
@@ -146,6 +176,7 @@ class FakeExecutor:
             runtime_ms=int((trio.current_time() - began) * 1000),
             kill=KillReport(confirmed=True) if run.why else None,
         )
+        run.over.set()
         run.ring()
 
 

@@ -27,6 +27,7 @@ from rdev.domain.commands import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane, rank
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
@@ -38,8 +39,9 @@ from rdev.domain.stream import (
     gap_line,
     queued_line,
 )
-from rdev.ports.commands import Accepted, Beat, CancelResult
+from rdev.ports.commands import POSITION_MAX, Accepted, Beat, CancelResult
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
+from tests.fakes.idempotency import KeptKeys
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 # PostgreSQL's integer: an append that does not fit is refused, and its batch with it.
@@ -94,6 +96,7 @@ class StoreState:
     projects: dict[ProjectId, Project] = field(default_factory=dict)
     rows: dict[CommandId, Row] = field(default_factory=dict)
     chunks: dict[CommandId, list[Chunk]] = field(default_factory=dict)
+    keys: KeptKeys = field(default_factory=KeptKeys)
     lanes: dict[Lane, LaneRow] = field(default_factory=dict)
     # Rows that "another connection" has locked: appends and take-overs pass them by.
     held: set[CommandId] = field(default_factory=set)
@@ -112,6 +115,16 @@ class StoreState:
         """The store's clock, which never shows the same time twice."""
         self.last_moment = max(trio.current_time(), self.last_moment + 1e-6)
         return self.last_moment
+
+    def age(self, seconds: float) -> None:
+        """Make all that is stored so much older."""
+        back = timedelta(seconds=seconds)
+        self.keys.age(seconds)
+        for row in self.rows.values():
+            ended_at = row.command.finished_at
+            ended_at = None if ended_at is None else ended_at - back
+            created_at = row.command.created_at - back
+            row.command = replace(row.command, created_at=created_at, finished_at=ended_at)
 
     async def step(self) -> None:
         """Before each operation."""
@@ -197,6 +210,10 @@ class FakeCommands:
         project = state.projects.get(new.project)
         if project is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {new.project!r}")
+        if new.idempotency is not None:
+            if (made := state.keys.find(new.idempotency)) is not None:
+                return self._replayed(CommandId(made))
+            state.keys.keep(new.idempotency, new.id)
         expires_in_s = float("inf") if new.expires_in_s is None else new.expires_in_s
         row = Row(
             new=new,
@@ -211,6 +228,18 @@ class FakeCommands:
         state.put(row, Source.LIFE, 1, 0, queued_line(queue_position=position))
         state.reply()
         return Accepted(command=row.command, queue_position=position)
+
+    async def replay(self, idempotency: Idempotency) -> Accepted | None:
+        await self._state.step()
+        made = self._state.keys.find(idempotency)
+        return None if made is None else self._replayed(CommandId(made))
+
+    def _replayed(self, command: CommandId) -> Accepted:
+        row = self._state.rows.get(command)
+        if row is None:
+            raise RdevError(ErrorCode.GONE, f"command {command!r} is no longer stored")
+        position = self._position(row) if is_queued(row) else None
+        return Accepted(command=row.command, queue_position=position, is_replay=True)
 
     async def get(self, command: CommandId) -> Command | None:
         await self._state.step()
@@ -307,7 +336,8 @@ class FakeCommands:
         return len(held)
 
     def _position(self, row: Row) -> int:
-        return sum(other.place <= row.place for other in self._state.queued(row.lane))
+        ahead = sum(other.place <= row.place for other in self._state.queued(row.lane))
+        return min(POSITION_MAX, ahead)
 
 
 class FakeOutput:

@@ -1,6 +1,6 @@
 """One world of stores per test: the fakes, and the same ports on a PostgreSQL of the test's own."""
 
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -10,11 +10,13 @@ import pytest
 
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
+from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool, open_dedicated, open_pool
 from rdev.adapters.postgres.projects import PostgresProjects
+from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.domain.commands import (
     LANE_CLASS,
     Claimed,
@@ -30,14 +32,27 @@ from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.ports.commands import CommandStore, Lanes, Leases
+from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
+from rdev.ports.upkeep import Upkeep
+from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"
 LEASE_S = 600.0
 PROJECT = ProjectId("demo")
+_AGE = (
+    "update idempotency_keys set made_at = made_at - make_interval(secs => %(seconds)s)",
+    """
+    update commands
+    set created_at = created_at - make_interval(secs => %(seconds)s),
+        started_at = started_at - make_interval(secs => %(seconds)s),
+        finished_at = finished_at - make_interval(secs => %(seconds)s)
+    """,
+)
 LINE = b'{"stream":"stdout","line":"%d"}'
 
 
@@ -50,6 +65,12 @@ class World:
     leases: Leases
     output: OutputLog
     projects: ProjectStore
+    depths: QueueDepths
+    upkeep: Upkeep
+    # That of another server on the same store.
+    other_upkeep: Callable[[], Upkeep]
+    # Make all that is stored so many seconds older.
+    age: Callable[[float], Awaitable[None]]
     # Lock a command's row from another connection.
     hold: Callable[[CommandId], AbstractAsyncContextManager[None]]
     serial: Iterator[int] = field(default_factory=lambda: count(1))
@@ -201,6 +222,7 @@ class Pools:
     requests: Pool
     heartbeats: Pool
     appends: Pool
+    housekeeping: Pool
 
 
 @pytest.fixture
@@ -216,6 +238,9 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
             ),
             appends=await stack.enter_async_context(
                 open_dedicated(settings, "append", wait_s=60.0)
+            ),
+            housekeeping=await stack.enter_async_context(
+                open_dedicated(settings, "housekeeping", wait_s=60.0)
             ),
         )
 
@@ -235,12 +260,21 @@ def postgres_world(pools: Pools) -> World:
         finally:
             await connection.close()
 
+    async def age(seconds: float) -> None:
+        async with pools.requests.connection() as connection:
+            for statement in _AGE:
+                await connection.execute(statement, {"seconds": seconds})
+
     return World(
         commands=PostgresCommands(pool=pools.requests),
         lanes=PostgresLanes(pool=pools.requests, lease_s=LEASE_S),
         leases=PostgresLeases(pool=pools.requests, heartbeats=pools.heartbeats, lease_s=LEASE_S),
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
+        depths=PostgresDepths(pool=pools.requests),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests),
+        age=age,
         hold=hold,
     )
 
@@ -253,13 +287,21 @@ def fake_world_on(state: StoreState) -> World:
         with state.hold(command):
             yield
 
+    async def age(seconds: float) -> None:
+        state.age(seconds)
+
     commands = FakeCommands(state, lease_s=LEASE_S)
+    upkeep = FakeUpkeep(state)
     return World(
         commands=commands,
         lanes=FakeLanes(state, lease_s=LEASE_S),
         leases=commands,
         output=FakeOutput(state),
         projects=FakeProjects(state),
+        depths=FakeDepths(state),
+        upkeep=upkeep,
+        other_upkeep=lambda: upkeep,
+        age=age,
         hold=hold,
     )
 

@@ -14,6 +14,7 @@ from rdev.domain.requests import Common
 from rdev.services.commands import Caller, Commands
 from rdev.services.stream import Fanout
 from tests.ports.conftest import PROJECT, Pools, World
+from tests.services.scripted import gate_of
 
 ROUNDS = 400
 CALLER = Caller(key_id="key_admin", request_id="req-1")
@@ -52,6 +53,7 @@ async def test_a_submission_is_stored_and_announced_or_neither(real: World, pool
     commands = Commands(
         store=real.commands,
         log=real.output,
+        gate=gate_of(real.depths),
         fanout=Fanout(log=real.output, tell_replicas=told.append),
         wake_workers=lambda _: told.append(drawn[-1]),
         reach_holder=lambda _: None,
@@ -78,6 +80,7 @@ async def test_a_cancel_is_stored_and_announced_or_neither(real: World, pools: P
     commands = Commands(
         store=real.commands,
         log=real.output,
+        gate=gate_of(real.depths),
         fanout=Fanout(log=real.output, tell_replicas=told.append),
         wake_workers=lambda _: None,
         reach_holder=lambda _: None,

@@ -312,5 +312,44 @@ async def test_a_place_that_is_not_there_is_not_found(executor: Executor) -> Non
 async def test_remove_can_be_repeated(executor: Executor) -> None:
     command = new_command()
     await observe(executor, command, spec("say", "done", ""))
-    await executor.remove(PROJECT, command)
-    await executor.remove(PROJECT, command)
+    await executor.remove(PROJECT, [command, new_command()])
+    await executor.remove(PROJECT, [command])
+    await executor.remove(PROJECT, [])
+
+
+async def test_what_was_tidied_leaves_nothing_and_never_starts_again(executor: Executor) -> None:
+    commands = [new_command() for _ in range(3)]
+    for command in commands:
+        await observe(executor, command, spec("say", "once", ""))
+    assert await executor.tidy(PROJECT, [*commands, new_command()]) == []
+    assert await executor.tidy(PROJECT, commands) == []
+    for command in commands:
+        seen = await observe(executor, command, spec("say", "again", ""))
+        assert (seen.out, seen.end) == (b"", Lost(reason=LostReason.NOT_STARTED))
+
+
+async def test_tidying_leaves_alone_and_tells_what_still_runs(executor: Executor) -> None:
+    ended, running = new_command(), new_command()
+    instance = await executor.instance(PROJECT)
+    await observe(executor, ended, spec("say", "done", ""))
+    async with executor.attach(
+        PROJECT, running, spec=spec("hang"), instance=instance, offsets=Offsets()
+    ) as attachment:
+        await read_until(attachment, b"ready")
+        assert await executor.tidy(PROJECT, [ended, running]) == [running]
+        await executor.kill(PROJECT, running, grace_s=3)
+        rest = await read_to_end(attachment, Offsets(stdout=5))
+    assert rest.exit.why is Why.CANCELLED
+    assert (await observe(executor, running, None)).out == b"ready"
+    assert (await observe(executor, ended, None)).end == Lost(reason=LostReason.NOT_STARTED)
+
+
+@pytest.mark.slow
+async def test_many_are_tidied_and_removed_at_once(executor: Executor) -> None:
+    command = new_command()
+    await observe(executor, command, spec("say", "done", ""))
+    many = [*(new_command() for _ in range(999)), command]
+    assert await executor.tidy(PROJECT, many) == []
+    assert (await observe(executor, command, None)).end == Lost(reason=LostReason.NOT_STARTED)
+    await executor.remove(PROJECT, many)
+    assert (await observe(executor, command, spec("say", "new", ""))).out == b"new"

@@ -9,7 +9,7 @@ the middle: the storm at the end looks for those.
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 
 import pytest
@@ -46,14 +46,12 @@ class OneConnection:
 def inside(connection: TrioConnection, world: World) -> World:
     """The same ports in the connection's transaction."""
     pool = OneConnection(connection)
-    return World(
+    return replace(
+        world,
         commands=PostgresCommands(pool=pool),
         lanes=PostgresLanes(pool=pool, lease_s=LEASE_S),
         leases=PostgresLeases(pool=pool, heartbeats=pool, lease_s=LEASE_S),
         output=PostgresOutput(pool=pool, appends=pool),
-        projects=world.projects,
-        hold=world.hold,
-        serial=world.serial,
     )
 
 

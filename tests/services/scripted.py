@@ -8,13 +8,16 @@ import trio
 
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Claimed, Kind, NewCommand, Priority, Retry, Status
+from rdev.domain.depths import DepthLimits
 from rdev.domain.execution import Spec
 from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk
+from rdev.ports.depths import QueueDepths
 from rdev.ports.telemetry import Silence
 from rdev.services.appender import Appender
 from rdev.services.attempts import Attempt
+from rdev.services.depths import QueueGate
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from tests.fakes.executor import FakeExecutor, FakeRun, Program
@@ -28,6 +31,12 @@ LEASE_S = 30.0
 def backoff() -> Backoff:
     """Pauses without chance."""
     return Backoff(random=lambda: 0.5)
+
+
+def gate_of(queue: QueueDepths) -> QueueGate:
+    """A gate that lets everything in."""
+    limits = DepthLimits(project_max=10**6, server_max=10**6)
+    return QueueGate(queue=queue, limits=limits, telemetry=Silence())
 
 
 async def quick(run: FakeRun) -> int:

@@ -21,8 +21,9 @@ from rdev.ports.commands import Accepted, CancelResult
 from rdev.services.commands import Caller, Commands
 from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
+from tests.fakes.depths import FakeDepths
 from tests.fakes.store import FakeCommands, FakeProjects, StoreState
-from tests.services.scripted import PROJECT, Place, Server, make_project
+from tests.services.scripted import PROJECT, Place, Server, gate_of, make_project
 
 UNKNOWN = CommandId("cmd_" + "f" * 32)
 CALLER = Caller(key_id="key_admin", request_id="req-1")
@@ -48,6 +49,7 @@ class Office:
         self.commands = Commands(
             store=store or server.store,
             log=server.log,
+            gate=gate_of(FakeDepths(server.state)),
             fanout=server.fanout,
             wake_workers=self.woken.append,
             reach_holder=self.cancelled.append,

@@ -281,9 +281,50 @@ instance() {
   answer "$INSTANCE"
 }
 
-# remove FOLDER
+# tidy COMMANDS: reads names of folders, up to an empty line. Of each only go/ stays: its command can
+# never start any more. Answers with those that still run, which are left as they are.
+tidy() {
+  exec 2>/dev/null
+  read_instance
+  RUNNING=
+  while read -r NAME && [ -n "$NAME" ]; do
+    cd "$1/$NAME" || continue
+    if [ ! -d go ]; then
+      mkdir go || continue
+    elif read_pid && [ "$WHERE" = "$INSTANCE" ] &&
+      { alive "$S" "$S_START" || alive "$C" "$C_START"; }; then
+      RUNNING="$RUNNING $NAME"
+      continue
+    fi
+    for FILE in * .[!.]*; do
+      [ "$FILE" = go ] || set -- "$@" "$1/$NAME/$FILE"
+    done
+    if [ $# -gt 500 ]; then
+      discard "$@"
+      set -- "$1"
+    fi
+  done
+  discard "$@"
+  answer "tidied$RUNNING"
+}
+
+# remove COMMANDS: reads names of folders, up to an empty line; all of them go.
 remove() {
-  rm -rf "$1" 2>/dev/null && answer removed
+  exec 2>/dev/null
+  while read -r NAME && [ -n "$NAME" ]; do
+    set -- "$@" "$1/$NAME"
+    if [ $# -gt 500 ]; then
+      discard "$@" || exit 1
+      set -- "$1"
+    fi
+  done
+  discard "$@" && answer removed
+}
+
+# discard KEPT FILE…
+discard() {
+  shift
+  [ $# -eq 0 ] || rm -rf "$@"
 }
 
 answer() {

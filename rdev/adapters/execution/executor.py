@@ -4,7 +4,7 @@ Owns the verbs of the script and the translation of their answers; bounded by on
 attachment and one short exec per verb.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,6 +20,7 @@ from rdev.domain.execution import KillReport, Offsets, Spec
 from rdev.domain.ids import CommandId, ProjectId
 
 _VERB_S: Final = 30.0  # a verb that only touches a few files
+_BATCH_S: Final = 120.0  # a verb that deletes up to 1,000 folders
 _KILL_MARGIN_S: Final = 5.0  # the port: at most the grace and this
 _ANSWER_BYTES: Final = 65_536
 
@@ -137,19 +138,39 @@ class ScriptExecutor:
             raise _unavailable("no report of the kill")
         return report
 
-    async def remove(self, project: ProjectId, command: CommandId) -> None:
-        """See `Executor.remove`. Errors: SERVICE_UNAVAILABLE."""
-        await self._ask(project, "remove", script.folder(self._place(project).commands, command))
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+        """See `Executor.tidy`."""
+        answer = await self._ask_for_each(project, "tidy", commands)
+        return [CommandId(name) for name in answer.split()[1:]]
+
+    async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
+        """See `Executor.remove`."""
+        await self._ask_for_each(project, "remove", commands)
+
+    async def _ask_for_each(
+        self, project: ProjectId, verb: str, commands: Sequence[CommandId]
+    ) -> str:
+        """Run a verb that reads names of folders, up to an empty line."""
+        names = "".join(f"{command}\n" for command in commands) + "\n"
+        place = self._place(project)
+        return await self._ask(
+            project, verb, place.commands, stdin=names.encode(), within_s=_BATCH_S
+        )
 
     async def _ask(
-        self, project: ProjectId, verb: str, *words: str | int, within_s: float = _VERB_S
+        self,
+        project: ProjectId,
+        verb: str,
+        *words: str | int,
+        stdin: bytes = b"",
+        within_s: float = _VERB_S,
     ) -> str:
         """Run a verb; its answer without the mark. Errors: SERVICE_UNAVAILABLE."""
         argv = script.argv(self._settings.shell, self._settings.path, verb, *words)
         try:
             with trio.fail_after(within_s):
                 async with self._transport.run(project, argv) as streams:
-                    await streams.stdin.send_all(script.payload())
+                    await streams.stdin.send_all(script.payload(stdin=stdin))
                     return await _read_answer(streams)
         except (TransportError, ProtocolError, trio.BrokenResourceError) as error:
             raise _unavailable(f"project cannot be reached: {error}") from error

@@ -6,6 +6,7 @@ from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
 from rdev.adapters.http.exchange import exchange, hold, principal
+from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
 from rdev.adapters.http.query import choice_of, cursor_of, limit_of, number_of, text_of, whole_of
 from rdev.domain.claude import claude_argv
@@ -30,17 +31,24 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
 
     @routes.post("/projects/<project>/shell")
     async def submit_shell(project: str) -> Response:
-        request = parse_shell(await read_json())
+        body = await read_json()
+        request = parse_shell(body)
         wait_s = _wait()
         argv = ("sh", "-c", request.command)
         made = await commands.submit(
-            _caller(), _project(project), Kind.SHELL, argv=argv, common=request.common
+            _caller(),
+            _project(project),
+            Kind.SHELL,
+            argv=argv,
+            common=request.common,
+            idempotency=idempotency_of(body),
         )
         return await _submitted(commands, made, wait_s)
 
     @routes.post("/projects/<project>/git")
     async def submit_git(project: str) -> Response:
-        request = parse_git(await read_json())
+        body = await read_json()
+        request = parse_git(body)
         wait_s = _wait()
         made = await commands.submit(
             _caller(),
@@ -49,12 +57,14 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
             argv=git_argv(request.args),
             common=request.common,
             env=dict(GIT_ENVIRONMENT),
+            idempotency=idempotency_of(body),
         )
         return await _submitted(commands, made, wait_s)
 
     @routes.post("/projects/<project>/claude")
     async def submit_claude(project: str) -> Response:
-        submission = parse_claude(await read_json())
+        body = await read_json()
+        submission = parse_claude(body)
         wait_s = _wait()
         made = await commands.submit(
             _caller(),
@@ -62,6 +72,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
             Kind.CLAUDE,
             argv=claude_argv(claude_command, submission.request),
             common=submission.common,
+            idempotency=idempotency_of(body),
         )
         return await _submitted(commands, made, wait_s)
 
@@ -104,6 +115,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
         found = await commands.get(_command(command))
         which = text_of("stream") or "stdout"
         tail_bytes = whole_of("tail_bytes", least=1, most=OUTPUT_MAX_BYTES)
+        await commands.check_stored(found)
         if which == "all":
             body = output_lines(commands, found)
             return stream(body, content_type="application/x-ndjson")
@@ -150,7 +162,8 @@ async def _submitted(commands: Commands, made: Accepted, wait_s: float | None) -
             "stdout_tail": await tail_text(commands, ended, Source.STDOUT),
             "stderr_tail": await tail_text(commands, ended, Source.STDERR),
         }
-    return created(shown, location=f"/commands/{command.id}")
+    headers = replay_headers(is_replay=made.is_replay)
+    return created(shown, location=f"/commands/{command.id}", headers=headers)
 
 
 def _shown(command: Command) -> dict[str, object]:

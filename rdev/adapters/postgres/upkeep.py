@@ -1,16 +1,251 @@
-"""The housekeeper's duties in PostgreSQL."""
+"""The housekeeper's duties in PostgreSQL.
 
+A turn is a session's advisory lock, asked for and never waited for, on a connection of the
+housekeeper's own that does the duties too: whoever loses the connection loses the turn.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import date
+
+import psycopg
+import trio
+from psycopg import errors, sql
+from psycopg.rows import DictRow, TupleRow, dict_row
+
+from rdev.adapters.postgres.connection import TrioConnection
 from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.domain.idempotency import IDEMPOTENCY_S
+from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.retention import Ended, OutputDay
+
+_TAKE_TURN = "select pg_try_advisory_lock(hashtextextended(%s, 0))"
+_END_TURN = "select pg_advisory_unlock(hashtextextended(%s, 0))"
+# How long ending a turn may take; a connection that cannot is closed, which ends it too.
+END_S = 1.0
+
+# Keys are kept a little longer than they stand for something: whoever found one may read it.
+_KEY_MARGIN_S = 3_600
+# How long dropping a day waits for whoever reads it; the appends of today wait behind it.
+_DROP_WAIT = "100ms"
+
+_ENSURE_PARTITIONS = "select ensure_output_partitions(%s)"
+
+# What waits or runs is found over `commands_queued` and `commands_running`.
+_OUTPUT_DAYS = """
+with stored as (
+    select to_date(right(c.relname, 8), 'YYYYMMDD') as day, pg_total_relation_size(c.oid) as bytes
+    from pg_inherits i
+    join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'output'::regclass
+), live as (
+    select day from commands where status = 'queued'
+    union
+    select day from commands where status = 'running'
+)
+select day, (now() at time zone 'utc')::date - day as age_days, bytes as size_bytes,
+       day not in (select l.day from live l) as is_settled
+from stored
+order by day
+"""
+
+_FORGET_KEYS = """
+delete from idempotency_keys
+where (key_id, key) in (
+    select key_id, key
+    from idempotency_keys
+    where made_at < now() - make_interval(secs => %(older_s)s)
+    order by made_at
+    limit %(limit)s
+)
+"""
+
+# `commands_finished` serves these. Reaches are few: they are found by jumping from one to the next.
+_FORGET_COMMANDS = """
+with recursive reaches as (
+    (select reach from commands where finished_at is not null order by reach limit 1)
+    union all
+    select (select c.reach from commands c
+            where c.finished_at is not null and c.reach > r.reach order by c.reach limit 1)
+    from reaches r
+    where r.reach is not null
+), old as (
+    select o.id
+    from reaches r
+    cross join lateral (
+        select c.id from commands c
+        where c.reach = r.reach and c.finished_at < now() - make_interval(secs => %(older_s)s)
+        order by c.reach, c.finished_at
+        limit %(limit)s
+    ) o
+    limit %(limit)s
+)
+delete from commands where id in (select id from old)
+"""
+
+_UNTIDIED = """
+select c.id, c.project, c.finished_at
+from commands c
+where c.reach = %(reach)s
+  and c.finished_at < now() - make_interval(secs => %(older_s)s)
+  and c.finished_at >= coalesce((select until from tidied where reach = %(reach)s), '-infinity')
+  and (c.finished_at, c.id) > coalesce(
+      (select (until, command) from tidied where reach = %(reach)s),
+      ('-infinity'::timestamptz, '00000000-0000-0000-0000-000000000000'::uuid))
+  and c.started_at is not null
+order by c.reach, c.finished_at, c.id
+limit %(limit)s
+"""
+
+_MARK_TIDIED = """
+insert into tidied (reach, until, command)
+values (%(reach)s, %(until)s, %(command)s)
+on conflict (reach) do update set until = excluded.until, command = excluded.command
+"""
+
+_PRUNABLE = """
+select id, project, finished_at
+from commands
+where reach = %(reach)s and finished_at < now() - make_interval(secs => %(older_s)s)
+order by reach, finished_at
+limit %(limit)s
+"""
+
+_FORGET = "delete from commands where id = any(%s) and finished_at is not null"
 
 
 class PostgresUpkeep:
     """The `Upkeep` port."""
 
     def __init__(self, *, pool: Pool) -> None:
+        """`pool` is the housekeeper's own (size 1)."""
         self._pool = pool
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """See `Upkeep.ensure_output_partitions`; the function serialises by an advisory lock."""
+    @asynccontextmanager
+    async def store_turn(self) -> AsyncIterator["PostgresStoreDuties | None"]:
+        """See `Upkeep.store_turn`."""
+        async with self._turn("rdev.store") as connection:
+            yield None if connection is None else PostgresStoreDuties(connection)
+
+    @asynccontextmanager
+    async def place_turn(self, reach: str) -> AsyncIterator["PostgresPlaceDuties | None"]:
+        """See `Upkeep.place_turn`."""
+        async with self._turn(f"rdev.place {reach}") as connection:
+            yield None if connection is None else PostgresPlaceDuties(connection, reach)
+
+    @asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[TrioConnection[TupleRow] | None]:
         with translate_errors():
             async with self._pool.connection() as connection:
-                await connection.execute("select ensure_output_partitions(%s)", (days_ahead,))
+                row = await (await connection.execute(_TAKE_TURN, (name,))).fetchone()
+                if row is None or not row[0]:
+                    yield None
+                    return
+                try:
+                    yield connection
+                finally:
+                    await _end_turn(connection, name)  # noqa: ASYNC102  # shields itself
+
+
+async def _end_turn(connection: TrioConnection[TupleRow], name: str) -> None:
+    """Let the next one have it; a connection that cannot say so is closed."""
+    # shielded: a connection that goes back to its pool with the lock would keep all others out
+    with trio.move_on_after(END_S, shield=True):
+        try:
+            await connection.execute(_END_TURN, (name,))
+            return
+        except psycopg.Error:
+            pass  # it was lost, or is not in order: closed, it has no lock either
+    connection.abort()
+
+
+class PostgresStoreDuties:
+    """The `StoreDuties` port, on the connection that has the turn."""
+
+    def __init__(self, connection: TrioConnection[TupleRow]) -> None:
+        self._connection = connection
+
+    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
+        """See `StoreDuties.ensure_output_partitions`."""
+        with translate_errors():
+            await self._connection.execute(_ENSURE_PARTITIONS, (days_ahead,))
+
+    async def output_days(self) -> list[OutputDay]:
+        """See `StoreDuties.output_days`."""
+        with translate_errors():
+            cursor = self._connection.cursor(row_factory=dict_row)
+            await cursor.execute(_OUTPUT_DAYS)
+            return [OutputDay(**row) for row in await cursor.fetchall()]
+
+    async def drop_output(self, day: date) -> bool:
+        """See `StoreDuties.drop_output`. The partition and its parent are locked, briefly."""
+        partition = sql.Identifier(f"output_{day:%Y%m%d}")
+        with translate_errors():
+            try:
+                async with self._connection.transaction():
+                    await self._connection.execute(f"set local lock_timeout = '{_DROP_WAIT}'")
+                    await self._connection.execute(
+                        sql.SQL("drop table if exists {}").format(partition)
+                    )
+            except errors.LockNotAvailable:
+                return False
+        return True
+
+    async def forget_keys(self, *, limit: int) -> int:
+        """See `StoreDuties.forget_keys`."""
+        values = {"older_s": IDEMPOTENCY_S + _KEY_MARGIN_S, "limit": limit}
+        return await self._delete(_FORGET_KEYS, values)
+
+    async def forget_commands(self, *, older_s: float, limit: int) -> int:
+        """See `StoreDuties.forget_commands`."""
+        return await self._delete(_FORGET_COMMANDS, {"older_s": older_s, "limit": limit})
+
+    async def _delete(self, statement: str, values: Mapping[str, float]) -> int:
+        with translate_errors():
+            return (await self._connection.execute(statement, values)).rowcount
+
+
+class PostgresPlaceDuties:
+    """The `PlaceDuties` port, on the connection that has the turn."""
+
+    def __init__(self, connection: TrioConnection[TupleRow], reach: str) -> None:
+        self._connection = connection
+        self._reach = reach
+
+    async def untidied(self, *, older_s: float, limit: int) -> list[Ended]:
+        """See `PlaceDuties.untidied`."""
+        return await self._ended(_UNTIDIED, older_s, limit)
+
+    async def mark_tidied(self, last: Ended) -> None:
+        """See `PlaceDuties.mark_tidied`."""
+        values = {
+            "reach": self._reach,
+            "until": last.ended_at,
+            "command": command_uuid(last.command),
+        }
+        with translate_errors():
+            await self._connection.execute(_MARK_TIDIED, values)
+
+    async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
+        """See `PlaceDuties.prunable`."""
+        return await self._ended(_PRUNABLE, older_s, limit)
+
+    async def forget(self, commands: Sequence[CommandId]) -> None:
+        """See `PlaceDuties.forget`."""
+        with translate_errors():
+            await self._connection.execute(_FORGET, ([command_uuid(each) for each in commands],))
+
+    async def _ended(self, statement: str, older_s: float, limit: int) -> list[Ended]:
+        values = {"reach": self._reach, "older_s": older_s, "limit": limit}
+        with translate_errors():
+            cursor = self._connection.cursor(row_factory=dict_row)
+            await cursor.execute(statement, values)
+            return [_to_ended(row) for row in await cursor.fetchall()]
+
+
+def _to_ended(row: DictRow) -> Ended:
+    return Ended(
+        command=command_id(row["id"]),
+        project=ProjectId(row["project"]),
+        ended_at=row["finished_at"],
+    )

@@ -52,6 +52,12 @@ class PrometheusTelemetry:
         self._commands = _CommandMetrics(registry)
         self._streams = _StreamMetrics(registry)
         self._refusals = _RefusalMetrics(registry)
+        self._housekeeping = Counter(
+            "rdev_housekeeping_total",
+            "Things that the housekeeper put away",
+            ("duty",),
+            registry=registry,
+        )
         self._counted = _Projects(_COUNTED_PROJECTS)
         self._timed = _Projects(_TIMED_PROJECTS)
         build = Gauge("rdev_build_info", "Version", ("version", "python"), registry=registry)
@@ -129,6 +135,10 @@ class PrometheusTelemetry:
             self._refusals.limits.labels(limit).inc()
             if limit == _RATE_LIMIT:
                 self._refusals.rate_rejected.inc()
+
+    def kept_house(self, duty: str, count: int) -> None:
+        """See the port."""
+        self._housekeeping.labels(duty).inc(count)
 
 
 class _Statistics:

@@ -1,0 +1,208 @@
+"""Every sentence of `ports/upkeep.py`, on the fake and on PostgreSQL."""
+
+from dataclasses import replace
+from datetime import date
+
+import pytest
+import trio
+
+from rdev.domain.commands import Kind, Outcome, Status
+from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
+from rdev.domain.ids import CommandId
+from rdev.ports.upkeep import Upkeep
+from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
+
+DAY_S = 86_400
+
+
+async def ended(world: World) -> CommandId:
+    """A command that was started and has ended."""
+    claimed = await world.running(kind=Kind.SHELL)
+    outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
+    await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    return claimed.lease.command
+
+
+async def untidied(world: World, *, older_s: float = 0, limit: int = 10) -> list[CommandId]:
+    async with world.upkeep.place_turn(REACH) as places:
+        assert places is not None
+        found = await places.untidied(older_s=older_s, limit=limit)
+        if found:
+            await places.mark_tidied(found[-1])
+        return [one.command for one in found]
+
+
+async def prunable(world: World, *, older_s: float = 0, reach: str = REACH) -> list[CommandId]:
+    async with world.upkeep.place_turn(reach) as places:
+        assert places is not None
+        return [one.command for one in await places.prunable(older_s=older_s, limit=10)]
+
+
+async def test_a_turn_is_one_servers_at_a_time(world: World) -> None:
+    """The second server's upkeep is another one, on the same store."""
+    other = world.other_upkeep()
+    async with world.upkeep.store_turn() as first, other.store_turn() as second:
+        assert first is not None
+        assert second is None
+    async with other.store_turn() as again:
+        assert again is not None
+
+
+async def test_turns_of_different_names_are_independent(world: World) -> None:
+    async with world.upkeep.place_turn("here") as here:
+        assert here is not None
+        other: Upkeep = world.other_upkeep()
+        async with other.place_turn("there") as there:
+            assert there is not None
+        async with other.place_turn("here") as second:
+            assert second is None
+
+
+async def test_a_turn_that_was_cancelled_is_over(world: World) -> None:
+    with trio.CancelScope() as scope:
+        async with world.upkeep.store_turn() as turn:
+            assert turn is not None
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+    async with world.other_upkeep().store_turn() as turn:
+        assert turn is not None
+
+
+async def test_a_turn_that_failed_is_over(world: World) -> None:
+    with pytest.raises(ValueError, match="mine"):
+        async with world.upkeep.store_turn():
+            raise ValueError("mine")
+    async with world.other_upkeep().store_turn() as turn:
+        assert turn is not None
+
+
+async def test_partitions_are_made_for_today_and_the_days_that_follow(world: World) -> None:
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        await store.ensure_output_partitions(days_ahead=4)
+        await store.ensure_output_partitions(days_ahead=4)
+        ages = [one.age_days for one in await store.output_days()]
+    assert ages == [0, -1, -2, -3, -4]
+
+
+async def test_a_day_is_settled_when_all_its_commands_have_ended(world: World) -> None:
+    await world.project()
+
+    async def today() -> tuple[bool, bool]:
+        async with world.upkeep.store_turn() as store:
+            assert store is not None
+            await store.ensure_output_partitions(days_ahead=0)
+            found = next(one for one in await store.output_days() if one.age_days == 0)
+            return found.is_settled, found.size_bytes > 0
+
+    assert (await today())[0] is True
+    queued = await world.queued()
+    assert await today() == (False, True)
+    [claimed] = await world.claim()
+    assert (await today())[0] is False
+    outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
+    await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    assert claimed.lease.command == queued
+    assert (await today())[0] is True
+
+
+async def test_a_dropped_day_takes_its_events_and_leaves_its_commands(world: World) -> None:
+    command = await ended(world)
+    found = await world.commands.get(command)
+    assert found is not None
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        today = found.created_at.date()
+        assert await store.drop_output(today)
+        assert await store.drop_output(today)
+    assert await world.output.oldest_seq(command) is None
+    assert await world.log(command) == []
+    assert await world.commands.get(command) == found
+
+
+async def test_keys_go_when_they_stand_for_nothing_any_more(world: World) -> None:
+    await world.project()
+    key = Idempotency(key_id="key_admin", key="0", digest=b"")
+    for number in range(3):
+        mine = replace(key, key=str(number))
+        await world.commands.insert(replace(world.new(), idempotency=mine))
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        await world.age(IDEMPOTENCY_S - 60)
+        assert await store.forget_keys(limit=10) == 0
+        await world.age(2 * 3_600)
+        assert await store.forget_keys(limit=2) == 2
+        assert await store.forget_keys(limit=2) == 1
+        assert await store.forget_keys(limit=2) == 0
+
+
+async def test_old_commands_go_whatever_their_reach_and_living_ones_stay(world: World) -> None:
+    old = [await ended(world)]
+    await world.project("there", reach="local:b")
+    old.append(await world.queued("there"))
+    await world.commands.request_cancel(old[1])
+    living = await world.queued()
+    await world.age(10 * DAY_S)
+    young = await ended(world)
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        assert await store.forget_commands(older_s=9 * DAY_S, limit=1) == 1
+        assert await store.forget_commands(older_s=9 * DAY_S, limit=10) == 1
+        assert await store.forget_commands(older_s=9 * DAY_S, limit=10) == 0
+    assert [await world.commands.get(command) for command in old] == [None, None]
+    assert await world.commands.get(living) is not None
+    assert await world.commands.get(young) is not None
+
+
+async def test_what_ended_is_tidied_once_in_the_order_of_its_end(world: World) -> None:
+    first, second, third = [await ended(world) for _ in range(3)]
+    assert await untidied(world, older_s=60) == []
+    await world.age(1)
+    assert await untidied(world, limit=2) == [first, second]
+    assert await untidied(world, limit=2) == [third]
+    assert await untidied(world) == []
+
+
+async def test_what_never_started_has_nothing_to_tidy(world: World) -> None:
+    await world.project()
+    await world.commands.request_cancel(await world.queued())
+    await world.queued()
+    await world.age(1)
+    assert await untidied(world) == []
+
+
+async def test_what_is_old_is_prunable_in_its_reach_and_forgotten_on_demand(world: World) -> None:
+    command = await ended(world)
+    running = (await world.running()).lease.command
+    await world.age(100)
+    young = await ended(world)
+    assert await prunable(world, older_s=200) == []
+    assert await prunable(world, older_s=50) == [command]
+    assert await prunable(world, older_s=50, reach="elsewhere") == []
+    async with world.upkeep.place_turn(REACH) as places:
+        assert places is not None
+        await places.forget([command, running])
+        await places.forget([])
+    assert await world.commands.get(command) is None
+    left = await world.commands.list_for_project(
+        PROJECT, status=None, kind=None, before=None, limit=10
+    )
+    assert {found.id for found in left} == {running, young}
+
+
+# Only PostgreSQL can show this.
+
+
+async def test_a_day_in_use_is_not_waited_for(real: World, pools: Pools) -> None:
+    command = await ended(real)
+    found = await real.commands.get(command)
+    assert found is not None
+    day: date = found.created_at.date()
+    async with real.upkeep.store_turn() as store:
+        assert store is not None
+        async with pools.requests.connection() as reader, reader.transaction():
+            await reader.execute("select count(*) from output")
+            assert not await store.drop_output(day)
+        assert await real.output.oldest_seq(command) == 1
+        assert await store.drop_output(day)
+    assert await real.output.oldest_seq(command) is None
