@@ -16,6 +16,7 @@ import uuid_utils.compat
 
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
+from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.listen import Listener
@@ -25,12 +26,14 @@ from rdev.adapters.postgres.pool import open_dedicated, open_pool
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Kind, Priority, Retry
+from rdev.domain.depths import DepthLimits
 from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.requests import Common
 from rdev.ports.commands import Claims
 from rdev.services.appender import Appender
 from rdev.services.commands import Caller, Commands
+from rdev.services.depths import QueueGate
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 
@@ -42,6 +45,7 @@ KIND = Kind.GIT
 POOL_MAX = 12
 RUNNING_MAX = 64
 LEASE_S = 30.0
+DEPTH_MAX = 10_000_000
 CALLER = Caller(key_id="bench", request_id="bench")
 COMMON = Common(
     env={}, cwd="", stdin=b"", timeout_s=60, priority=Priority.NORMAL, expires_in_s=None,
@@ -179,9 +183,13 @@ async def open_rig(
             lease_s=LEASE_S,
             running_max=running_max,
         )
+        telemetry = PrometheusTelemetry()
+        limits = DepthLimits(project_max=DEPTH_MAX, server_max=DEPTH_MAX)
+        gate = QueueGate(queue=PostgresDepths(pool=requests), limits=limits, telemetry=telemetry)
         commands = Commands(
             store=PostgresCommands(pool=requests),
             log=log,
+            gate=gate,
             fanout=fanout,
             wake_workers=queue.wake,
             reach_holder=queue.cancel,

@@ -56,7 +56,7 @@ async def test_no_statement_of_one_command_scans_the_table(real: World, pools: P
         ),
         "oldest": await _plan(pools, output_sql._OLDEST, {"id": id_}),
         "get": await _plan(pools, commands_sql._GET.replace("%s", "%(id)s"), {"id": id_}),
-        "position": await _plan(pools, commands_sql._POSITION.replace("%s", "%(id)s"), {"id": id_}),
+        "position": await _plan(pools, commands_sql._POSITION, {"id": id_, "position_max": 1_000}),
         "list": await _plan(
             pools,
             commands_sql._LIST,

@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import trio
 
-from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.postgres.upkeep import PostgresStoreDuties
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition, ProjectStatus
@@ -91,18 +91,21 @@ def _names(days: int) -> set[str]:
     return {f"output_{today + timedelta(days=n):%Y%m%d}" for n in range(days + 1)}
 
 
+async def _make_partitions(pools: Pools, days_ahead: int) -> None:
+    async with pools.requests.connection() as connection:
+        await PostgresStoreDuties(connection).ensure_output_partitions(days_ahead=days_ahead)
+
+
 async def test_partitions_are_made_for_today_and_the_days_ahead(pools: Pools) -> None:
-    upkeep = PostgresUpkeep(pool=pools.requests)
-    await upkeep.ensure_output_partitions(days_ahead=5)
+    await _make_partitions(pools, 5)
     made = await _partitions(pools)
     assert set(made) >= _names(5)
-    await upkeep.ensure_output_partitions(days_ahead=5)
+    await _make_partitions(pools, 5)
     assert await _partitions(pools) == made
 
 
 async def test_partitions_may_be_made_by_many_servers_at_once(pools: Pools) -> None:
-    upkeep = PostgresUpkeep(pool=pools.requests)
     async with trio.open_nursery() as nursery:
         for _ in range(8):
-            nursery.start_soon(lambda: upkeep.ensure_output_partitions(days_ahead=7))
+            nursery.start_soon(_make_partitions, pools, 7)
     assert set(await _partitions(pools)) >= _names(7)
