@@ -7,7 +7,7 @@ HTTP and processes. What is measured on the way is the time of each claim statem
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -103,7 +103,11 @@ class NoopExecutor:
         """Nothing runs."""
         return KillReport(confirmed=True)
 
-    async def remove(self, project: ProjectId, command: CommandId) -> None:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+        """Nothing is there."""
+        return []
+
+    async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
         """Nothing is there."""
 
 
