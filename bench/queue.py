@@ -6,6 +6,7 @@ runs one process. `--long` holds the snapshot as long as the target says.
 """
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -57,7 +58,9 @@ PEER_SETTINGS = {
     "graphile": {"completeJobBatchDelay": 0},
 }
 
-PEERS_FOLDER = Path(__file__).parent / "results" / "peers"
+# Kept between runs; not below the project, whose checks read every file there.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+PEERS_FOLDER = CACHE / "rdev-bench"
 
 Once = Callable[[], Awaitable[Mapping[str, float]]]
 

@@ -40,6 +40,8 @@ class Databases:
     async def filled(self, template: str, fill: Fill) -> AsyncIterator[str]:
         """The conninfo of a database that `fill` filled once, before any copy was made."""
         if template not in self._templates:
+            # It is there when filling it failed before.
+            await self._execute("drop database if exists {}", template)
             await self._execute("create database {}", template)
             await fill(make_conninfo(self._dsn, dbname=template))
             self._templates.add(template)

@@ -15,7 +15,7 @@ _INSERT = """
 insert into procrastinate_jobs (queue_name, task_name, lock, args)
 select 'default', case when %(backlog)s and n <= %(projects)s then 'hold' else 'noop' end,
        name, json_build_object('project', name)
-from generate_series(1, %(count)s) n, concat(%(prefix)s, n %% %(projects)s) name
+from generate_series(1, %(count)s) n, concat(%(prefix)s::text, n %% %(projects)s) name
 order by n
 """
 
