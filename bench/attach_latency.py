@@ -31,7 +31,7 @@ os._exit(0)
 """
 
 
-async def measure(
+def measure(
     projects_dir: Path,
     *,
     path: str = "/usr/local/bin:/usr/bin:/bin",
@@ -40,7 +40,13 @@ async def measure(
     idle_s: float = 10.0,
     bulk_bytes: int = 200_000_000,
 ) -> dict[str, float]:
-    """Measure with the `sh` and the tools found on `path`; milliseconds unless named otherwise."""
+    """Measure with the `sh` and the tools found on `path`, in a loop of its own."""
+    return trio.run(_measure, projects_dir.resolve(), path, launches, lines, idle_s, bulk_bytes)
+
+
+async def _measure(
+    projects_dir: Path, path: str, launches: int, lines: int, idle_s: float, bulk_bytes: int
+) -> dict[str, float]:
     executor = LocalExecutor(projects_dir=projects_dir, base_env={"PATH": path}, machine_id="bench")
     await executor.prepare(PROJECT)
     result = {"exec_ms": _exec_ms(path)}

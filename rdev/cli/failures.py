@@ -20,18 +20,20 @@ def run_trio(main: Callable[[], Coroutine[object, object, int]]) -> None:
     A reader that left (`rdev run … | head`) ends the program as SIGPIPE would, and Ctrl-C as SIGINT
     would where nobody heeds it. Other errors are defects and keep their traceback.
     """
+    # Raised after the handlers: older 3.11 puts what an `except*` raises in a group, which
+    # ends the program with a traceback (Debian 12 has 3.11.2).
     try:
         status = trio.run(main)
     except* RdevError as group:
         for error in _leaves(group):
             click.echo(f"rdev: {error}", err=True)
-        raise SystemExit(1) from None
+        status = 1
     except* BrokenPipeError:
         # What is still buffered cannot be written either; without this Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(PIPE_STATUS) from None
+        status = PIPE_STATUS
     except* KeyboardInterrupt:
-        raise SystemExit(INTERRUPT_STATUS) from None
+        status = INTERRUPT_STATUS
     raise SystemExit(status)
 
 

@@ -67,7 +67,16 @@ async def test_the_list_comes_in_pages_without_a_hole_or_a_double(api: Api) -> N
 
 
 @pytest.mark.parametrize(
-    "query", ["limit=0", "limit=201", "limit=x", "cursor=%00", "cursor=NO", "cursor=" + "a" * 99]
+    "query",
+    [
+        "limit=0",
+        "limit=201",
+        "limit=x",
+        "cursor=%00",
+        "cursor=NO",
+        "cursor=" + "a" * 99,
+        "limit=" + "1" * 5_000,
+    ],
 )
 async def test_a_bad_limit_or_cursor_is_400(api: Api, query: str) -> None:
     assert (await api.get(f"/projects?{query}")).status_code == 400

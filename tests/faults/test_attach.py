@@ -1,12 +1,10 @@
-"""Each sentence of "Attach, exactly" and "Kill", with the fault that would break it."""
+"""Each sentence of "Attach, exactly", with the fault that would break it."""
 
 import os
 import random
 import signal
-import sys
-import textwrap
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,13 +17,19 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Lost, LostReason, Offsets, Piece, Spec, Why
 from rdev.domain.ids import CommandId
 from tests.adapters.execution.observing import (
+    NOWHERE,
     PROJECT,
+    QUICK,
     SYSTEM_PATH,
     Seen,
+    attach_processes,
+    folder,
     local,
     new_command,
     observe,
+    pid_line,
     processes_in,
+    python,
     read_to_end,
     read_until,
     sh,
@@ -33,9 +37,6 @@ from tests.adapters.execution.observing import (
     spec,
     until,
 )
-
-QUICK = Patience(heartbeat_s=0.2, silence_s=30, unreachable_s=60)
-NOWHERE = "00000000-0000-0000-0000-000000000000:1"
 
 
 @pytest.fixture
@@ -51,25 +52,6 @@ async def executor(projects: Path) -> AsyncIterator[LocalExecutor]:
     await until(lambda: not processes_in(projects), "all processes are gone")
 
 
-def folder(projects: Path, command: CommandId) -> Path:
-    return projects / ".commands" / command
-
-
-def pid_line(projects: Path, command: CommandId) -> list[str]:
-    """The pids of command and supervisor: [pid, start, supervisor, its start, instance]."""
-    return (folder(projects, command) / "pid").read_text().split()
-
-
-def attach_processes(projects: Path, command: CommandId) -> list[int]:
-    """The shells that observe a command: the one that leads its group, and its helpers."""
-    mine = f" attach sh {folder(projects, command)}"
-    return [pid for pid, line in processes_in(projects).items() if mine in line]
-
-
-def python(source: str, *argv: str, **rest: object) -> Spec:
-    return spec(sys.executable, "-c", textwrap.dedent(source), *argv, **rest)
-
-
 # --- the stream is a tail -----------------------------------------------------------------------
 
 
@@ -77,40 +59,56 @@ def python(source: str, *argv: str, **rest: object) -> Spec:
 async def test_a_hundred_cuts_lose_and_double_nothing(
     executor: LocalExecutor, projects: Path, tmp_path: Path
 ) -> None:
-    data = random.Random(7).randbytes(24_000_000)
+    chunk, size = 20_000, 200_000  # bytes of a write, and of what is written at a time
+    data = random.Random(7).randbytes(130 * size)
     (tmp_path / "data").write_bytes(data)
+    os.mkfifo(tmp_path / "gate")
     writer = python(
         """
-        import os, sys, time
-        data = open(sys.argv[1], "rb").read()
+        import os, sys
+        data, gate = open(sys.argv[1], "rb").read(), open(sys.argv[2], "rb", buffering=0)
         for at in range(0, len(data), 20_000):
+            if at % 200_000 == 0:
+                gate.read(1)
             os.write(1, data[at : at + 20_000])
             os.write(2, data[at : at + 100])
-            time.sleep(0.005)
         """,
         str(tmp_path / "data"),
+        str(tmp_path / "gate"),
     )
     command, instance, dice = new_command(), await executor.instance(PROJECT), random.Random(11)
-    got, errors, cuts, since = bytearray(), bytearray(), 0, 0
-    async with executor.attach(
-        PROJECT, command, spec=writer, instance=instance, offsets=Offsets()
-    ) as attachment:
-        with trio.fail_after(100):
-            while isinstance(piece := await attachment.receive(), Piece):
-                journal = got if piece.stream == "stdout" else errors
-                assert piece.offset == len(journal)
-                journal += piece.data
-                since += 1
-                if cuts < 100 and since > dice.randrange(2):
-                    for pid in attach_processes(projects, command):
-                        with suppress(ProcessLookupError):  # it ended just now
-                            if os.getpgid(pid) == pid:  # the shell alone, or all of it
-                                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
-                                cuts, since = cuts + 1, 0
-    assert cuts == 100
+    got, errors, cuts, granted, target = bytearray(), bytearray(), 0, 0, 0
+    with (tmp_path / "gate").open("r+b", buffering=0) as gate:
+        async with executor.attach(
+            PROJECT, command, spec=writer, instance=instance, offsets=Offsets()
+        ) as attachment:
+            with trio.fail_after(100):
+                while True:
+                    if len(got) == granted and granted < len(data):
+                        target = granted + dice.randrange(size)
+                        granted += size
+                        gate.write(b".")
+                    if not isinstance(piece := await attachment.receive(), Piece):
+                        break
+                    journal = got if piece.stream == "stdout" else errors
+                    assert piece.offset == len(journal)
+                    journal += piece.data
+                    if len(got) >= target and cut(projects, command, dice):
+                        cuts, target = cuts + 1, len(data) + 1
+    assert cuts >= 100
     assert got == data
-    assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), 20_000))
+    assert errors == b"".join(data[at : at + 100] for at in range(0, len(data), chunk))
     assert (piece.stdout_bytes, piece.exit_code) == (len(data), 0)  # type: ignore[union-attr]
+
+
+def cut(projects: Path, command: CommandId, dice: random.Random) -> bool:
+    """Kill the shell that observes alone, or with all its helpers, where there is one."""
+    for pid in attach_processes(projects, command):
+        with suppress(ProcessLookupError):
+            if os.getpgid(pid) == pid:
+                dice.choice((os.kill, os.killpg, os.killpg))(pid, signal.SIGKILL)
+                return True
+    return False
 
 
 @pytest.mark.parametrize("name", ["dash", "bash", "busybox"])
@@ -155,6 +153,7 @@ async def test_a_hundred_megabytes_come_whole(executor: LocalExecutor) -> None:
     assert size == 100_000_000
 
 
+@pytest.mark.slow
 async def test_a_reader_that_pauses_holds_the_output_in_the_journal(
     executor: LocalExecutor, projects: Path
 ) -> None:
@@ -331,6 +330,7 @@ async def test_a_short_spec_is_refused(executor: LocalExecutor, projects: Path) 
 # --- the outcome --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_supervisor_that_was_killed_is_lost_when_its_command_ended(
     executor: LocalExecutor, projects: Path, tmp_path: Path
 ) -> None:
@@ -355,6 +355,7 @@ async def test_a_supervisor_that_was_killed_is_lost_when_its_command_ended(
     assert rest.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
+@pytest.mark.slow
 async def test_supervisor_and_command_killed_together_are_lost(
     executor: LocalExecutor, projects: Path
 ) -> None:
@@ -475,6 +476,7 @@ async def test_what_descendants_write_after_the_end_is_never_output(
         assert (await executor.kill(PROJECT, command, grace_s=3)).confirmed
 
 
+@pytest.mark.slow
 async def test_ending_without_a_status_holds_back_what_is_not_measured(
     executor: LocalExecutor, projects: Path
 ) -> None:
@@ -497,311 +499,6 @@ async def test_ending_without_a_status_holds_back_what_is_not_measured(
         assert held.cancelled_caught
         (place / "ending").unlink()
         assert (await executor.kill(PROJECT, command, grace_s=3)).confirmed
-
-
-@pytest.mark.slow
-async def test_a_journal_over_its_limit_ends_the_command(projects: Path) -> None:
-    executor = local(projects, journal_max_bytes=2_000_000)
-    await executor.prepare(PROJECT)
-    seen = await observe(
-        executor, new_command(), sh("while :; do head -c 100000 /dev/zero >&2; sleep 0.01; done")
-    )
-    assert seen.exit.why is Why.OUTPUT_LIMIT
-    assert seen.exit.stderr_bytes > 2_000_000
-    assert seen.exit.kill is not None
-    assert seen.exit.kill.confirmed
-
-
-# --- the end of a command -----------------------------------------------------------------------
-
-
-@pytest.mark.slow
-async def test_the_timeout_is_enforced_with_nobody_attached(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    """TERM is ignored; the watchdog escalates on its own."""
-    command, instance = new_command(), await executor.instance(PROJECT)
-    what = sh("trap '' TERM; echo ready; while :; do sleep 0.1; done", timeout_s=1, grace_s=1)
-    async with executor.attach(
-        PROJECT, command, spec=what, instance=instance, offsets=Offsets()
-    ) as attachment:
-        await read_until(attachment, b"ready\n")
-    await until((folder(projects, command) / "status").exists, "a status without an attach")
-    seen = await observe(executor, command, None)
-    assert (seen.exit.why, seen.exit.signal) == (Why.TIMEOUT, 9)
-    assert seen.exit.kill is not None
-    assert seen.exit.kill.confirmed
-
-
-@pytest.mark.slow
-async def test_the_timeout_is_enforced_without_a_supervisor(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    command, instance = new_command(), await executor.instance(PROJECT)
-    async with executor.attach(
-        PROJECT,
-        command,
-        spec=sh("echo ready; exec sleep 1000", timeout_s=3),
-        instance=instance,
-        offsets=Offsets(),
-    ) as attachment:
-        await read_until(attachment, b"ready\n")
-        os.kill(int(pid_line(projects, command)[2]), signal.SIGKILL)
-        rest = await read_to_end(attachment, Offsets(stdout=6))
-    assert rest.end == Lost(reason=LostReason.SUPERVISOR_GONE)
-    assert (folder(projects, command) / "why").read_text().startswith("timeout ")
-
-
-ESCAPERS = {
-    "background": "sleep 1000 &",
-    "nohup": "nohup sleep 1000 >/dev/null 2>&1 &",
-    "setsid": "setsid sleep 1000 &",
-    "daemon": "(setsid sh -c 'sleep 1000 & exit' &)",
-    "clean setsid": "setsid env -i PATH=$PATH sleep 1000 &",
-    "clean daemon": "(setsid env -i PATH=$PATH sh -c 'sleep 1000 & exit' &)",
-}
-
-
-@pytest.mark.parametrize("how", ESCAPERS)
-async def test_a_kill_reaches_what_escaped(
-    executor: LocalExecutor, projects: Path, how: str
-) -> None:
-    await _kill_with_escaper(executor, projects, ESCAPERS[how])
-
-
-@pytest.mark.parametrize("how", [how for how in ESCAPERS if how != "clean daemon"])
-async def test_without_a_subreaper_only_a_daemon_with_a_clean_environment_escapes(
-    projects: Path, tmp_path: Path, how: str
-) -> None:
-    """No perl on this PATH: group, tree and marker."""
-    with shell_path("busybox", tmp_path) as path:
-        executor = local(projects, path)
-        await executor.prepare(PROJECT)
-        await _kill_with_escaper(executor, projects, ESCAPERS[how])
-
-
-async def _kill_with_escaper(executor: LocalExecutor, projects: Path, escaper: str) -> None:
-    command, instance = new_command(), await executor.instance(PROJECT)
-
-    def sleepers() -> int:
-        return sum("sleep 1000" in line for line in processes_in(projects).values())
-
-    async with executor.attach(
-        PROJECT,
-        command,
-        spec=sh(f"{escaper}\necho ready; exec sleep 1000"),
-        instance=instance,
-        offsets=Offsets(),
-    ) as attachment:
-        await read_until(attachment, b"ready\n")
-        await until(lambda: sleepers() >= 2, "the escaper runs")
-        report = await executor.kill(PROJECT, command, grace_s=3)
-        rest = await read_to_end(attachment, Offsets(stdout=6))
-    assert report.confirmed
-    assert rest.exit.why is Why.CANCELLED
-    assert sleepers() == 0
-
-
-async def test_a_kill_survives_its_caller(executor: LocalExecutor, projects: Path) -> None:
-    command, instance = new_command(), await executor.instance(PROJECT)
-    what = sh("trap '' TERM; echo ready; while :; do sleep 0.1; done")
-    async with executor.attach(
-        PROJECT, command, spec=what, instance=instance, offsets=Offsets()
-    ) as attachment:
-        await read_until(attachment, b"ready\n")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_kill, executor, command)
-            await until((folder(projects, command) / "why").exists, "the kill began")
-            nursery.cancel_scope.cancel()
-        rest = await read_to_end(attachment, Offsets(stdout=6))
-    assert (rest.exit.why, rest.exit.signal) == (Why.CANCELLED, 9)
-
-
-async def _kill(executor: LocalExecutor, command: CommandId) -> None:
-    await executor.kill(PROJECT, command, grace_s=1)
-
-
-async def test_a_kill_whose_worker_died_is_taken_over(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    command, instance = new_command(), await executor.instance(PROJECT)
-    async with executor.attach(
-        PROJECT,
-        command,
-        spec=sh("echo ready; exec sleep 1000"),
-        instance=instance,
-        offsets=Offsets(),
-    ) as attachment:
-        await read_until(attachment, b"ready\n")
-        (folder(projects, command) / "why").write_text("cancelled 5 999999 1\n")
-        assert (await executor.kill(PROJECT, command, grace_s=3)).confirmed
-        rest = await read_to_end(attachment, Offsets(stdout=6))
-    assert rest.exit.why is Why.CANCELLED
-
-
-async def test_a_kill_spares_those_who_took_the_pids(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    """The command ended long ago; its pids now lead another session and have other children."""
-    command = new_command()
-    await observe(executor, command, sh("echo done"))
-    async with trio.open_nursery() as nursery:
-        stranger = await nursery.start(
-            lambda task_status: trio.run_process(
-                ["sh", "-c", "setsid sleep 1000 & sleep 1000"],
-                start_new_session=True,
-                check=False,
-                task_status=task_status,
-            )
-        )
-        place = folder(projects, command)
-        taken = f"{stranger.pid} 1"
-        for instance in (await executor.instance(PROJECT), NOWHERE):
-            (place / "pid").write_text(f"{taken} {taken} {instance}\n")
-            assert (await executor.kill(PROJECT, command, grace_s=1)).confirmed
-        children = Path(f"/proc/{stranger.pid}/task/{stranger.pid}/children").read_text().split()
-        assert stranger.poll() is None
-        assert len(children) == 2
-        for pid in (*map(int, children), stranger.pid):
-            os.kill(pid, signal.SIGKILL)
-
-
-async def test_a_place_without_a_tool_says_which(projects: Path, tmp_path: Path) -> None:
-    with shell_path("busybox", tmp_path) as path:
-        (Path(path) / "setsid").unlink()
-        with pytest.raises(RdevError, match="missing setsid") as caught:
-            await local(projects, path).prepare(PROJECT)
-    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
-
-
-# --- secrets ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def canary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("SERVER_CANARY", "canary-of-the-server")
-    yield
-
-
-async def test_the_servers_environment_is_not_the_commands(
-    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with canary(monkeypatch):
-        seen = await observe(
-            executor, new_command(), sh("cat /proc/self/environ; ls /proc/self/fd")
-        )
-    names = {line.partition(b"=")[0] for line in seen.out.rpartition(b"\0")[0].split(b"\0")}
-    assert b"canary" not in seen.out
-    assert names == {b"PATH", b"HOME", b"LANG", b"PWD", b"RDEV_COMMAND_ID"}
-    # 3 is ls reading the folder: no descriptor of ours is inherited
-    assert seen.out.rpartition(b"\0")[2].split() == [b"0", b"1", b"2", b"3"]
-
-
-@pytest.mark.parametrize("name", ["dash", "busybox"])
-async def test_the_environment_of_the_place_is_not_the_commands(
-    projects: Path, tmp_path: Path, name: str
-) -> None:
-    """A pod's exec begins with the container's environment."""
-    with shell_path(name, tmp_path) as path:
-        executor, command = local(projects, path), new_command()
-        await executor.prepare(PROJECT)
-        instance = await executor.instance(PROJECT)
-        place = (str(folder(projects, command)), str(projects / PROJECT), instance)
-        done = await trio.run_process(
-            script.argv("sh", path, "attach", "sh", *place, 0, 0, 1, 0, 9, 1, 1 << 30),
-            stdin=script.payload(script.become(spec("env"), {"PATH": path}, command)),
-            env={"PATH": path, "POD_CANARY": "canary"},
-            capture_stdout=True,
-            check=False,
-            start_new_session=True,
-        )
-        assert b"canary" not in done.stdout
-        seen = await observe(executor, command, None)
-    assert b"RDEV_COMMAND_ID=" in seen.out
-    assert b"canary" not in seen.out
-
-
-async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
-    seen = await observe(executor, new_command(), sh("grep SigIgn /proc/self/status"))
-    assert int(seen.out.split()[1], 16) == 0
-
-
-@pytest.mark.slow
-async def test_secrets_are_in_no_argument_and_leave_the_disk(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    """Looks at every process as fast as it can while commands start."""
-    instance, found, looks = await executor.instance(PROJECT), [], 0
-
-    def look() -> None:
-        nonlocal looks
-        looks += 1
-        for entry in os.listdir("/proc"):
-            if entry.isdigit():
-                try:
-                    with open(f"/proc/{entry}/cmdline", "rb") as file:
-                        if b"s3cret" in file.read():
-                            found.append(entry)
-                except OSError:
-                    continue
-
-    what = sh("echo ready; exec sleep 0.1", env={"TOKEN": "s3cret-a"}, stdin=b"s3cret-b")
-    for _ in range(5):
-        command = new_command()
-        async with executor.attach(
-            PROJECT, command, spec=what, instance=instance, offsets=Offsets()
-        ) as attachment:
-            while not (folder(projects, command) / "go").exists():
-                look()
-                await trio.sleep(0)
-            seen = await read_until(attachment, b"ready")
-            on_disk = [
-                path.name
-                for path in folder(projects, command).rglob("*")
-                if path.is_file() and b"s3cret" in path.read_bytes()
-            ]
-            assert on_disk == []
-            at = Offsets(stdout=len(seen.out))
-            assert (await read_to_end(attachment, at)).exit.exit_code == 0
-    assert found == []
-    assert looks > 20
-
-
-async def test_a_commands_folder_is_its_owners_alone(
-    executor: LocalExecutor, projects: Path
-) -> None:
-    command = new_command()
-    await observe(executor, command, sh("umask; pwd"))
-    assert folder(projects, command).stat().st_mode & 0o777 == 0o700
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        sh("true", env={"A=B": "1"}),
-        sh("true", env={"A B": "1"}),
-        sh("true", env={"UID": "1"}),
-        sh("true", env={"A": "x\0y"}),
-        spec("a\0b"),
-        spec("true", "x" * 131_072),
-    ],
-)
-async def test_what_no_process_can_be_given_is_refused(executor: LocalExecutor, what: Spec) -> None:
-    with pytest.raises(RdevError) as caught:
-        await observe(executor, new_command(), what)
-    assert caught.value.code is ErrorCode.BAD_REQUEST
-
-
-async def test_a_missing_cwd_is_126_with_a_message(executor: LocalExecutor) -> None:
-    seen = await observe(executor, new_command(), sh("echo ran", cwd="no/such"))
-    assert (seen.out, seen.exit.exit_code) == (b"", 126)
-    assert b"no/such" in seen.err
-
-
-async def test_the_cwd_is_relative_to_the_project(executor: LocalExecutor, projects: Path) -> None:
-    (projects / PROJECT / "a b").mkdir()
-    seen = await observe(executor, new_command(), sh("pwd", cwd="a b", env={"CDPATH": "/"}))
-    assert seen.out.decode().strip() == str(projects.resolve() / PROJECT / "a b")
 
 
 def _text(what: Spec) -> bytes:

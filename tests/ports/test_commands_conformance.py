@@ -415,6 +415,17 @@ async def test_a_lane_that_another_claim_holds_is_passed_by(real: World, pools: 
     assert _ids((await _claim_once(real, 2)).claimed) == [held]
 
 
+async def test_a_full_lane_that_is_due_by_mistake_is_parked(real: World, pools: Pools) -> None:
+    """`due` may be too early; the cap is counted under the lane's lock."""
+    await real.running(kind=Kind.GIT)
+    await real.queued(kind=Kind.GIT)
+    async with pools.requests.connection() as connection:
+        await connection.execute("update lanes set due = 1")
+        assert await _claim_once(real) == Claims(claimed=[], expired=[])
+        parked = await connection.execute("select count(*) from lanes where due is not null")
+        assert await parked.fetchone() == (0,)
+
+
 async def test_a_claim_holds_no_lane_that_it_does_not_take(real: World, pools: Pools) -> None:
     names = [f"project-{number}" for number in range(12)]
     for name in names:

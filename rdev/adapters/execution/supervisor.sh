@@ -83,15 +83,19 @@ supervise() {
   setsid "$1" "spec.$TAG" start "$TAG" "$D" "$4" $ME "$INSTANCE"
   CODE=$?
   exec 2>/dev/null
+  REFUSED=
   if read_pid && [ "$S $S_START" = "$ME" ]; then
     printf '' >ending
     conclude
     set -- spec.* stdin.* pid.* wake.*
   else
+    REFUSED=yes
     set -- "spec.$TAG" "stdin.$TAG"
   fi
   kill "$WATCHDOG"
   rm -f "$@" "note.$TAG"
+  # A kill was first: who waits for the start must not wait for the next heartbeat.
+  [ -z "$REFUSED" ] || printf '.' >>bell
 }
 
 # Measure first, then say it: an attach that saw no `ending` has read sizes that are not larger.
@@ -103,7 +107,7 @@ conclude() {
   read -r NOTE <"note.$TAG"
   [ "$CODE" -le 128 ] || [ -z "$NOTE" ] || { SIGNAL=$((CODE - 128)) CODE=; }
   [ ! -e why ] || await_kill
-  until publish; do sleep 1; done
+  until publish || [ ! -e bell ]; do sleep 1; done
   printf '.' >>bell
 }
 
@@ -117,7 +121,7 @@ await_kill() {
   LATE=$(($1 + $2 - OUT - ERR))
 }
 
-# Fails on a full disk: tried again until there is room.
+# Fails on a full disk: tried again until there is room, or the folder was removed.
 publish() {
   printf '%s\n' "code $CODE" "signal $SIGNAL" "why $WHY" "out_bytes $OUT" "err_bytes $ERR" \
     "late_bytes $LATE" "runtime_ms $RAN" "kill $KILL" end >status.new && mv -f status.new status
@@ -190,6 +194,8 @@ end_all() {
     scan
     read_clock
   done
+  # A supervisor that was stopped (`kill -STOP $PPID`) would never say how it ended.
+  ! alive "$S" "$S_START" || kill -CONT "$S"
   REPORT=confirmed
   [ -z "$MEMBERS" ] || REPORT=survivors
   for MEMBER in $MEMBERS; do REPORT="$REPORT ${MEMBER%:*}"; done

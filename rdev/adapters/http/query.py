@@ -10,6 +10,8 @@ from rdev.domain.errors import Fault, bad_request
 
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 200
+# More than any limit has.
+_DIGITS_MAX = 20
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -38,7 +40,9 @@ def whole_of(name: str, *, least: int, most: int) -> int | None:
     text = text_of(name)
     if text is None:
         return None
-    if not text.isascii() or not text.isdigit() or not least <= int(text[:20]) <= most:
+    # Its length first: `int` refuses thousands of digits with an error of its own.
+    is_whole = text.isascii() and text.isdigit() and len(text) <= _DIGITS_MAX
+    if not is_whole or not least <= int(text) <= most:
         raise _wrong(name, f"must be a whole number from {least} to {most}")
     return int(text)
 

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.execution import Exit, Lost, Offsets, Piece, Spec, Stream
 from rdev.domain.ids import CommandId, ProjectId, command_id
@@ -155,3 +158,27 @@ def local(projects_dir: Path, path: str = SYSTEM_PATH, **rest: object) -> LocalE
         machine_id="test",
         **rest,  # type: ignore[arg-type]
     )
+
+
+def folder(projects: Path, command: CommandId) -> Path:
+    return projects / ".commands" / command
+
+
+def pid_line(projects: Path, command: CommandId) -> list[str]:
+    """The pids of command and supervisor: [pid, start, supervisor, its start, instance]."""
+    return (folder(projects, command) / "pid").read_text().split()
+
+
+def attach_processes(projects: Path, command: CommandId) -> list[int]:
+    """The shells that observe a command: the one that leads its group, and its helpers."""
+    mine = f" attach sh {folder(projects, command)}"
+    return [pid for pid, line in processes_in(projects).items() if mine in line]
+
+
+def python(source: str, *argv: str, **rest: object) -> Spec:
+    return spec(sys.executable, "-c", textwrap.dedent(source), *argv, **rest)
+
+
+# Seconds between two looks at a silent command; a dead supervisor is seen as fast.
+QUICK = Patience(heartbeat_s=0.2, silence_s=30, unreachable_s=60)
+NOWHERE = "00000000-0000-0000-0000-000000000000:1"
