@@ -60,15 +60,18 @@ class PrometheusTelemetry:
         )
         self._counted = _Projects(_COUNTED_PROJECTS)
         self._timed = _Projects(_TIMED_PROJECTS)
+        self._watched: list[_Statistics] = []
         build = Gauge("rdev_build_info", "Version", ("version", "python"), registry=registry)
         build.labels(__version__, platform.python_version()).set(1)
 
     def watch(self, part: str, statistics: Callable[[], object]) -> None:
         """Show a part's `statistics()` (a dataclass of numbers) as gauges `rdev_<part>_<field>`.
 
-        They are read at each scrape, in its thread: reading must be all they do.
+        They are read at each scrape, before its thread begins.
         """
-        self.registry.register(_Statistics(part, statistics))
+        watched = _Statistics(part, statistics)
+        self._watched.append(watched)
+        self.registry.register(watched)
 
     async def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics as OpenMetrics or Prometheus text, and the content type.
@@ -76,6 +79,8 @@ class PrometheusTelemetry:
         Blocks: in a thread, for some milliseconds per thousand series. Cancellation: the thread
         finishes alone and its text is dropped.
         """
+        for watched in self._watched:
+            watched.take()
         encode, content_type = choose_encoder(accept)
         body = await trio.to_thread.run_sync(encode, self.registry, abandon_on_cancel=True)
         return body, content_type
@@ -147,12 +152,16 @@ class _Statistics:
     def __init__(self, part: str, statistics: Callable[[], object]) -> None:
         self._part = part
         self._statistics = statistics
+        self._taken: object | None = None
+
+    def take(self) -> None:
+        """Read the statistics; in trio's thread, where they belong."""
+        self._taken = self._statistics()
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """One gauge for each field, now."""
-        now = self._statistics()
-        assert is_dataclass(now)
-        for field in fields(now):
+        """One gauge for each field as it was taken; none before the first scrape."""
+        now = self._taken
+        for field in fields(now) if is_dataclass(now) else ():
             name = f"rdev_{self._part}_{field.name}"
             text = f"{field.name.replace('_', ' ')} of the {self._part}, since the start or now"
             yield GaugeMetricFamily(name, text, value=float(getattr(now, field.name)))

@@ -217,7 +217,7 @@ async def test_nothing_stays_when_a_folder_is_removed_under_its_command(
     ) as attachment:
         await read_until(attachment, b"ready\n")
         pid = int(pid_line(projects, command)[0])
-        await executor.remove(PROJECT, command)
+        await executor.remove(PROJECT, [command])
     assert not folder(projects, command).exists()
     os.kill(pid, signal.SIGKILL)
 
