@@ -1,6 +1,7 @@
 """What a command is given, and who else can see it."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +73,18 @@ async def test_the_environment_of_the_place_is_not_the_commands(
     assert b"canary" not in seen.out
 
 
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """As in a terminal: a shell's background job, which a test run may be, ignores these two."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_signals")
 async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
     seen = await observe(executor, new_command(), sh("grep SigIgn /proc/self/status"))
     assert int(seen.out.split()[1], 16) == 0
