@@ -298,7 +298,7 @@ async def _heed_signals(
     control: Control, everything: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
     """The first signal stops, the second cancels; so does one before anything serves."""
-    # A shell's background job begins with SIGINT and SIGQUIT ignored, and commands would inherit it.
+    # A shell's background job begins with SIGQUIT ignored, and commands would inherit that.
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
