@@ -7,13 +7,17 @@ process); round trips per second depend on where the scheduler puts the two.
 
 import asyncio
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psycopg
 import trio
 
+from bench.harness import Context, Figure, Measurement, Scenario
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
+from rdev.adapters.postgres.embedded import open_embedded
 
 # CPU of the trio driver for CPU of psycopg's own; above it the driver has become slower.
 TARGET_CPU_RATIO = 0.85
@@ -93,3 +97,25 @@ def _rates(operations: int, wall_began: float, cpu_began: float) -> tuple[float,
     cpu_s = time.process_time() - cpu_began
     wall_s = time.perf_counter() - wall_began
     return cpu_s / operations * 1e6, operations / wall_s
+
+
+def _measure(context: Context) -> Measurement:
+    """The scenario: a database of its own, in a folder of its own."""
+
+    async def main() -> dict[str, float | list[float]]:
+        with tempfile.TemporaryDirectory(prefix="rdev-bench-") as folder:
+            async with open_embedded(Path(folder)) as dsn:
+                # In a thread: each side of the comparison brings its own event loop.
+                return await trio.to_thread.run_sync(
+                    lambda: measure(dsn, repetitions=context.repetitions, operations=5_000)
+                )
+
+    return trio.run(main)
+
+
+SCENARIO = Scenario(
+    name="psycopg_roundtrip",
+    what="`select 1` on one connection: rdev's trio driver beside psycopg's own asyncio.",
+    figures=(Figure(name="cpu_ratio", unit="", at_most=TARGET_CPU_RATIO),),
+    measure=_measure,
+)
