@@ -44,7 +44,11 @@ def test_a_day_in_which_a_command_lives_stays_and_others_go_for_it() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(-3, 30), st.integers(0, 80), st.booleans()), max_size=12),
+    st.lists(
+        st.tuples(st.integers(-3, 30), st.integers(0, 80), st.booleans()),
+        max_size=12,
+        unique_by=lambda drawn: drawn[0],  # there is one partition a day
+    ),
     st.integers(1, 10),
     st.integers(0, 300),
 )

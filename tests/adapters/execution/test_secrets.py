@@ -87,7 +87,10 @@ def default_signals() -> Iterator[None]:
 @pytest.mark.usefixtures("default_signals")
 async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
     seen = await observe(executor, new_command(), sh("grep SigIgn /proc/self/status"))
-    assert int(seen.out.split()[1], 16) == 0
+    ignored = int(seen.out.split()[1], 16)
+    # Not 32 and 33: they belong to the C library, no program can set or reset them, and some
+    # container runtimes start everything with one of them ignored.
+    assert [number for number in signal.valid_signals() if ignored & 1 << number - 1] == []
 
 
 @pytest.mark.slow
