@@ -100,16 +100,16 @@ class Writer:
         self._pending_bytes += len(chunk.payload)
         self._wake(self)
 
-    async def finish(self, outcome: Outcome, last: NewChunk) -> None:
-        """End the command with its last events; returns when that is committed and published.
-
-        Errors: LeaseLostError.
-        """
+    def finish(self, outcome: Outcome, last: NewChunk) -> None:
+        """Hand over the end of the command, with its last events. Errors: LeaseLostError."""
         self._raise_failure()
         self._chunks.append(last)
         self._pending_bytes += len(last.payload)
         self._outcome = outcome
         self._wake(self)
+
+    async def finished(self) -> None:
+        """Wait until what was handed over is committed and published. Errors: LeaseLostError."""
         while self._pending_bytes and self._failure is None:
             await self._moved.park()
         self._raise_failure()

@@ -131,6 +131,8 @@ set cancel_requested_at = coalesce(cancel_requested_at, now())
 where id = %s and status = 'running'
 """
 
+_spec_decoder = msgspec.msgpack.Decoder(Spec)
+
 # The stored form of a priority.
 LEVEL_PRIORITY = {priority.level: priority for priority in Priority}
 
@@ -246,7 +248,7 @@ def encode_spec(spec: Spec) -> bytes:
 
 def decode_spec(stored: bytes) -> Spec:
     """The inverse of `encode_spec`."""
-    return msgspec.msgpack.decode(stored, type=Spec)
+    return _spec_decoder.decode(stored)
 
 
 def to_command(row: DictRow) -> Command:

@@ -7,9 +7,7 @@ on how much is queued or blocked: `lanes_due` gives the lanes, `commands_queued`
 
 from collections.abc import Collection
 
-from psycopg.rows import dict_row
-
-from rdev.adapters.postgres.leases import to_claimed
+from rdev.adapters.postgres.leases import CLAIMED_COLUMNS, to_claimed
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import Outcome, Status
 from rdev.domain.ids import CommandId, command_id
@@ -19,11 +17,12 @@ from rdev.ports.commands import Claims
 
 _TOUCH = "select touch_lanes(%s, %s, %s)"
 
-_CLAIM = """
-select * from claim_commands(
+_CLAIM = f"""
+select c.status, {CLAIMED_COLUMNS}
+from claim_commands(
     %(reach)s, %(holder)s, %(instance)s, %(lease_s)s, %(age_step_s)s, %(limit)s,
-    %(running_event)s, %(expired_events)s)
-"""
+    %(running_event)s, %(expired_events)s) c
+"""  # noqa: S608  # a constant of ours
 
 _REPAIR = "select repair_lanes(%s, %s)"
 
@@ -77,14 +76,12 @@ class PostgresLanes:
         }
         with translate_errors():
             async with self._pool.connection() as connection:
-                cursor = connection.cursor(row_factory=dict_row)
+                cursor = connection.cursor(binary=True)
                 await cursor.execute(_CLAIM, parameters)
                 rows = await cursor.fetchall()
-        running = [row for row in rows if row["status"] == Status.RUNNING]
-        expired = [row for row in rows if row["status"] == Status.EXPIRED]
         return Claims(
-            claimed=[to_claimed(row, take_over=False) for row in running],
-            expired=[command_id(row["id"]) for row in expired],
+            claimed=[to_claimed(*row, take_over=False) for status, *row in rows if _runs(status)],
+            expired=[command_id(id) for status, id, *_ in rows if not _runs(status)],
         )
 
     async def repair(self, *, reach: str) -> int:
@@ -101,3 +98,8 @@ class PostgresLanes:
             async with self._pool.connection() as connection:
                 cursor = await connection.execute(_EXPIRE, parameters)
                 return [command_id(row[0]) for row in await cursor.fetchall()]
+
+
+def _runs(status: str) -> bool:
+    """A claimed command; the others have expired."""
+    return status == Status.RUNNING
