@@ -7,7 +7,7 @@ HTTP and processes. What is measured on the way is the time of each claim statem
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -29,6 +29,7 @@ from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.depths import DepthLimits
 from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
 from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.lanes import Lane
 from rdev.domain.requests import Common
 from rdev.ports.commands import Claims
 from rdev.services.appender import Appender
@@ -119,10 +120,20 @@ class TimedLanes(PostgresLanes):
         self.claims_ms: list[float] = []
         self.claims_found: list[int] = []
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         """See `Lanes.claim`."""
         began = time.perf_counter()
-        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+        found = await super().claim(
+            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+        )
         self.claims_ms.append((time.perf_counter() - began) * 1e3)
         self.claims_found.append(len(found.claimed))
         return found

@@ -1,8 +1,9 @@
 """Lanes in PostgreSQL: which command is next, and claiming it.
 
-The statements are functions of `sql/0002_lanes.sql`, because each of their steps needs a snapshot
-of its own: what is read under a lane's lock must be newer than the lock. Their cost does not depend
-on how much is queued or blocked: `lanes_due` gives the lanes, `commands_queued` the head of each.
+The statements are functions of `sql/0002_lanes.sql` and `sql/0005_claim_batches.sql`, because each
+of their steps needs a snapshot of its own: what is read under a lane's lock must be newer than the
+lock. Their cost does not depend on how much is queued or blocked: `lanes_due` gives the lanes,
+`commands_queued` the head of each.
 """
 
 from collections.abc import Collection
@@ -21,7 +22,7 @@ _CLAIM = f"""
 select c.status, {CLAIMED_COLUMNS}
 from claim_commands(
     %(reach)s, %(holder)s, %(instance)s, %(lease_s)s, %(age_step_s)s, %(limit)s,
-    %(running_event)s, %(expired_events)s) c
+    %(running_event)s, %(expired_events)s, %(touched_projects)s, %(touched_classes)s) c
 """  # noqa: S608  # a constant of ours
 
 _REPAIR = "select repair_lanes(%s, %s)"
@@ -62,7 +63,15 @@ class PostgresLanes:
             async with self._pool.connection() as connection:
                 await connection.execute(_TOUCH, (projects, lane_classes, AGE_STEP_S))
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         """See `Lanes.claim`."""
         parameters = {
             "reach": reach,
@@ -73,6 +82,8 @@ class PostgresLanes:
             "limit": limit,
             "running_event": status_line(Status.RUNNING, attempt=1),
             "expired_events": _EXPIRED_EVENTS,
+            "touched_projects": [lane.project for lane in touched],
+            "touched_classes": [lane.lane_class for lane in touched],
         }
         with translate_errors():
             async with self._pool.connection() as connection:
