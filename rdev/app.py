@@ -17,6 +17,7 @@ from pathlib import Path
 import trio
 import uuid_utils.compat
 
+from rdev import collector
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
@@ -126,8 +127,12 @@ async def _serve_until_stopped(
             requests=await stack.enter_async_context(
                 open_pool(connection, max_size=settings.database_pool_max)
             ),
-            heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
-            appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+            heartbeats=await stack.enter_async_context(
+                open_dedicated(connection, "heartbeat", by_key=True)
+            ),
+            appends=await stack.enter_async_context(
+                open_dedicated(connection, "append", by_key=True)
+            ),
             claims=await stack.enter_async_context(open_dedicated(connection, "claim")),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(connection, "housekeeping")
@@ -153,6 +158,7 @@ async def _serve_until_stopped(
             control.server = server
             url = server.http.bound[0]
             _write_address(settings.state_dir, url)
+            collector.calm()
             _log.info("serving", extra={"url": url})
             on_serving(url)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import trio
 import uuid_utils.compat
 
+from rdev import collector
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
@@ -176,8 +177,10 @@ async def open_rig(
     settings = ConnectionSettings(dsn=dsn)
     async with AsyncExitStack() as stack:
         requests = await stack.enter_async_context(open_pool(settings, max_size=POOL_MAX))
-        heartbeats = await stack.enter_async_context(open_dedicated(settings, "heartbeat"))
-        appends = await stack.enter_async_context(open_dedicated(settings, "append"))
+        heartbeats = await stack.enter_async_context(
+            open_dedicated(settings, "heartbeat", by_key=True)
+        )
+        appends = await stack.enter_async_context(open_dedicated(settings, "append", by_key=True))
         claims = await stack.enter_async_context(open_dedicated(settings, "claim"))
         notifier = Notifier(pool=requests, server="bench")
         log = PostgresOutput(pool=requests, appends=appends)
@@ -221,6 +224,7 @@ async def open_rig(
         async with trio.open_nursery() as nursery:
             for subsystem in (notifier, listener, queue):
                 await nursery.start(subsystem.run)
+            collector.calm()
             yield Rig(
                 queue=queue, appender=appender, lanes=lanes, commands=commands, nursery=nursery
             )

@@ -234,10 +234,10 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
             settings=settings,
             requests=await stack.enter_async_context(open_pool(settings, wait_s=60.0)),
             heartbeats=await stack.enter_async_context(
-                open_dedicated(settings, "heartbeat", wait_s=60.0)
+                open_dedicated(settings, "heartbeat", by_key=True, wait_s=60.0)
             ),
             appends=await stack.enter_async_context(
-                open_dedicated(settings, "append", wait_s=60.0)
+                open_dedicated(settings, "append", by_key=True, wait_s=60.0)
             ),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(settings, "housekeeping", wait_s=60.0)

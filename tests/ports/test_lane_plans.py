@@ -89,6 +89,8 @@ async def test_no_statement_of_the_lanes_scans_a_table(
             assert "Seq Scan" not in plan, plan
             assert "Bitmap" not in plan, plan
     claim = "\n".join(await _nested_plans(pools, CLAIM))
+    # Every join looks up by a key.
+    assert "Join Filter" not in claim
     assert "Index Scan using lanes_due on lanes" in claim
     assert "commands_queued on commands" in claim
     # What is sorted is what was locked: the lanes that are touched, and those that may be served.

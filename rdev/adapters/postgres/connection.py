@@ -75,6 +75,9 @@ class ConnectionSettings:
     connect_timeout_s: int = 5
     statement_timeout_ms: int = 4_000
     idle_in_transaction_timeout_ms: int = 10_000
+    # For statements that look rows up by key: no plan that was made while a table was small, and is
+    # kept while it grows, may scan it.
+    by_key: bool = False
 
     def named(self, purpose: str) -> "ConnectionSettings":
         """The same, recognisable in `pg_stat_activity` as `<application>/<purpose>`."""
@@ -91,6 +94,7 @@ class ConnectionSettings:
             "idle_in_transaction_session_timeout": str(self.idle_in_transaction_timeout_ms),
             "default_transaction_isolation": r"read\ committed",
             "timezone": "UTC",
+            **({"enable_seqscan": "off"} if self.by_key else {}),
         }
         options = [str(given.get("options") or ""), *(f"-c {k}={v}" for k, v in session.items())]
         # A peer that vanished is noticed within about 20 s, also while we only wait for a reply.

@@ -40,19 +40,20 @@ returning {CLAIMED_COLUMNS}
 """  # noqa: S608  # a constant of ours
 
 # Waits for rows that an append holds (milliseconds); id order, so two statements cannot deadlock.
+# By the primary key whatever the planner thinks of the table: see `_APPEND` in `output.py`.
 _HEARTBEAT = """
 with mine as (
     select c.id
     from commands c
     join unnest(%(ids)s::uuid[], %(leases)s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.status = 'running'
+    where c.id = any(%(ids)s::uuid[]) and c.status || '' = 'running'
     order by c.id
     for update of c
 )
 update commands c
 set lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
 from mine
-where c.id = mine.id
+where c.id = any(%(ids)s::uuid[]) and c.id = mine.id
 returning c.id, c.lease_id, c.cancel_requested_at is not null as cancel_requested
 """
 
@@ -69,15 +70,15 @@ _RELEASE = """
 with mine as (
     select c.id
     from commands c
-    join unnest(%s::uuid[], %s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.status = 'running'
+    join unnest(%(ids)s::uuid[], %(leases)s::bigint[]) as held (id, lease_id) using (id, lease_id)
+    where c.id = any(%(ids)s::uuid[]) and c.status || '' = 'running'
     order by c.id
     for update of c
 )
 update commands c
 set lease_until = clock_timestamp() - interval '1 second'
 from mine
-where c.id = mine.id
+where c.id = any(%(ids)s::uuid[]) and c.id = mine.id
 """
 
 _RELEASE_HOLDER = """
@@ -140,7 +141,10 @@ class PostgresLeases:
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """See `Leases.release`."""
-        values = ([command_uuid(lease.command) for lease in leases], [lease.id for lease in leases])
+        values = {
+            "ids": [command_uuid(lease.command) for lease in leases],
+            "leases": [lease.id for lease in leases],
+        }
         with translate_errors():
             async with self._heartbeats.connection() as connection:
                 await connection.execute(_RELEASE, values)

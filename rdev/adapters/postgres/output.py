@@ -24,8 +24,10 @@ from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
 
 # Rows are locked in id order; one that another statement holds is skipped and comes in the next
 # batch. A row that was changed in between is judged again in its newest version. The primary key
-# serves it; `status || ''` keeps the planner from the index of running commands, through which it
-# would read all that ever ran while some transaction holds a snapshot.
+# serves it, by `id = any`: a join may be planned as a walk over the whole key while the table is
+# small, and that plan is kept while it grows. `status || ''` keeps the planner from the index of
+# running commands, through which it would read all that ever ran while some transaction holds a
+# snapshot.
 _APPEND = """
 with input as (
     select *
@@ -41,7 +43,8 @@ with input as (
 ), locked as (
     select c.id
     from commands c join input i using (id)
-    where c.lease_id = i.lease_id and c.status || '' = 'running'
+    where c.id = any(%(id)s::uuid[])
+      and c.lease_id = i.lease_id and c.status || '' = 'running'
     order by c.id
     for update of c skip locked
 ), moved as (
@@ -61,7 +64,7 @@ with input as (
         session_id = coalesce(i.session_id, c.session_id),
         usage = coalesce(i.usage, c.usage)
     from input i, locked l
-    where c.id = i.id and l.id = i.id
+    where c.id = any(%(id)s::uuid[]) and c.id = i.id and l.id = i.id
       and c.lease_id = i.lease_id and c.status || '' = 'running'
       and c.out_offset = i.start_out and c.err_offset = i.start_err
       and c.last_seq = i.start_seq
