@@ -16,6 +16,7 @@ from rdev.domain.claude import AgentLines, AgentSplitter
 from rdev.domain.commands import AgentReport, Claimed, Kind, Outcome, judge
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, KillReport, Lost, Piece, Stream
+from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
 from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines
 from rdev.ports.commands import Leases
@@ -64,6 +65,7 @@ class Attempt:
         backoff: Callable[[], Backoff],
     ) -> None:
         self.claimed = claimed
+        self._id = attempt_id(claimed.lease.command, claimed.attempt)
         self._writer = writer
         self._executor = executor
         self._leases = leases
@@ -139,7 +141,7 @@ class Attempt:
         """Hand on what the attachment gives; a full channel is the back-pressure."""
         attachment = self._executor.attach(
             self.claimed.project,
-            self.claimed.lease.command,
+            self._id,
             spec=self.claimed.spec,
             instance=instance,
             offsets=self.claimed.offsets,
@@ -158,7 +160,7 @@ class Attempt:
         while True:
             try:
                 self._kill = await self._executor.kill(
-                    self.claimed.project, self.claimed.lease.command, grace_s=KILL_GRACE_S
+                    self.claimed.project, self._id, grace_s=KILL_GRACE_S
                 )
                 self._killed.set()
                 return
