@@ -117,10 +117,10 @@ with ended as (
     set status = 'cancelled', reason = 'cancelled', finished_at = now(), spec = null,
         last_seq = last_seq + 2, cancel_requested_at = now()
     where id = %(id)s and status = 'queued'
-    returning day, id, last_seq
+    returning day, id, last_seq, attempt
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
-    select day, id, last_seq - 1, last_seq, 0, 0, %(payload)s from ended
+    select day, id, last_seq - 1, last_seq, 0, 0, of_attempt(%(payload)b, attempt) from ended
 )
 select id from ended
 """
@@ -277,4 +277,5 @@ def to_command(row: DictRow) -> Command:
         usage=row["usage"],
         kill=None if row["kill"] is None else msgspec.convert(row["kill"], KillReport),
         last_seq=row["last_seq"],
+        attempt_seq=row["attempt_seq"],
     )
