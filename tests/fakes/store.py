@@ -122,6 +122,7 @@ class StoreState:
         back = timedelta(seconds=seconds)
         self.keys.age(seconds)
         for row in self.rows.values():
+            row.started_at_s -= seconds
             ended_at = row.command.finished_at
             ended_at = None if ended_at is None else ended_at - back
             created_at = row.command.created_at - back
