@@ -1,5 +1,5 @@
 -- migrate:up
--- As before (0002), in fewer statements: what a claim does for each lane it now does for all of them
+-- As before (0004), in fewer statements: what a claim does for each lane it now does for all of them
 -- at once, and it touches lanes on the way, so that what was submitted or has ended a moment ago is
 -- taken without being written into the order of lanes and out of it again. (Those entries, of which
 -- an old snapshot keeps every one, were what made claims slow beside it.)
@@ -19,8 +19,9 @@ drop function claim_commands(
     text, text, text, double precision, double precision, integer, bytea, bytea);
 
 -- The heads of lanes in the order of `due`, and the expired ones that were found before them (ended
--- here, at most 100 of a lane at once). `touched_*` name the lanes to touch first; of those the
--- place in the order is known when it is compared, the others stand where their hint says.
+-- here, at most 100 of a lane at once). What is claimed does not expire any more, and its event says
+-- which attempt it is (`running_event` is that of the attempt 0). `touched_*` name the lanes to touch
+-- first: where those stand is known when they are compared, the others stand where their hint says.
 --
 -- Every statement in here has a snapshot of its own: what is read under a lane's lock is the truth
 -- about the lane, because only claims make commands of a lane run. A head is not locked when it is
@@ -156,6 +157,7 @@ begin
                 update commands c
                 set status = 'running',
                     attempt = c.attempt + 1,
+                    expires_at = null,
                     last_seq = c.last_seq + 1,
                     started_at = clock_timestamp(),
                     instance = in_instance,
@@ -167,7 +169,9 @@ begin
             ), event as (
                 insert into output
                     (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
-                select b.day, b.id, b.last_seq, b.last_seq, 0, 0, running_event from begun b
+                select b.day, b.id, b.last_seq, b.last_seq, 0, 0,
+                       of_attempt(running_event, b.attempt)
+                from begun b
             )
             select * from begun;
             get diagnostics began = row_count;
@@ -210,12 +214,9 @@ $$ select greatest(head_rank, last_start - head_level * age_step_s) $$;
 drop function claim_commands(
     text, text, text, double precision, double precision, integer, bytea, bytea, text[], text[]);
 
--- The heads of lanes in the order of `due`, and the expired ones that were found before them (ended
--- here, at most 100 of a lane at once). Every statement in here has a snapshot of
--- its own: what is read under a lane's lock is the truth about the lane, because only claims make
--- commands of a lane run. The cursor locks one lane at a time: a lane that this claim does not need
--- is another's to take. Lock order: lane before command.
-create function claim_commands(
+-- As before, but the event says which attempt it is, and what was claimed does not expire any more.
+-- (`running_event` is that of the attempt 0.)
+create or replace function claim_commands(
     in_reach text, in_holder text, in_instance text, lease_s double precision,
     age_step_s double precision, max_commands integer, running_event bytea, expired_events bytea
 ) returns setof commands
@@ -269,6 +270,7 @@ begin
                 update commands
                 set status = 'running',
                     attempt = attempt + 1,
+                    expires_at = null,
                     last_seq = last_seq + 1,
                     started_at = clock_timestamp(),
                     instance = in_instance,
@@ -279,7 +281,8 @@ begin
                 returning * into head;
                 insert into output
                     (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
-                values (head.day, head.id, head.last_seq, head.last_seq, 0, 0, running_event);
+                values (head.day, head.id, head.last_seq, head.last_seq, 0, 0,
+                        of_attempt(running_event, head.attempt));
                 return next head;
                 running := running + 1;
                 taken := taken + 1;

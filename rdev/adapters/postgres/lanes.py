@@ -80,7 +80,7 @@ class PostgresLanes:
             "lease_s": self._lease_s,
             "age_step_s": AGE_STEP_S,
             "limit": limit,
-            "running_event": status_line(Status.RUNNING, attempt=1),
+            "running_event": status_line(Status.RUNNING, attempt=0),
             "expired_events": _EXPIRED_EVENTS,
             "touched_projects": [lane.project for lane in touched],
             "touched_classes": [lane.lane_class for lane in touched],

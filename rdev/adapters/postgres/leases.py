@@ -8,15 +8,16 @@ from psycopg.rows import args_row
 
 from rdev.adapters.postgres.commands import decode_spec
 from rdev.adapters.postgres.pool import Pool, translate_errors
-from rdev.domain.commands import Claimed, Kind, Lease
+from rdev.domain.commands import Claimed, Kind, Lease, Retry
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import ProjectId, command_id, command_uuid
 from rdev.ports.commands import Beat
 
 # What `to_claimed` takes, of a row `c`. Not the whole row: most of its columns are for readers.
 CLAIMED_COLUMNS = """
-    c.id, c.lease_id, c.project, c.kind, c.spec, c.attempt, c.instance, c.out_offset, c.err_offset,
-    c.last_seq, c.dropped_bytes,
+    c.id, c.lease_id, c.project, c.kind, c.spec, c.retry, c.attempt,
+    extract(epoch from clock_timestamp() - c.started_at)::float8,
+    c.instance, c.out_offset, c.err_offset, c.last_seq, c.attempt_seq, c.dropped_bytes,
     trunc(extract(epoch from c.started_at - c.created_at) * 1000)::bigint,
     c.cancel_requested_at is not null
 """
@@ -163,11 +164,14 @@ def to_claimed(
     project: str,
     kind: str,
     spec: bytes,
+    retry: str,
     attempt: int,
+    running_s: float,
     instance: str | None,
     out_offset: int,
     err_offset: int,
     last_seq: int,
+    attempt_seq: int,
     dropped_bytes: int,
     queue_wait_ms: int,
     cancel_requested: bool,
@@ -180,11 +184,14 @@ def to_claimed(
         project=ProjectId(project),
         kind=Kind(kind),
         spec=decode_spec(spec),
+        retry=Retry(retry),
         attempt=attempt,
+        running_s=running_s if take_over else 0.0,
         take_over=take_over,
         instance=instance,
         offsets=Offsets(stdout=out_offset, stderr=err_offset),
         last_seq=last_seq,
+        attempt_seq=attempt_seq,
         dropped_bytes=dropped_bytes,
         queue_wait_ms=queue_wait_ms,
         cancel_requested=cancel_requested,
