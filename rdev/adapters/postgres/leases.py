@@ -45,11 +45,15 @@ returning {CLAIMED_COLUMNS}
 _HEARTBEAT = """
 with mine as (
     select c.id
-    from commands c
-    join unnest(%(ids)s::uuid[], %(leases)s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.id = any(%(ids)s::uuid[]) and c.status || '' = 'running'
-    order by c.id
-    for update of c
+    from (
+        select * from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) h (id, lease_id) order by id
+    ) held
+    cross join lateral (
+        select c.id
+        from commands c
+        where c.id = held.id and c.lease_id = held.lease_id and c.status || '' = 'running'
+        for update
+    ) c
 )
 update commands c
 set lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
@@ -70,11 +74,15 @@ where id = %(id)s and lease_id = %(lease_id)s and status = 'running'
 _RELEASE = """
 with mine as (
     select c.id
-    from commands c
-    join unnest(%(ids)s::uuid[], %(leases)s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.id = any(%(ids)s::uuid[]) and c.status || '' = 'running'
-    order by c.id
-    for update of c
+    from (
+        select * from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) h (id, lease_id) order by id
+    ) held
+    cross join lateral (
+        select c.id
+        from commands c
+        where c.id = held.id and c.lease_id = held.lease_id and c.status || '' = 'running'
+        for update
+    ) c
 )
 update commands c
 set lease_until = clock_timestamp() - interval '1 second'
