@@ -49,12 +49,12 @@ HELD_LONG_S = 60.0
 HELD_JUDGED_S = 5.0
 
 # Peers get what rdev has by default: connections, and commands at once. Each runs one command of a
-# project at a time, in the order of acceptance, and counts what ran beside another one (`overlaps`):
-# procrastinate by its `lock`, graphile-worker by its `queue_name`, pgqueuer by an entrypoint for each
-# project with `concurrency_limit=1`, which its database enforces for all workers (a unique index over
-# its slots). All of them batch as they do by default, and their tables are durable.
-# graphile-worker's local queue stays off: with it two commands of a project ran at once (4,080 times
-# in one window).
+# project at a time, in the order of acceptance (what ran beside another one is counted, `overlaps`):
+# procrastinate by its `lock`, graphile-worker by its `queue_name`, pgqueuer by an entrypoint for
+# each project with `concurrency_limit=1`, which its database enforces for all workers (a unique
+# index over its slots). Each batches as it does by default; all their tables are durable.
+# graphile-worker's local queue stays off: with it two commands of a project ran at once (4,080
+# times in one window).
 PEER_SETTINGS = {
     "warm_s": WARM_S,
     "window_s": WINDOW_S,

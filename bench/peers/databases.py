@@ -67,8 +67,8 @@ def _execute(dsn: str, query: sql.Composed) -> None:
 
 
 def cpu_s(dsn: str) -> float:
-    """What the processes that serve this database have used, in seconds of CPU: those of its present
-    connections, without the one that asks. 0 where there is no /proc."""
+    """What the processes that serve this database have used, in seconds of CPU: those of its
+    present connections, without the one that asks. 0 where there is no /proc."""
     query = "select pid from pg_stat_activity where datname = current_database()"
     with psycopg.connect(dsn, autocommit=True) as connection:
         found = connection.execute(f"{query} and pid <> pg_backend_pid()").fetchall()

@@ -23,11 +23,11 @@ from rdev.domain.stream import Chunk, GapEvent, Source, gap_line
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
 
 # Rows are locked in id order; one that another statement holds is skipped and comes in the next
-# batch. A row that was changed in between is judged again in its newest version. The primary key
-# serves it, one look-up for each row (`lateral` with a lock, `id = any`): a join may be planned as a
-# walk over the whole key while the table is small, and that plan is kept while it grows.
-# `status || ''` keeps the planner from the index of running commands, through which it would read
-# all that ever ran while some transaction holds a snapshot; it is judged under the lock.
+# batch. A row that was changed in between is judged again in its newest version; its status, under
+# the lock. The primary key serves it, one look-up for each row (`lateral` with a lock, `id = any`):
+# a join may be planned as a walk over the whole key while the table is small, and that plan is kept
+# while it grows. `status || ''` keeps the planner from the index of running commands, through which
+# it would read all that ever ran while some transaction holds a snapshot.
 _APPEND = """
 with input as (
     select *
