@@ -31,6 +31,7 @@ class FaultKind(StrEnum):
     CRASH = "crash"  # a server dies at some time
     CRASH_AT = "crash_at"  # a server dies right before or after a statement took effect
     STOP = "stop"  # a server is told to stop
+    INTERRUPT = "interrupt"  # a server is told to stop and to end what it runs
     PAUSE = "pause"  # a server stands still, perhaps past its leases, and goes on
     PLACE_RESTART = "place_restart"  # a container restarts: its processes die
     PLACE_AWAY = "place_away"  # a project cannot be reached; its processes go on
@@ -101,7 +102,7 @@ class Shape:
 
 def draw_shape(chance: Chance) -> Shape:
     """Small runs: the bugs of such systems show with two servers and a handful of commands."""
-    faulty_s = chance.one_of((0.0, 4.0, 6.0, 10.0))
+    faulty_s = chance.one_of((0.0, 4.0, 6.0, 6.0, 8.0, 10.0))
     kinds = [kind for kind in FaultKind if chance.odds(0.4)]
     standing = chance.odds(0.3)
     if standing and FaultKind.PLACE_RESTART in kinds:

@@ -12,6 +12,7 @@ from tests.simulation.history import (
     Accepted,
     Answered,
     Appended,
+    Awaited,
     Calm,
     CancelAsked,
     Claimed,
@@ -19,10 +20,12 @@ from tests.simulation.history import (
     Ended,
     Event,
     Exited,
+    Fault,
     FellOver,
     Opened,
     Overdue,
     PlaceFault,
+    QueuedAgain,
     Released,
     Renewed,
     Saw,
@@ -45,8 +48,9 @@ ENDS = (*READ_ENDS, "lost", "expired")
 
 @dataclass(slots=True)
 class Process:
-    """One process that was started."""
+    """One process that was started, in an attempt counted from 1."""
 
+    attempt: int
     code: int | None = None
     is_alive: bool = True
     journal: dict[str, bytes] = field(default_factory=dict)
@@ -58,6 +62,10 @@ class Told:
 
     accepted: Accepted
     claimed_at: float | None = None
+    # How often it was claimed: the number of its attempt.
+    attempts: int = 0
+    # The last event before each attempt.
+    attempt_seqs: list[int] = field(default_factory=list)
     lease: int = 0
     until: float = 0.0
     released: bool = False
@@ -108,6 +116,8 @@ class Checker:
         self._keys: dict[str, str] = {}
         self._lines: dict[int, Line] = {}
         self._shaken: set[str] = set()
+        # A server was told to end what it runs.
+        self._interrupted = False
         self._calm_at = float("inf")
         self._now = 0.0
 
@@ -138,6 +148,12 @@ class Checker:
                 self._accepted(event)
             case Ended():
                 self._ended(event)
+            case QueuedAgain():
+                self._queued_again(event)
+            case Awaited():
+                self._awaited(event)
+            case Fault(kind="interrupt"):
+                self._interrupted = True
             case Started():
                 self._started(event)
             case Wrote():
@@ -198,11 +214,13 @@ class Checker:
         lane = told.accepted.lane
         if not told.is_queued:
             self._break(f"{event.command} was claimed, but it was not queued")
-        if told.accepted.expires_at <= event.at - SAME_S:
+        if not told.attempts and told.accepted.expires_at <= event.at - SAME_S:
             self._break(f"{event.command} was claimed after it had expired")
         self._check_order(told, lane)
         self._check_lanes(told, lane)
         told.claimed_at = event.at
+        told.attempts += 1
+        told.attempt_seqs.append(told.last_seq)
         self._lease(told, event)
         running = [one for one in self._of_lane(lane) if one.is_running]
         if len(running) > CAPS[lane.rpartition("/")[2]]:
@@ -241,7 +259,7 @@ class Checker:
         queued = [one for one in commands if one.is_queued]
         if not queued or running >= CAPS[lane.rpartition("/")[2]]:
             return None
-        if any(one.accepted.expires_at <= self._now for one in queued):
+        if any(one.accepted.expires_at <= self._now and not one.attempts for one in queued):
             return None
         return min(queued, key=lambda one: one.accepted.at - one.accepted.level * AGE_STEP_S)
 
@@ -292,7 +310,7 @@ class Checker:
         again = told.accepted.retry == "safe" and not told.alive
         if told.processes and not again:
             self._break(f"a second process of {event.command}")
-        told.processes[event.process] = Process()
+        told.processes[event.process] = Process(told.attempts)
         lane = told.accepted.lane
         # What was given up as unreachable may still run; it holds no place.
         alive = [one for one in self._of_lane(lane) if one.alive and not _given_up(one)]
@@ -311,19 +329,34 @@ class Checker:
         if told.alive and not _given_up(told):
             self._break(f"{event.command} ended {event.status}, but its process lives")
 
+    def _queued_again(self, event: QueuedAgain) -> None:
+        """Only what may run twice, and of which nothing is left."""
+        told = self._commands[event.command]
+        if told.accepted.retry != "safe" or told.alive or not told.is_running:
+            self._break(f"{event.command} was queued again")
+        if any(process.code is not None for process in told.processes.values()):
+            self._break(f"{event.command} was queued again, but it had finished")
+        told.claimed_at = None
+        self._lanes[told.accepted.lane].moved = True
+
+    def _awaited(self, event: Awaited) -> None:
+        ended = self._commands[event.command].ended
+        if ended is None or ended.status != event.status:
+            self._break(f"a client was told that {event.command} had ended {event.status}")
+
     def _judge(self, event: Ended, told: Told) -> str | None:
         """Why a status cannot be."""
         codes = [process.code for process in told.processes.values() if process.code is not None]
         if event.status not in ENDS:
             return "that is no end"
-        if told.claimed_at is None and event.status not in ("cancelled", "expired"):
+        if told.attempts == 0 and event.status not in ("cancelled", "expired"):
             return "nobody had claimed it"
         match event.status:
             case "succeeded" if 0 not in codes[-1:]:
                 return f"its exit codes were {codes}"
             case "failed" if codes[-1:] in ([], [0]):
                 return f"its exit codes were {codes}"
-            case "cancelled" if not told.cancel_asked:
+            case "cancelled" if not told.cancel_asked and not self._interrupted:
                 return "nobody had asked for it"
             case "expired" if event.at < told.accepted.expires_at or told.processes:
                 return "it had not"
@@ -381,25 +414,33 @@ class Checker:
             self._check_output(command, told, stream)
 
     def _check_output(self, command: str, told: Told, stream: str) -> None:
-        """The log is a prefix of the journal of the last process, and all of it when it was read
-        to its end."""
+        """The log of each attempt is a prefix of the journal of its process, and all of it when it
+        was read to its end."""
         assert told.ended is not None
-        seen = b"".join(_contents(told.events, stream))
-        processes = list(told.processes.values())
-        journal = processes[-1].journal.get(stream, b"") if processes else b""
-        if not journal.startswith(seen):
-            self._break(f"{stream} of {command} is not what its process wrote")
-        elif told.ended.status in READ_ENDS and seen != journal:
-            self._break(f"{stream} of {command} is not whole: {len(seen)} of {len(journal)} bytes")
+        ends = [*told.attempt_seqs[1:], told.last_seq]
+        for attempt, (first, last) in enumerate(zip(told.attempt_seqs, ends, strict=False), 1):
+            seen = b"".join(_contents(told.events, stream, first, last))
+            journal = b"".join(
+                process.journal.get(stream, b"")
+                for process in told.processes.values()
+                if process.attempt == attempt
+            )
+            is_read = attempt == told.attempts and told.ended.status in READ_ENDS
+            if not journal.startswith(seen):
+                self._break(f"{stream} of {command} is not what its process wrote")
+            elif is_read and seen != journal:
+                self._break(f"{stream} of {command} is not whole: {len(seen)} of {len(journal)}")
 
 
 def _given_up(told: Told) -> bool:
     return told.ended is not None and told.ended.reason == "unreachable"
 
 
-def _contents(events: dict[int, tuple[str, bytes]], stream: str) -> Iterable[bytes]:
-    """The bytes that the output events of one stream stand for (docs/api.md)."""
-    for seq in sorted(events):
+def _contents(
+    events: dict[int, tuple[str, bytes]], stream: str, after: int, last: int
+) -> Iterable[bytes]:
+    """The bytes that some output events of one stream stand for (docs/api.md)."""
+    for seq in range(after + 1, last + 1):
         name, data = events[seq]
         if name != "output":
             continue

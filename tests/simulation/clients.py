@@ -4,7 +4,7 @@ Each request goes to some server, as through a load balancer.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import trio
 
@@ -17,13 +17,14 @@ from rdev.domain.requests import Common
 from rdev.ports.commands import Accepted
 from rdev.services.commands import Caller
 from tests.simulation.chance import Chance, FaultKind, Shape
-from tests.simulation.history import Answered, Closed, History, Opened, Saw
+from tests.simulation.history import Answered, Awaited, Closed, History, Opened, Saw
 from tests.simulation.link import Weather
 from tests.simulation.places import Plan, Programs
 from tests.simulation.servers import GoneError, Life
 from tests.simulation.streams import follow, parse
 
 PATIENCE_S = 10.0
+FOR_EVER_S = 86_400.0
 TEXTS = (
     b"one\n",
     b"two\nthree\n",
@@ -46,7 +47,9 @@ class Client:
     programs: Programs
     projects: list[ProjectId]
     lives: list[Life]
-    connections: list[int] = field(default_factory=lambda: [0])
+    connections: list[int]
+    # Then its program may be one that ends in no other way.
+    _will_cancel: bool = False
 
     async def run(self) -> None:
         """From its first request to the last event it wants to see."""
@@ -56,14 +59,21 @@ class Client:
             command = await self._submit()
             if command is None:
                 return
-            if chance.odds(0.25):
+            if self._will_cancel:
                 nursery.start_soon(self._cancel, command)
-            if chance.odds(0.85):
-                await self._follow(command)
+            match chance.integer(1, 10):
+                case 1:
+                    pass
+                case 2:
+                    await self._await_end(command)
+                case _:
+                    await self._follow(command)
 
     async def _submit(self) -> CommandId | None:
         """With a key: until it is answered. Without one: once, for a repeat would be another."""
-        key = f"key-{self.number}" if self.weather.chance.odds(0.8) else None
+        chance = self.weather.chance
+        self._will_cancel = chance.odds(0.3)
+        key = f"key-{self.number}" if self._will_cancel or chance.odds(0.8) else None
         use_case = self._submission(key)
         while True:
             command = await self._ask(use_case)
@@ -77,7 +87,10 @@ class Client:
         chance, shape = self.weather.chance, self.weather.shape
         project = chance.one_of(self.projects)
         kind = chance.one_of((Kind.SHELL, Kind.SHELL, Kind.GIT))
-        argv = self.programs.add(draw_plan(chance, shape))
+        plan = draw_plan(chance, shape)
+        if self._will_cancel and chance.odds(0.5):
+            plan = replace(plan, steps=(*plan.steps, (FOR_EVER_S, Stream.STDOUT, b"")))
+        argv = self.programs.add(plan)
         common = Common(
             env={},
             cwd="",
@@ -85,7 +98,7 @@ class Client:
             timeout_s=chance.one_of((1, 600, 600)),
             priority=chance.one_of((*Priority, Priority.NORMAL)),
             expires_in_s=chance.one_of((None, None, 2)),
-            retry=Retry.NEVER,
+            retry=chance.one_of((Retry.NEVER, Retry.NEVER, Retry.SAFE)),
         )
         digest = f"{self.number}".encode()
         idempotency = key and Idempotency(key_id="key_admin", key=key, digest=digest)
@@ -103,6 +116,18 @@ class Client:
         await trio.sleep(self.weather.chance.random() * 3)
         while await self._ask(lambda life: life.commands.cancel(command)) is None:
             pass
+
+    async def _await_end(self, command: CommandId) -> None:
+        """`?wait`, again and again."""
+
+        async def wait(life: Life) -> object:
+            found = await life.commands.ended(command, within_s=4.0)
+            return found.status if found.status.is_terminal else None
+
+        status = None
+        while not isinstance(status, str):
+            status = await self._ask(wait)
+        self.history.events.append(Awaited(trio.current_time(), command, status))
 
     async def _follow(self, command: CommandId) -> None:
         """From any server, over cuts, to the last event."""
@@ -197,4 +222,7 @@ def draw_plan(chance: Chance, shape: Shape) -> Plan:
         )
         for _ in range(chance.integer(1, 4))
     )
+    if chance.odds(0.02):
+        # More than a reader's buffer, in lines longer than an event may be.
+        steps = (*steps, (0.0, Stream.STDOUT, (b"y" * 20_000 + b"\n") * 20))
     return Plan(steps=steps, code=chance.one_of((0, 0, 0, 1, 3)))

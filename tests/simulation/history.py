@@ -74,6 +74,15 @@ class Appended:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuedAgain:
+    """A running command's attempt is over, and another one will follow (`retry: safe`)."""
+
+    at: float
+    command: str
+    lease: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """A command's final status was committed."""
 
@@ -150,6 +159,15 @@ class Answered:
 
 
 @dataclass(frozen=True, slots=True)
+class Awaited:
+    """A client that waited for a command's end was told of this status."""
+
+    at: float
+    command: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A client follows a command from the event after `after`."""
 
@@ -219,6 +237,7 @@ Event = (
     | Renewed
     | Released
     | Appended
+    | QueuedAgain
     | Ended
     | CancelAsked
     | Touched
@@ -227,6 +246,7 @@ Event = (
     | Exited
     | PlaceFault
     | Answered
+    | Awaited
     | Opened
     | Saw
     | Closed

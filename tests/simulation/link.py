@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import trio
 
@@ -27,6 +27,7 @@ AWAY_S = 0.3
 CROSSINGS_MAX = 200_000
 
 Call = Callable[..., Awaitable[object]]
+Port = TypeVar("Port")
 
 
 class Watch(Protocol):
@@ -162,9 +163,12 @@ class held:
         self._state.held.discard(self._command)
 
 
-class Linked:
-    """Any port of the store as one server sees it: every method is a call over its line."""
+def linked(port: Port, link: Link) -> Port:
+    """A port of the store as one server sees it: every method is a call over its line."""
+    return _Linked(port, link)  # type: ignore[return-value]  # it has the port's methods, all of them
 
+
+class _Linked:
     def __init__(self, port: object, link: Link) -> None:
         self._port, self._link = port, link
 

@@ -13,6 +13,7 @@ EVENTS = (
     FaultKind.CRASH,
     FaultKind.CRASH_AT,
     FaultKind.STOP,
+    FaultKind.INTERRUPT,
     FaultKind.PAUSE,
     FaultKind.DB_AWAY,
     FaultKind.PLACE_RESTART,
@@ -54,8 +55,10 @@ class Nemesis:
                 life.die()
             case FaultKind.CRASH_AT:
                 life.link.dies_at = life.link.crossings + chance.integer(1, 30)
-            case FaultKind.STOP:
+            case FaultKind.STOP | FaultKind.INTERRUPT:
                 self._note(kind, life.holder)
+                if kind is FaultKind.INTERRUPT:
+                    life.queue.cancel_running()
                 await self._fleet.stop(life)
             case FaultKind.PAUSE:
                 self._note(kind, life.holder)

@@ -34,6 +34,22 @@ class OutputWithoutFence(FakeOutput):
         return Lease(command=append.lease.command, id=row.lease_id or 0)
 
 
+class RepeatsApplyAgain(FakeOutput):
+    """An append is taken wherever the log stands: one whose reply was lost lands twice."""
+
+    async def append(self, batch: Sequence[Append]) -> list[AppendResult]:
+        return await super().append([self._moved(one) for one in batch])
+
+    def _moved(self, append: Append) -> Append:
+        row = self._state.rows[append.lease.command]
+        at = row.offsets
+        end = Offsets(
+            stdout=at.stdout + append.end.stdout - append.start.stdout,
+            stderr=at.stderr + append.end.stderr - append.start.stderr,
+        )
+        return replace(append, start=at, start_seq=row.command.last_seq, end=end)
+
+
 class ExecutorWithoutGuard(FakeExecutor):
     """Every attach with a spec starts the command (no `go/`)."""
 
@@ -41,14 +57,14 @@ class ExecutorWithoutGuard(FakeExecutor):
     async def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: CommandId,
         *,
         spec: Spec | None,
         instance: str,
         offsets: Offsets,
     ) -> AsyncIterator[FakeAttachment]:
-        self._runs.pop(command, None)
-        attaching = super().attach(project, command, spec=spec, instance=instance, offsets=offsets)
+        self._runs.pop(attempt, None)
+        attaching = super().attach(project, attempt, spec=spec, instance=instance, offsets=offsets)
         async with attaching as attachment:
             yield attachment
 
@@ -64,6 +80,13 @@ class HeartbeatWithoutCompare(FakeCommands):
         beat = await super().heartbeat(current)
         stale = {lease.command for lease in beat.stale}
         return replace(beat, stale=frozenset(one for one in leases if one.command in stale))
+
+
+class HeartbeatWithoutCancel(FakeCommands):
+    """Does not say what is to be cancelled: only a notification does, and that may be lost."""
+
+    async def heartbeat(self, leases: Sequence[Lease]) -> Beat:
+        return replace(await super().heartbeat(leases), cancel_requested=frozenset())
 
 
 class TakeOverAtOnce(FakeCommands):
@@ -98,6 +121,17 @@ class LanesWithoutCap(FakeLanes):
         finally:
             for lane in lanes:
                 lane.cap -= 1
+
+
+class LanesWithoutTurns(FakeLanes):
+    """Forgets that a lane was served: the oldest command of all is next."""
+
+    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+        for lane, row in self._state.lanes.items():
+            row.last_start = 0.0
+            self._place(lane)
+        return found
 
 
 class PublishBeforeCommit(Appender):
@@ -151,10 +185,10 @@ class RankUpsideDown(FakeCommands):
 class SuccessUnread(FakeExecutor):
     """No status could be read: it will have gone well."""
 
-    def lose(self, command: CommandId, reason: LostReason, *, may_still_run: bool = False) -> None:
-        run = self._runs.get(command)
+    def lose(self, attempt: CommandId, reason: LostReason, **facts: bool) -> None:
+        run = self._runs.get(attempt)
         if run is not None and run.end is None:
-            super().lose(command, reason, may_still_run=may_still_run)
+            super().lose(attempt, reason, **facts)
             sizes = {stream: len(journal) for stream, journal in run.journals.items()}
             run.end = Exit(
                 exit_code=0,
@@ -167,6 +201,18 @@ class SuccessUnread(FakeExecutor):
 
 def _fence_off(seams: Seams, state: StoreState, lease_s: float) -> None:
     seams.output = OutputWithoutFence(state)
+
+
+def _repeats_apply_again(seams: Seams, state: StoreState, lease_s: float) -> None:
+    seams.output = RepeatsApplyAgain(state)
+
+
+def _heartbeat_without_cancel(seams: Seams, state: StoreState, lease_s: float) -> None:
+    seams.commands = HeartbeatWithoutCancel(state, lease_s=lease_s)
+
+
+def _no_turns(seams: Seams, state: StoreState, lease_s: float) -> None:
+    seams.lanes = LanesWithoutTurns(state, lease_s=lease_s)
 
 
 def _guard_off(seams: Seams, state: StoreState, lease_s: float) -> None:
@@ -215,6 +261,9 @@ PLANTED: Mapping[str, tuple[Plant, str]] = {
     "guard off": (_guard_off, "a second process"),
     "heartbeat without compare": (_heartbeat_without_compare, "a heartbeat renewed lease"),
     "replay before subscribe": (_replay_before_subscribe, "in time|late"),
+    "repeats apply again": (_repeats_apply_again, "end with one complete|not what its process"),
+    "heartbeat without cancel": (_heartbeat_without_cancel, "never ended"),
+    "no turns": (_no_turns, "whose turn it was"),
     "take-over at once": (_take_over_at_once, "before its lease had run out"),
     "no repair of lanes": (_no_repair, "never ended"),
     "cap off by one": (_cap_off_by_one, "commands run in"),

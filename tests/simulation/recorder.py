@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import trio
 
 from rdev.domain.commands import Claimed as Taken
-from rdev.domain.commands import Lease, NewCommand
+from rdev.domain.commands import Lease, NewCommand, Status
 from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.ports.commands import Accepted as Answer
@@ -21,6 +21,7 @@ from tests.simulation.history import (
     Claimed,
     Ended,
     History,
+    QueuedAgain,
     Released,
     Renewed,
     TakenOver,
@@ -132,6 +133,8 @@ class Recorder:
             self._seqs[id_] = last
             lease = leases.get(id_)
             self._history.events.append(Appended(now, id_, lease, known + 1, last))
+            if lease is not None and row.command.status is Status.QUEUED:
+                self._history.events.append(QueuedAgain(now, id_, lease))
             if row.command.status.is_terminal and id_ not in self._ended:
                 self._ended.add(id_)
                 self._end(row, lease)

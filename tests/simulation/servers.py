@@ -16,7 +16,7 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from tests.simulation.bus import Bus
 from tests.simulation.history import FellOver, History
-from tests.simulation.link import Link, Linked, Weather
+from tests.simulation.link import Link, Weather, linked
 from tests.simulation.places import Place, Reach
 from tests.simulation.seams import Seams
 
@@ -57,8 +57,8 @@ class Life:
         # Takes requests.
         self._is_open = False
         self._scope = trio.CancelScope()
-        store = Linked(seams.commands, link)
-        log = Linked(seams.output, link)
+        store = linked(seams.commands, link)
+        log = linked(seams.output, link)
         backoff = weather.chance.backoff
         shape = weather.shape
 
@@ -71,7 +71,7 @@ class Life:
         appender = seams.appender(log=log, publish=self.fanout.publish, backoff=backoff)
         assert isinstance(appender, Appender)
         self.queue = CommandQueue(
-            lanes=Linked(seams.lanes, link),
+            lanes=linked(seams.lanes, link),
             leases=store,
             executor=Reach(places, link, world),
             appender=appender,
@@ -93,7 +93,7 @@ class Life:
             store=store,
             log=log,
             gate=QueueGate(
-                queue=Linked(seams.depths, link),
+                queue=linked(seams.depths, link),
                 limits=DepthLimits(project_max=shape.project_max, server_max=1_000),
                 telemetry=Silence(),
             ),
