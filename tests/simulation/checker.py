@@ -362,9 +362,14 @@ class Checker:
                 return "it had not"
             case "timed_out" if not told.processes or codes:
                 return f"its exit codes were {codes}"
-            case "lost" if told.accepted.lane.partition("/")[0] not in self._shaken:
+            case "lost" if not self._may_be_lost(told):
                 return "its place was well"
         return None
+
+    def _may_be_lost(self, told: Told) -> bool:
+        """Its place had a fault; or an interrupted server forbade the start and died before it
+        could say so."""
+        return told.accepted.lane.partition("/")[0] in self._shaken or self._interrupted
 
     # Streams: what clients see is what was committed, without hole or double, and in time
 
@@ -441,7 +446,7 @@ def _contents(
 ) -> Iterable[bytes]:
     """The bytes that some output events of one stream stand for (docs/api.md)."""
     for seq in range(after + 1, last + 1):
-        name, data = events[seq]
+        name, data = events.get(seq, ("unread", b""))
         if name != "output":
             continue
         fields = json.loads(data)

@@ -165,13 +165,14 @@ class Client:
             leaves = self.weather.strikes(FaultKind.CLIENT_GONE, 0.3)
             patience_s = chance.random() * 0.1 if leaves else PATIENCE_S
         try:
-            return await life.ask(use_case, patience_s=patience_s)
+            answer = await life.ask(use_case, patience_s=patience_s)
         except (GoneError, RdevError):
-            at_end()
+            answer = None
+        at_end()
+        if answer is None:
+            # A client that comes back at once would be a fault of its own.
             await trio.sleep(chance.uniform(0.1, 1.0))
-            return None
-        finally:
-            at_end()
+        return answer
 
 
 class Connection:
@@ -222,7 +223,7 @@ def draw_plan(chance: Chance, shape: Shape) -> Plan:
         )
         for _ in range(chance.integer(1, 4))
     )
-    if chance.odds(0.02):
+    if chance.odds(0.01):
         # More than a reader's buffer, in lines longer than an event may be.
         steps = (*steps, (0.0, Stream.STDOUT, (b"y" * 20_000 + b"\n") * 20))
     return Plan(steps=steps, code=chance.one_of((0, 0, 0, 1, 3)))

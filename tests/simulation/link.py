@@ -129,7 +129,7 @@ class Link:
         if weather.strikes(FaultKind.DB_LATENCY, FAULTS_PER_CALL):
             await weather.linger(weather.chance.uniform(0.1, SLOW_MAX_S))
             await self._moving()
-        elif weather.shape.latency_s and weather.chance.odds(0.5):
+        elif weather.shape.latency_s and weather.chance.odds(0.3):
             await trio.sleep(weather.shape.latency_s * weather.chance.random())
             await self._moving()
 

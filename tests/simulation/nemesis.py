@@ -63,7 +63,8 @@ class Nemesis:
             case FaultKind.PAUSE:
                 self._note(kind, life.holder)
                 life.link.pause()
-                await weather.linger(chance.uniform(0.2, 2.5 * weather.shape.lease_s))
+                leases = chance.one_of((0.5, 1.5, 2.5))
+                await weather.linger(weather.shape.lease_s * leases * chance.uniform(0.6, 1.2))
                 life.link.resume()
             case FaultKind.DB_AWAY:
                 self._note(kind, "database")
