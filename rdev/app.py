@@ -4,6 +4,7 @@ Reads top to bottom: state folder, database, adapters, services, subsystems, run
 """
 
 import logging
+import math
 import os
 import pwd
 import random
@@ -60,6 +61,9 @@ from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.subsystems import Subsystem, run_subsystems
+
+# Signals closer together than this are one.
+ONE_SIGNAL_S = 0.3
 
 _log = logging.getLogger("rdev")
 
@@ -297,12 +301,19 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
 async def _heed_signals(
     control: Control, everything: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """The first signal stops, the second cancels; so does one before anything serves."""
+    """The first signal stops, the second cancels; so does one before anything serves.
+
+    What comes within `ONE_SIGNAL_S` is one: a terminal's Ctrl-C reaches `make` and its child both,
+    and a parent may pass on what its child got too.
+    """
+    stopped_at_s = -math.inf
     # A shell's background job begins with SIGQUIT ignored, and commands would inherit that.
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
+            if trio.current_time() < stopped_at_s + ONE_SIGNAL_S:
+                continue
             if control.server is None or control.stop.is_set():
                 _log.warning("stopping at once", extra={"signal": signal.Signals(number).name})
                 everything.cancel()
@@ -310,6 +321,7 @@ async def _heed_signals(
             _log.info("stopping", extra={"signal": signal.Signals(number).name})
             if number == signal.SIGINT:
                 control.server.queue.cancel_running()
+            stopped_at_s = trio.current_time()
             control.stop.set()
 
 
