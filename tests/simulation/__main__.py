@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 from tests.simulation.chance import FaultKind
+from tests.simulation.planted import PLANTED, found_at
 from tests.simulation.world import simulate
 
 SEEDS_AT_ONCE = 100
@@ -67,8 +68,18 @@ def run_many(first: int, count: int, jobs: int) -> int:
     with ProcessPoolExecutor(jobs) as pool:
         for part in pool.map(run_some, parts):
             tally.add(part)
-    _print_tally(tally, time.monotonic() - began_s)
-    return 1 if tally.violations else 0
+        _print_tally(tally, time.monotonic() - began_s)
+        found = _print_planted(pool)
+    return 1 if tally.violations or not found else 0
+
+
+def _print_planted(pool: ProcessPoolExecutor) -> bool:
+    """Whether each bug is found."""
+    seeds = list(pool.map(found_at, PLANTED))
+    print(f"planted    {len(PLANTED)} bugs, found at the seeds")
+    for name, seed in zip(PLANTED, seeds, strict=True):
+        print(f"  {name:<26} {'not found' if seed is None else seed}")
+    return None not in seeds
 
 
 def _print_tally(tally: Tally, wall_s: float) -> None:

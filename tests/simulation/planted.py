@@ -4,6 +4,7 @@ They are put where the parts meet (a fake that errs, a service with one method r
 product has no switch for them.
 """
 
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from tests.fakes.lanes import FakeLanes
 from tests.fakes.store import FakeCommands, FakeOutput, StoreState, claimed_of, is_running
 from tests.simulation.seams import Plant, Seams
 from tests.simulation.streams import LateReaders
+from tests.simulation.world import simulate
 
 
 class OutputWithoutFence(FakeOutput):
@@ -253,6 +255,20 @@ def _rank_upside_down(seams: Seams, state: StoreState, lease_s: float) -> None:
 
 def _success_unread(seams: Seams, state: StoreState, lease_s: float) -> None:
     seams.executor = SuccessUnread
+
+
+# Bugs are looked for in so many seeds.
+SEEDS_MAX = 1_000
+
+
+def found_at(name: str) -> int | None:
+    """The first seed whose run tells of the bug; None when none of `SEEDS_MAX` does."""
+    plant, sentence = PLANTED[name]
+    for seed in range(SEEDS_MAX):
+        violations = simulate(seed, plant).violations
+        if any(re.search(sentence, violation) for violation in violations):
+            return seed
+    return None
 
 
 # By name: what is planted, and a part of the sentence by which the checker must tell it.

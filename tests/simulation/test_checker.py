@@ -1,6 +1,8 @@
 """The checker itself: a good history passes, and each thing that must not happen is told."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,14 @@ GOOD: Sequence[Event] = (
     Saw(3.0, -1, ONE, 5, "complete", COMPLETE),
     Closed(3.0, -1),
 )
+
+
+def test_the_checker_knows_no_code_of_rdev() -> None:
+    for name in ("checker.py", "history.py"):
+        source = (Path(__file__).parent / name).read_text()
+        imported = re.findall(r"^(?:from|import) (\S+)", source, re.MULTILINE)
+        ours = [module for module in imported if module.startswith(("rdev", "tests"))]
+        assert set(ours) <= {"tests.simulation.history"}
 
 
 def test_a_good_history_passes() -> None:
