@@ -17,9 +17,11 @@ from rdev.domain.stream import Chunk
 from rdev.ports.commands import Accepted, Beat, Claims
 from rdev.ports.output import Append, AppendResult
 from rdev.services.appender import Appender, Writer
+from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeAttachment, FakeExecutor
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, StoreState, claimed_of, is_running
+from tests.fakes.output import FakeOutput
+from tests.fakes.store import StoreState, claimed_of, is_running
 from tests.simulation.seams import Plant, Seams
 from tests.simulation.streams import LateReaders
 from tests.simulation.world import simulate

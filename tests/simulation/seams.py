@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from rdev.services.appender import Appender
 from rdev.services.stream import Fanout
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.executor import FakeExecutor
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.store import StoreState
 
 
 @dataclass(slots=True)

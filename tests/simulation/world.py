@@ -16,7 +16,8 @@ from trio.testing import MockClock
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.sse import split_events
-from tests.fakes.store import FakeProjects, StoreState
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.simulation.bus import Bus
 from tests.simulation.chance import Chance, FaultKind, Shape, draw_shape, seed_scheduler
 from tests.simulation.checker import check
