@@ -334,10 +334,15 @@ class Arena:
 
 @asynccontextmanager
 async def open_arena(
-    place: Path, *, seed: int, proxied: bool = False, data_place: Path | None = None
+    place: Path,
+    *,
+    seed: int,
+    proxied: bool = False,
+    data_place: Path | None = None,
+    running_max: int = 64,
 ) -> AsyncIterator[Arena]:
     """Two ready servers; afterwards nothing of them is left. `data_place`: where the database lies,
-    else in `place`."""
+    else in `place`; `running_max` is the first server's."""
     folder = Path(tempfile.mkdtemp(prefix="rdev-arena-", dir=place))
     nodes: list[Node] = []
     try:
@@ -350,6 +355,7 @@ async def open_arena(
                     if proxy is not None:
                         await nursery.start(proxy.run)
                     nodes.append(_new_node(name, folder, database, proxy))
+                nodes[0].server.settings["RDEV_RUNNING_MAX"] = str(running_max)
                 arena = Arena(
                     folder=folder,
                     database=database,

@@ -23,6 +23,8 @@ from tests.faults.points import POINTS
 
 ROUNDS = int(os.environ.get("RDEV_TEST_ROUNDS", "5"))
 SEED = int(os.environ.get("RDEV_TEST_SEED", str(random.randrange(1 << 30))))
+# Most of a fault is waiting for a lease to run out.
+ARENAS = 4
 # Injections of a whole run with the rounds above.
 INJECTIONS_MIN = 500
 # Room for the cluster, a checkpoint's WAL and some minutes of output.
@@ -44,7 +46,7 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(2_400)]
 
 @asynccontextmanager
 async def judged(
-    place: Path, session_tally: Tally, seed: int, *, workers: int = 3, **more: object
+    place: Path, session_tally: Tally, seed: int, *, workers: int = 2, **more: object
 ) -> AsyncIterator[Arena]:
     """An arena under load, whose verdict is added to the session's and must be clean."""
     async with open_arena(place, seed=seed, **more) as arena:  # type: ignore[arg-type]
@@ -70,14 +72,16 @@ async def run_all(
 async def test_dead_and_frozen_servers_lose_and_double_nothing(
     quick_place: Path, session_tally: Tally
 ) -> None:
-    """kill -9 at every named point and anywhere, SIGSTOP past the lease: two arenas."""
+    """kill -9 at every named point and anywhere, SIGSTOP past the lease; several arenas at once."""
     plan: list[Fault] = [partial(faults.kill_at, point=point) for point in POINTS] * ROUNDS
     plan += [faults.kill] * (4 * ROUNDS) + [faults.freeze] * (2 * ROUNDS)
     plan += [partial(faults.freeze_at, point=point) for point in FREEZE_POINTS] * (ROUNDS // 2)
     random.Random(SEED).shuffle(plan)
     async with trio.open_nursery() as nursery:
-        for number in range(2):
-            nursery.start_soon(run_all, plan[number::2], quick_place, session_tally, SEED + number)
+        for number in range(ARENAS):
+            nursery.start_soon(
+                run_all, plan[number::ARENAS], quick_place, session_tally, SEED + number
+            )
 
 
 async def test_a_database_that_crashes_and_hangs_up_loses_and_doubles_nothing(
