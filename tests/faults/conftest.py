@@ -16,7 +16,7 @@ def session_tally() -> Tally:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the ledger."""
-    if _SESSION.commands:
+    if _SESSION.injections:
         terminalreporter.section("the ledger of faults")
         for line in _SESSION.render(lease_s=LEASE_S):
             terminalreporter.write_line(line)

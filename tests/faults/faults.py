@@ -48,25 +48,28 @@ async def kill_at(arena: Arena, point: str) -> None:
         node.server.spawn()
     else:
         node.points.arm(point, nth=arena.chance.choice((1, 1, 1, 2, 3)))
-        _provoke(arena, node, point)
+        if point.startswith("release."):
+            node.points.arm(point)
+            node.signal(SIGTERM)
+        arena.nursery.start_soon(_provoke, arena, node, point)
     arena.injected(f"kill_at {point}")
     await wait_until(lambda: not node.lives, f"{node.name} dies at {point}", PATIENCE_S)
     await _outlive(arena, node)
 
 
-def _provoke(arena: Arena, node: Node, point: str) -> None:
-    """Do what leads there, where the load does not by itself."""
+async def _provoke(arena: Arena, node: Node, point: str) -> None:
+    """Do what leads there, where the load does so seldom."""
     what = point.partition(".")[0]
-    if what == "release":
-        node.points.arm(point)
-        node.signal(SIGTERM)
     works = {
-        "cancel": [Work.NEVER] * 8,
-        "request_cancel": [Work.CANCELLED] * 6,
-        "kill_command": [Work.CANCELLED] * 6,
+        "cancel": Work.NEVER,
+        "request_cancel": Work.CANCELLED,
+        "kill_command": Work.CANCELLED,
+        "expire": Work.EXPIRED,
     }
-    for work in works.get(what, []):
-        arena.nursery.start_soon(arena.carry_out, arena.new_record(work))
+    while what in works and node.points.armed:
+        for _ in range(3):
+            arena.nursery.start_soon(arena.carry_out, arena.new_record(works[what]))
+        await trio.sleep(2)
 
 
 async def _kill_in_take_over(arena: Arena, node: Node, point: str) -> None:

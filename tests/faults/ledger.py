@@ -68,7 +68,7 @@ class Record:
             folder=folder,
             lines=LINES.get(self.work, 1 << 30),
             unfinished_every=UNFINISHED_EVERY if self.work in PAUSED else 1 << 30,
-            pause="sleep 0.15" if self.work in PAUSED else ":",
+            pause="sleep 0.25" if self.work in PAUSED else ":",
             code=3 if self.work is Work.FAILING else 0,
         ).replace("/gate", "/gate" if self.work is Work.ENDLESS else "/gate.none")
 

@@ -55,19 +55,16 @@ class Points:
         fresh.write_text(f"{point} {nth} {action.name}")
         fresh.rename(self.folder / "point")
 
-    def disarm(self) -> bool:
-        """Forget it; False when it has fired."""
-        try:
-            (self.folder / "point").unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
     @property
     def fired(self) -> list[str]:
         """Every point that fired, in order."""
         file = self.folder / "fired"
         return file.read_text().split() if file.exists() else []
+
+    @property
+    def armed(self) -> bool:
+        """Whether something is still to fire."""
+        return (self.folder / "point").exists()
 
     def is_armed(self, point: str) -> bool:
         """Whether this is the point, and this time counts."""

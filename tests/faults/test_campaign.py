@@ -24,7 +24,7 @@ from tests.faults.points import POINTS
 ROUNDS = int(os.environ.get("RDEV_TEST_ROUNDS", "5"))
 SEED = int(os.environ.get("RDEV_TEST_SEED", str(random.randrange(1 << 30))))
 # Most of a fault is waiting for a lease to run out.
-ARENAS = 4
+ARENAS = 3
 # Injections of a whole run with the rounds above.
 INJECTIONS_MIN = 500
 # Room for the cluster, a checkpoint's WAL and some minutes of output.
@@ -69,6 +69,17 @@ async def run_all(
             await fault(arena)
 
 
+async def run_in_arenas(
+    plan: list[Fault], place: Path, session_tally: Tally, *, arenas: int
+) -> None:
+    """Several arenas at once, each with a part of it."""
+    random.Random(SEED).shuffle(plan)
+    async with trio.open_nursery() as nursery:
+        for number in range(arenas):
+            part = plan[number::arenas]
+            nursery.start_soon(run_all, part, place, session_tally, SEED + number)
+
+
 async def test_dead_and_frozen_servers_lose_and_double_nothing(
     quick_place: Path, session_tally: Tally
 ) -> None:
@@ -76,12 +87,7 @@ async def test_dead_and_frozen_servers_lose_and_double_nothing(
     plan: list[Fault] = [partial(faults.kill_at, point=point) for point in POINTS] * ROUNDS
     plan += [faults.kill] * (4 * ROUNDS) + [faults.freeze] * (2 * ROUNDS)
     plan += [partial(faults.freeze_at, point=point) for point in FREEZE_POINTS] * (ROUNDS // 2)
-    random.Random(SEED).shuffle(plan)
-    async with trio.open_nursery() as nursery:
-        for number in range(ARENAS):
-            nursery.start_soon(
-                run_all, plan[number::ARENAS], quick_place, session_tally, SEED + number
-            )
+    await run_in_arenas(plan, quick_place, session_tally, arenas=ARENAS)
 
 
 async def test_a_database_that_crashes_and_hangs_up_loses_and_doubles_nothing(
@@ -89,8 +95,8 @@ async def test_a_database_that_crashes_and_hangs_up_loses_and_doubles_nothing(
 ) -> None:
     """Immediate restarts, killed backends, storms of terminated sessions."""
     plan: list[Fault] = [faults.restart_database, faults.kill_backend] * (3 * ROUNDS)
-    plan += [faults.terminate_storm] * (4 * ROUNDS)
-    await run_all(plan, quick_place, session_tally, SEED)
+    plan += [faults.terminate_storm] * (6 * ROUNDS)
+    await run_in_arenas(plan, quick_place, session_tally, arenas=2)
 
 
 async def test_dead_networks_and_wrong_clocks_lose_and_double_nothing(
