@@ -70,6 +70,21 @@ class FakeOutput:
         self._state.reply()
         return _raw(middle)
 
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        await self._state.step()
+        rows = {
+            command: self._state.rows[command]
+            for command in commands
+            if command in self._state.rows
+        }
+        return {
+            command: row.command.last_seq
+            for command, row in rows.items()
+            if row.holder != written_by_others_than
+        }
+
     async def oldest_seq(self, command: CommandId) -> int | None:
         await self._state.step()
         chunks = self._state.chunks.get(command)

@@ -55,6 +55,10 @@ class FakeProjects:
 
     def _counted(self, project: Project) -> Project:
         rows = [r for r in self._state.rows.values() if r.command.project == project.id]
+        is_failed = self._state.is_failed(project.id)
         return replace(
-            project, queued=sum(map(is_queued, rows)), running=sum(map(is_running, rows))
+            project,
+            status=ProjectStatus.FAILED if is_failed else project.status,
+            queued=sum(map(is_queued, rows)),
+            running=sum(map(is_running, rows)),
         )

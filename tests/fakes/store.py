@@ -165,9 +165,16 @@ class StoreState:
         return sorted(rows, key=lambda row: row.place)
 
     def has_room(self, lane: Lane) -> bool:
-        """Whether fewer than the cap of a lane run."""
+        """Whether fewer than the cap of a lane run, and no kill left anything in its project."""
+        if self.is_failed(lane.project):
+            return False
         rows = [row for row in self.rows.values() if row.lane == lane and is_running(row)]
         return len(rows) < self.lanes[lane].cap
+
+    def is_failed(self, project: ProjectId) -> bool:
+        """Whether a kill has left processes there."""
+        rows = [row for row in self.rows.values() if row.command.project == project]
+        return any(map(is_unkilled, rows))
 
     def leased(self, lease: Lease) -> Row | None:
         """The running command of a lease that is still its own."""
@@ -212,6 +219,10 @@ def claimed_of(row: Row, *, take_over: bool) -> Claimed:
 
 def is_queued(row: Row) -> bool:
     return row.command.status is Status.QUEUED
+
+
+def is_unkilled(row: Row) -> bool:
+    return row.command.kill is not None and not row.command.kill.confirmed
 
 
 def is_running(row: Row) -> bool:
