@@ -61,6 +61,7 @@ from rdev.services.keys import Keys
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
+from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem, run_subsystems
 
 # Signals closer together than this are one.
@@ -286,8 +287,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         "notifier": notifier.statistics,
     }.items():
         telemetry.watch(part, statistics)
-    subsystems = (notifier, listener, housekeeper, fanout, queue, http)
-    return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
+    poll = StreamPoll(
+        log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
+    )
+    return Server(
+        subsystems=(notifier, listener, housekeeper, fanout, poll, queue, http),
+        readiness=readiness,
+        queue=queue,
+        http=http,
+    )
 
 
 @asynccontextmanager

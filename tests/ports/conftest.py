@@ -37,9 +37,12 @@ from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
 from rdev.ports.upkeep import Upkeep
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"

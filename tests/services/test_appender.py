@@ -19,7 +19,7 @@ from rdev.services.appender import (
     LeaseLostError,
     Writer,
 )
-from tests.fakes.store import FakeOutput
+from tests.fakes.output import FakeOutput
 from tests.services.scripted import Server, backoff, make_project, submit
 
 KIB_64 = 65_536

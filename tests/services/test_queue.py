@@ -11,9 +11,9 @@ from rdev.domain.lanes import Lane
 from rdev.domain.stream import Chunk
 from rdev.ports.commands import Claims
 from rdev.services.queue import TICK_S
+from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeRun
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands
 from tests.services.scripted import LEASE_S, PROJECT, Server, make_project, submit
 
 LANE = Lane(project=PROJECT, lane_class=LaneClass.WORK)

@@ -143,6 +143,13 @@ where bytes_behind < %(tail_bytes)s
 order by first_seq
 """
 
+# The primary key serves it.
+_HEADS = """
+select id, last_seq
+from commands
+where id = any(%s) and holder is distinct from %s
+"""
+
 _OLDEST = """
 select min(first_seq)
 from output
@@ -254,6 +261,16 @@ class PostgresOutput:
                 dropped = sum(row["raw_bytes"] for row in gone if not row["is_gap"])
                 await connection.execute(_TRIM_COUNT, (dropped, command))
                 return sum(row["raw_bytes"] for row in gone)
+
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        """See `OutputLog.heads`."""
+        values = ([command_uuid(command) for command in commands], written_by_others_than)
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_HEADS, values)
+                return {command_id(row[0]): row[1] for row in await cursor.fetchall()}
 
     async def oldest_seq(self, command: CommandId) -> int | None:
         """See `OutputLog.oldest_seq`."""
