@@ -13,6 +13,7 @@ POINTS = ("insert.committed", "append.uncommitted", "attach.before")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 async def test_kills_freezes_and_a_crashed_database_lose_and_double_nothing(
     quick_place: Path, session_tally: Tally
 ) -> None:
