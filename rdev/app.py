@@ -63,6 +63,9 @@ from rdev.services.subsystems import Subsystem, run_subsystems
 
 _log = logging.getLogger("rdev")
 
+# Of the grace, for telling very many streams one after the other that they end.
+_CLOSING_SHARE = 0.7
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
@@ -172,7 +175,12 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         base_env=base_env(),
     )
 
-    fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
+    fanout = Fanout(
+        log=log,
+        tell_replicas=notifier.stream_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),

@@ -101,7 +101,7 @@ async def _body(
                 case Signal.DRAINING:
                     yield _frame(EventName.DISCONNECTING, {"reason": "draining"}, RETRY_MS)
                     return
-                case Signal.END:
+                case Signal.BLOCKED | Signal.END:
                     return
 
 
