@@ -194,6 +194,8 @@ class Connection(TCPServer):
         """
         try:
             while data := await self._received():
+                if self._is_taken:
+                    continue  # no further request is answered here; only the end is heard
                 requests = self._idle.requests
                 await self.protocol.handle(RawData(data))
                 if self._idle.requests == requests:
