@@ -26,8 +26,9 @@ from rdev.services.stream_tail import Frames
 __all__ = ["BUFFER_BYTES", "HEARTBEAT_S", "Fanout", "Frames", "Signal", "Subscription"]
 
 BUFFER_BYTES = 262_144
-# So long the delivery loop works at most before others run.
+# So long the delivery loop works at most before others run; it looks at the clock this often.
 YIELD_S = 0.002
+_READERS_A_LOOK = 16
 # Reads of the log at once for streams that other servers append to; the pool has more connections.
 LOOKS_AT_ONCE = 4
 # After a look that failed, and between two looks of a server that drains and is told nothing more.
@@ -76,6 +77,7 @@ class Fanout:
         self._stop = trio.Event()
         self._nursery: trio.Nursery | None = None
         self._looks = trio.CapacityLimiter(LOOKS_AT_ONCE)
+        self._is_writing = False
         self._open = self._published = self._written = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -111,6 +113,11 @@ class Fanout:
             fell_back=self.fell_back,
             log_reads=self.pages.reads,
         )
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the loop has written everything that was marked."""
+        return not self._marked and not self._is_writing
 
     def publish(self, chunk: Chunk) -> None:
         """Hand a committed chunk to the readers here and tell the other replicas. Never waits."""
@@ -207,26 +214,28 @@ class Fanout:
                 yield_at_s = trio.current_time() + YIELD_S
             topic = next(iter(self._marked))
             del self._marked[topic]
+            self._is_writing = True
             yield_at_s = await self._deliver_to(topic, yield_at_s)
+            self._is_writing = False
 
     async def _deliver_to(self, topic: Topic, yield_at_s: float) -> float:
         """One write to each reader of a stream that waits; returns when to yield again."""
         self._start_look(topic)
         last: Frames | None = None
-        count = 0
-        has_more = False
-        for reader in tuple(topic.waiting):
-            given = reader.give()
-            if given is not last:
+        position = count = 0
+        for number, reader in enumerate(tuple(topic.waiting), 1):
+            # Most readers stand at the same place: the same frames, and no question asked.
+            if last is not None and reader.position == position and reader.takes(last):
+                count += 1
+            else:
                 self._count(topic, last, count)
-                last, count = given, 0
-            count += 1
-            has_more = has_more or (given is not None and given.last_seq < topic.tail.last_seq)
-            if trio.current_time() >= yield_at_s:
+                position, last = reader.position, reader.give()
+                count = 1
+            if not number % _READERS_A_LOOK and trio.current_time() >= yield_at_s:
                 await trio.lowlevel.checkpoint()
                 yield_at_s = trio.current_time() + YIELD_S
         self._count(topic, last, count)
-        if has_more:
+        if any(reader.position < topic.tail.last_seq for reader in topic.waiting):
             self._marked[topic] = None
         elif len(topic.waiting) == len(topic.readers):
             topic.tail.forget(topic.tail.last_seq)

@@ -152,6 +152,15 @@ class Subscription:
         if found is None or offer is None:
             self.wake()  # it takes by itself, or reads the log where there is a hole
             return None
+        self.takes(found)
+        return found
+
+    def takes(self, found: Frames) -> bool:
+        """Write frames that follow its position to the client of a reader that waits; whether it
+        let the hub write."""
+        offer = self._offer
+        if offer is None:
+            return False
         self.position = found.last_seq
         if not offer(found):
             self._is_blocked = True
@@ -159,7 +168,7 @@ class Subscription:
         if found.is_final:
             self._is_ended = True
             self.wake()
-        return found
+        return True
 
     def dismiss(self) -> None:
         """Ask the reader to go: its next signal is DRAINING. Idempotent."""

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
+from typing import Protocol
 
 import msgspec
 import trio
@@ -32,7 +33,6 @@ from rdev.domain.ids import CommandId, is_command_id
 from rdev.domain.sse import EventName, frame
 from rdev.domain.stream import ConnectedEvent
 from rdev.ports.telemetry import Telemetry
-from rdev.services.commands import Commands
 from rdev.services.stream import Fanout, Frames, Signal, Subscription
 
 # How long a client waits before it comes back, in milliseconds (the contract).
@@ -55,7 +55,19 @@ _CLOSE = (b"connection", b"close")
 _encode = msgspec.json.Encoder().encode
 
 
-def stream_routes(commands: Commands, fanout: Fanout, telemetry: Telemetry) -> list[PlainRoute]:
+class Watched(Protocol):
+    """What the routes ask of the commands' use cases."""
+
+    async def get(self, command: CommandId) -> Command:
+        """The command as it is now. Errors: NOT_FOUND."""
+        ...
+
+    async def oldest_seq(self, command: CommandId) -> int | None:
+        """The first event that is still stored; None when none is."""
+        ...
+
+
+def stream_routes(commands: Watched, fanout: Fanout, telemetry: Telemetry) -> list[PlainRoute]:
     """`/commands/{id}/events` and `/projects/{id}/events?stream_id=`."""
     streams = _Streams(commands, fanout, telemetry)
     return [
@@ -67,7 +79,7 @@ def stream_routes(commands: Commands, fanout: Fanout, telemetry: Telemetry) -> l
 class _Streams:
     """The two routes."""
 
-    def __init__(self, commands: Commands, fanout: Fanout, telemetry: Telemetry) -> None:
+    def __init__(self, commands: Watched, fanout: Fanout, telemetry: Telemetry) -> None:
         self._commands = commands
         self._fanout = fanout
         self._telemetry = telemetry
