@@ -2,8 +2,8 @@
 
 `python -m bench.sse_load` reads one JSON line (`Plan`), connects, prints a line when every client
 has its first bytes, receives, and prints what it found. While the clock runs it only collects; ids
-are looked at afterwards. One thread, one epoll: it must cost less than the server it measures, and says
-what it cost.
+are looked at afterwards. One thread, one epoll: it must cost less than the server it measures; it
+says what it cost.
 """
 
 import json

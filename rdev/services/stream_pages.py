@@ -1,11 +1,13 @@
 """Pages of the log that many readers want at once: read and framed once.
 
 Bounds: bytes of a page, and bytes of the pages that are remembered (the least recently wanted goes
-first). A page is a fact: committed events after a number. That a page is empty is none: it is told
-only to those who asked before the read began.
+first; small ones for a second only, since later readers would take small steps). A page is a fact:
+committed events after a number. That a page is empty is none: it is told only to those who asked
+before the read began.
 """
 
 from collections import OrderedDict
+from math import inf
 
 import trio
 
@@ -15,6 +17,7 @@ from rdev.services.stream_tail import Frames, framed, join
 
 PAGE_BYTES = 262_144
 REMEMBERED_BYTES = 8 * 1024 * 1024
+SMALL_PAGE_S = 1.0
 
 _Key = tuple[CommandId, int]
 
@@ -46,7 +49,8 @@ class Pages:
         self._page_bytes = page_bytes
         self._room_bytes = remembered_bytes
         self._under_way: dict[_Key, _Reading] = {}
-        self._remembered: OrderedDict[_Key, Frames] = OrderedDict()
+        # Each with the time until which it is good.
+        self._remembered: OrderedDict[_Key, tuple[Frames, float]] = OrderedDict()
 
     async def after(self, command: CommandId, position: int) -> Frames | None:
         """The events after `position`, or None when there were none when it was asked.
@@ -54,9 +58,8 @@ class Pages:
         Errors: as `OutputLog.read`. Cancellation: whoever waits for the same read begins it anew.
         """
         key = command, position
-        known = self._remembered.get(key)
+        known = self._known(key)
         if known is not None:
-            self._remembered.move_to_end(key)
             # Whoever replays a long history out of memory lets the others run too.
             await trio.lowlevel.checkpoint()
             return known
@@ -84,11 +87,30 @@ class Pages:
                 del self._under_way[key]
             reading.done.set()
 
+    def _known(self, key: _Key) -> Frames | None:
+        found = self._remembered.get(key)
+        if found is None:
+            return None
+        page, until_s = found
+        if trio.current_time() >= until_s:
+            del self._remembered[key]
+            self._room_bytes += _size_bytes(page)
+            return None
+        self._remembered.move_to_end(key)
+        return page
+
     def _remember(self, key: _Key, page: Frames) -> None:
-        """Keep a page that is nearly full: small ones would make later readers take small steps."""
-        if len(page.data) < self._page_bytes // 2:
-            return
-        self._room_bytes -= len(page.data)
-        self._remembered[key] = page
+        is_small = len(page.data) < self._page_bytes // 2
+        until_s = trio.current_time() + SMALL_PAGE_S if is_small else inf
+        replaced = self._remembered.pop(key, None)
+        if replaced is not None:
+            self._room_bytes += _size_bytes(replaced[0])
+        self._remembered[key] = page, until_s
+        self._room_bytes -= _size_bytes(page)
         while self._room_bytes < 0:
-            self._room_bytes += len(self._remembered.popitem(last=False)[1].data)
+            self._room_bytes += _size_bytes(self._remembered.popitem(last=False)[1][0])
+
+
+def _size_bytes(page: Frames) -> int:
+    """What a page takes in memory, about."""
+    return len(page.data) + 500

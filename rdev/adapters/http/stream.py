@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial
-from typing import Protocol
 
 import msgspec
 import trio
@@ -34,6 +33,7 @@ from rdev.domain.sse import EventName, frame
 from rdev.domain.stream import ConnectedEvent
 from rdev.ports.telemetry import Telemetry
 from rdev.services.stream import Fanout, Frames, Signal, Subscription
+from rdev.services.stream_views import Views, Watched
 
 # How long a client waits before it comes back, in milliseconds (the contract).
 RETRY_MS = 2_000
@@ -55,18 +55,6 @@ _CLOSE = (b"connection", b"close")
 _encode = msgspec.json.Encoder().encode
 
 
-class Watched(Protocol):
-    """What the routes ask of the commands' use cases."""
-
-    async def get(self, command: CommandId) -> Command:
-        """The command as it is now. Errors: NOT_FOUND."""
-        ...
-
-    async def oldest_seq(self, command: CommandId) -> int | None:
-        """The first event that is still stored; None when none is."""
-        ...
-
-
 def stream_routes(commands: Watched, fanout: Fanout, telemetry: Telemetry) -> list[PlainRoute]:
     """`/commands/{id}/events` and `/projects/{id}/events?stream_id=`."""
     streams = _Streams(commands, fanout, telemetry)
@@ -80,7 +68,7 @@ class _Streams:
     """The two routes."""
 
     def __init__(self, commands: Watched, fanout: Fanout, telemetry: Telemetry) -> None:
-        self._commands = commands
+        self._views = Views(commands)
         self._fanout = fanout
         self._telemetry = telemetry
         self._chunked = Chunked()
@@ -106,22 +94,24 @@ class _Streams:
             raise _unknown(text)
         # Before the command is read: what is published from here on is not missed.
         with self._fanout.subscribe(CommandId(text), after=after) as reader:
-            command = await self._commands.get(CommandId(text))
+            asked_at_s = trio.current_time()
+            view = await self._views.of(CommandId(text), after=after)
+            command = view.command
             if project is not None and command.project != project:
                 raise _unknown(text)
             if command.status.is_terminal and after >= command.last_seq:
                 await asked.send({"type": "http.response.start", "status": 204, "headers": []})
                 await asked.send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
-            oldest_seq = await self._commands.oldest_seq(command.id)
-            _check_history(command, after=after, oldest_seq=oldest_seq)
+            _check_history(command, after=after, oldest_seq=view.oldest_seq)
             hold()
-            reader.log_ends(command.last_seq)
+            if view.read_at_s >= asked_at_s:
+                reader.log_ends(command.last_seq)
             connected = ConnectedEvent(
                 project=command.project,
                 stream_id=command.id,
                 reconnecting=after > 0,
-                oldest_seq=oldest_seq or 1,
+                oldest_seq=view.oldest_seq or 1,
                 last_seq=command.last_seq,
                 status=command.status,
             )
