@@ -58,12 +58,12 @@ class Load:
         self._epoll = select.epoll()
         self._clients: dict[int, Client] = {}
         self.stalled: list[Client] = []
-        self.connected_s = 0.0
+        self.began_s = self.connected_s = self.last_s = 0.0
 
     def connect(self) -> None:
         """Open every connection and wait for the first bytes of its body."""
         plan = self.plan
-        began_s = time.perf_counter()
+        self.began_s = time.perf_counter()
         opened, waiting = 0, 0
         heads: set[int] = set()
         while opened < plan.clients or waiting:
@@ -74,33 +74,37 @@ class Load:
             for number, _ in self._epoll.poll(SILENCE_S) or _silence("connecting"):
                 client = self._clients[number]
                 data = client.socket.recv(RECEIVE_BYTES)
+                if not data and number in heads:
+                    raise RuntimeError(f"{client.path}: closed while connecting")
                 if not data:
-                    raise RuntimeError(f"closed while connecting: {client.received}")
+                    self._epoll.unregister(number)  # its stream has ended already
+                    continue
                 client.received.append(data)
+                self.last_s = time.perf_counter()
                 if number in heads and b"\r\n\r\n" in (whole := b"".join(client.received)):
                     if not whole.startswith(b"HTTP/1.1 200 "):
                         raise RuntimeError(f"refused: {whole[:300]!r}")
                     heads.remove(number)
                     waiting -= 1
-        self.connected_s = time.perf_counter() - began_s
+        self.connected_s = time.perf_counter() - self.began_s
         for number in list(self._clients)[: plan.stalled]:
             self._epoll.unregister(number)
             self.stalled.append(self._clients.pop(number))
 
-    def receive(self) -> tuple[float, float]:
-        """Receive until everybody has all events; when the first and the last came."""
+    def receive(self) -> float:
+        """Receive until everybody has all events; how long it took from the first to the last."""
         plan = self.plan
         marker = plan.marker.encode()
         missing = plan.events * len(self._clients)
         for client in self._clients.values():
             missing -= _count(client, b"".join(client.received), marker)
-        first_s = last_s = 0.0
+        first_s = 0.0
         while missing > 0:
             for number, _ in self._epoll.poll(SILENCE_S) or _silence(f"{missing} events missing"):
                 client = self._clients[number]
                 data = client.socket.recv(RECEIVE_BYTES)
-                last_s = time.perf_counter()
-                first_s = first_s or last_s
+                self.last_s = time.perf_counter()
+                first_s = first_s or self.last_s
                 if not data:
                     self._ended(number)
                     continue
@@ -108,7 +112,7 @@ class Load:
                 if plan.stamps:
                     client.times_ns.append(time.monotonic_ns())
                 missing -= _count(client, data, marker)
-        return first_s, last_s
+        return self.last_s - first_s
 
     def _ended(self, number: int) -> None:
         """The server closed. Errors: RuntimeError before all events came."""
@@ -179,10 +183,11 @@ def main() -> None:
     print(json.dumps(told), flush=True)
     if plan.events:
         cpu_began_s = time.process_time()
-        first_s, last_s = load.receive()
+        took_s = load.receive()
         cpu_s = time.process_time() - cpu_began_s
         checked = load.check()
-        told = {"events": checked, "took_s": last_s - first_s, "client_cpu_s": cpu_s}
+        told = {"events": checked, "took_s": took_s, "client_cpu_s": cpu_s}
+        told["since_connect_s"] = load.last_s - load.began_s
         if plan.stamps:
             latencies = load.latencies_ms()
             at = {"p50_ms": 50, "p99_ms": 99, "p100_ms": 100}
