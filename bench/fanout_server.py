@@ -41,7 +41,7 @@ class Memory:
             priority=Priority.NORMAL, attempt=1, exit_code=None, signal=None, reason=None,
             created_at=now, started_at=now, finished_at=None, duration_ms=None, queue_wait_ms=0,
             stdout_bytes=0, stderr_bytes=0, dropped_bytes=0, truncated=False, argv=(),
-            key_id="key_admin", session_id=None, usage=None, kill=None, last_seq=0,
+            key_id="key_admin", session_id=None, usage=None, kill=None, last_seq=0, attempt_seq=0,
         )  # fmt: skip
 
     def commit(self, lines: list[bytes]) -> Chunk:
@@ -71,6 +71,11 @@ class Memory:
         await trio.lowlevel.checkpoint()
         found = [chunk for chunk in self.chunks if chunk.last_seq > after]
         return found[: max(1, limit_bytes // 65_536)]
+
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        raise NotImplementedError
 
     async def append(self, batch: Sequence[Append]) -> list[AppendResult]:
         raise NotImplementedError

@@ -4,6 +4,7 @@ Reads top to bottom: state folder, database, adapters, services, subsystems, run
 """
 
 import logging
+import math
 import os
 import pwd
 import random
@@ -17,6 +18,7 @@ from pathlib import Path
 import trio
 import uuid_utils.compat
 
+from rdev import collector
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
@@ -59,7 +61,11 @@ from rdev.services.keys import Keys
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
+from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem, run_subsystems
+
+# Signals closer together than this are one.
+ONE_SIGNAL_S = 0.3
 
 _log = logging.getLogger("rdev")
 
@@ -129,8 +135,12 @@ async def _serve_until_stopped(
             requests=await stack.enter_async_context(
                 open_pool(connection, max_size=settings.database_pool_max)
             ),
-            heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
-            appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+            heartbeats=await stack.enter_async_context(
+                open_dedicated(connection, "heartbeat", by_key=True)
+            ),
+            appends=await stack.enter_async_context(
+                open_dedicated(connection, "append", by_key=True)
+            ),
             claims=await stack.enter_async_context(open_dedicated(connection, "claim")),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(connection, "housekeeping")
@@ -156,6 +166,7 @@ async def _serve_until_stopped(
             control.server = server
             url = server.http.bound[0]
             _write_address(settings.state_dir, url)
+            collector.calm()
             _log.info("serving", extra={"url": url})
             on_serving(url)
 
@@ -284,8 +295,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         "notifier": notifier.statistics,
     }.items():
         telemetry.watch(part, statistics)
-    subsystems = (notifier, listener, housekeeper, fanout, queue, http)
-    return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
+    poll = StreamPoll(
+        log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
+    )
+    return Server(
+        subsystems=(notifier, listener, housekeeper, fanout, poll, queue, http),
+        readiness=readiness,
+        queue=queue,
+        http=http,
+    )
 
 
 @asynccontextmanager
@@ -305,12 +323,19 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
 async def _heed_signals(
     control: Control, everything: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    """The first signal stops, the second cancels; so does one before anything serves."""
+    """The first signal stops, the second cancels; so does one before anything serves.
+
+    What comes within `ONE_SIGNAL_S` is one: a terminal's Ctrl-C reaches `make` and its child both,
+    and a parent may pass on what its child got too.
+    """
+    stopped_at_s = -math.inf
     # A shell's background job begins with SIGQUIT ignored, and commands would inherit that.
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
+            if trio.current_time() < stopped_at_s + ONE_SIGNAL_S:
+                continue
             if control.server is None or control.stop.is_set():
                 _log.warning("stopping at once", extra={"signal": signal.Signals(number).name})
                 everything.cancel()
@@ -318,6 +343,7 @@ async def _heed_signals(
             _log.info("stopping", extra={"signal": signal.Signals(number).name})
             if number == signal.SIGINT:
                 control.server.queue.cancel_running()
+            stopped_at_s = trio.current_time()
             control.stop.set()
 
 

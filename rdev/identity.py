@@ -86,11 +86,13 @@ def _kept(path: Path, make: Callable[[], str]) -> str:
 
 
 def _text_in(path: Path) -> str:
-    """What is in the file, "" where there is none."""
+    """What is in the file, "" where there is none. Errors: BAD_REQUEST for what is no text."""
     try:
         return path.read_text().strip()
     except FileNotFoundError:
         return ""
+    except UnicodeDecodeError as error:
+        raise RdevError(ErrorCode.BAD_REQUEST, f"{path} is no UTF-8 text") from error
 
 
 def _machine() -> str:

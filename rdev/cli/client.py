@@ -15,7 +15,8 @@ CONNECT_TIMEOUT_S = 5.0
 # The server says something at least every 15 s; three times that is a dead connection.
 SILENCE_S = 45.0
 RECONNECT_MAX_S = 5.0
-UNAUTHORIZED = frozenset({401, 403})
+# A proxy's own words for a server behind it that is away.
+AWAY = frozenset({502, 503, 504})
 
 Json = dict[str, object]
 
@@ -118,8 +119,9 @@ def _refusal(response: httpx2.Response) -> RdevError:
         error = response.json()["error"]
         return RdevError(ErrorCode(error["code"]), error["message"])
     except (ValueError, KeyError, TypeError):
-        message = f"{response.url} answered {response.status_code}"
-        return RdevError(ErrorCode.INTERNAL_ERROR, message)
+        is_away = response.status_code in AWAY
+        code = ErrorCode.SERVICE_UNAVAILABLE if is_away else ErrorCode.INTERNAL_ERROR
+        return RdevError(code, f"{response.url} answered {response.status_code}")
 
 
 @asynccontextmanager

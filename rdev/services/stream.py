@@ -9,7 +9,7 @@ are is bounded by the HTTP edge. At stop every stream is told `disconnecting`: a
 more of them spread over the time given.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -113,6 +113,10 @@ class Fanout:
             fell_back=self.fell_back,
             log_reads=self.pages.reads,
         )
+
+    def watched(self) -> Collection[CommandId]:
+        """The streams that somebody reads here."""
+        return self._topics.keys()
 
     @property
     def is_idle(self) -> bool:

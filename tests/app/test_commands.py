@@ -86,7 +86,7 @@ async def test_wait_ends_after_its_seconds_with_the_command_running(api: Api) ->
     await api.ended(data["id"])
 
 
-@pytest.mark.parametrize("wait", ["-1", "61", "x", "nan", "inf"])
+@pytest.mark.parametrize("wait", ["-1", "61", "x", "nan", "inf", "1_0", "٣", "1e1"])
 async def test_a_bad_wait_is_400_and_stores_nothing(api: Api, wait: str) -> None:
     await api.project("waiting")
     refused = await api.post(f"/projects/waiting/shell?wait={wait}", {"command": "true"})

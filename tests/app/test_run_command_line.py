@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
+from threading import Thread
 
 import httpx2
 import pytest
@@ -75,6 +77,46 @@ def test_a_refusal_is_one_line_and_exit_status_1(client: dict[str, str]) -> None
         lines = refused.stderr.decode().splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("rdev: ")
+
+
+class HalfAway(BaseHTTPRequestHandler):
+    """A proxy whose server is away when the stream is first asked for."""
+
+    streams = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(201, "application/json", b'{"data": {"id": "cmd_1"}}')
+
+    def do_GET(self) -> None:
+        HalfAway.streams += 1
+        if HalfAway.streams == 1:
+            self.answer(502, "text/html", b"<h1>Bad Gateway</h1>")
+        else:
+            data = b'{"status": "failed", "exit_code": 7, "signal": null}'
+            self.answer(200, "text/event-stream", b"event: complete\ndata: " + data + b"\n\n")
+
+    def answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_proxy_that_says_its_server_is_away_is_waited_for() -> None:
+    with HTTPServer(("127.0.0.1", 0), HalfAway) as proxy:
+        thread = Thread(target=proxy.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{proxy.server_port}"
+        environment = {"PATH": "/usr/bin", "RDEV_URL": url, "RDEV_KEY": "k"}
+        done = rdev("run", "demo", "--", "exit 7", environment=environment)
+        proxy.shutdown()
+        thread.join()
+    assert (done.returncode, HalfAway.streams) == (7, 2), done.stderr
 
 
 def test_a_reader_that_leaves_ends_the_program_quietly(client: dict[str, str]) -> None:

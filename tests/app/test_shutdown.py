@@ -1,5 +1,6 @@
 """How a server ends, and how the next one goes on, with real signals and kills."""
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from signal import SIGINT, SIGTERM
 import pytest
 import trio
 
+from rdev.app import ONE_SIGNAL_S
 from tests.app.server import (
     DEADLINE_S,
     Api,
@@ -159,9 +161,17 @@ async def test_a_second_sigterm_ends_at_once(quick_place: Path) -> None:
     with open_server(quick_place, RDEV_DRAIN_DELAY_S="600") as server:
         server.signal(SIGTERM)
         until(lambda: probe(server.url + "/ready") == 503, "it drains", server)
+        time.sleep(ONE_SIGNAL_S)  # one that comes sooner is the first, told twice
         server.signal(SIGTERM)
         assert server.wait() == 0
         until(lambda: not server.processes(), "no process is left")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(own: Server) -> None:
+    own.signal(SIGTERM)
+    own.signal(SIGTERM)
+    assert own.wait() == 0
+    assert "stopping at once" not in own.log
 
 
 async def test_ctrl_c_ends_commands_and_leaves_no_process_behind(own: Server) -> None:

@@ -160,6 +160,13 @@ def test_half_a_key_file_never_lets_anybody_in(unstarted: Server, half: str) -> 
     assert len((unstarted.state_dir / "admin-key").read_text().strip()) >= 32
 
 
+def test_a_kept_key_that_is_no_text_is_refused_in_one_line(unstarted: Server) -> None:
+    unstarted.settings["RDEV_ADMIN_KEY"] = ""
+    (unstarted.state_dir / "admin-key").write_bytes(b"\xff" * 40)
+    refused = rdev("serve", environment=unstarted.environment)
+    assert (refused.returncode, refused.stderr.count(b"\n")) == (1, 1), refused.stderr
+
+
 def test_an_admin_key_may_be_any_string(unstarted: Server) -> None:
     unstarted.settings["RDEV_ADMIN_KEY"] = unstarted.key = "schlüssel-" + "k" * 32
     unstarted.start()

@@ -27,7 +27,8 @@ from rdev.services.stream import (
     Subscription,
 )
 from rdev.services.stream_tail import JOIN_BYTES
-from tests.fakes.store import FakeOutput, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.store import StoreState
 
 COMMAND = command_id(UUID(int=1))
 OTHER = command_id(UUID(int=2))

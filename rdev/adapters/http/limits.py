@@ -47,11 +47,6 @@ class Slot:
         self._admission = admission
         self._state = _State.OUTSIDE
 
-    @property
-    def is_held(self) -> bool:
-        """Whether the request counts as held."""
-        return self._state is _State.HELD
-
     def enter(self) -> None:
         """Count the request as in work. Errors: SERVICE_UNAVAILABLE at the limit."""
         admission = self._admission

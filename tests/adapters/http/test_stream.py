@@ -27,7 +27,8 @@ from rdev.services.commands import Commands
 from rdev.services.stream import Fanout, Frames
 from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate
 from tests.fakes.depths import FakeDepths
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.store import FakeCommands, FakeProjects, StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
