@@ -8,16 +8,25 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
+import h2.config
+import h2.connection
+import h2.events
 import pytest
 import trio
 
 from rdev.adapters.http.app import build_app
 from rdev.adapters.http.server import ConnectionTimes, HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
-from rdev.adapters.http.writers import Chunked, ClientLeftError, DirectWriter, chunk
+from rdev.adapters.http.writers import (
+    Chunked,
+    ClientLeftError,
+    DirectWriter,
+    SlowClientError,
+    chunk,
+)
 from rdev.domain.commands import Kind, NewCommand, Outcome, Priority, Retry, Status
 from rdev.domain.execution import Spec
 from rdev.domain.ids import ProjectId, command_id
@@ -419,17 +428,11 @@ async def test_after_complete_there_is_204(start: Serve) -> None:
     watch = await start()
     watch.commit(final=True)
     row = watch.state.rows[COMMAND]
-    row.command = _ended(row.command)
+    row.command = replace(row.command, status=Status.SUCCEEDED)
     async with watch.connect() as stream:
         reader = Reader(stream)
         await reader.ask(f"/commands/{COMMAND}/events?after={watch.last_seq}")
         assert b" 204 " in reader.head.split(b"\r\n")[0]
-
-
-def _ended(command: object) -> object:
-    from dataclasses import replace
-
-    return replace(command, status=Status.SUCCEEDED)  # type: ignore[type-var]
 
 
 async def test_a_request_with_a_body_is_streamed_to_all_the_same(start: Serve) -> None:
@@ -534,8 +537,6 @@ async def test_a_slow_client_is_told_why_it_is_cut() -> None:
     """One that takes a little now and then, too little to go on with."""
     with pair(send_bytes=4_096) as (here, there):
         writer = DirectWriter(Lender(0.05), here, Chunked())  # type: ignore[arg-type]
-        from rdev.adapters.http.writers import SlowClientError
-
         with pytest.raises(SlowClientError):
             await writer.write(b"x" * 100_000)
         received = b""
@@ -545,3 +546,34 @@ async def test_a_slow_client_is_told_why_it_is_cut() -> None:
                 await trio.lowlevel.wait_readable(there)
                 received += there.recv(65_536)
     assert received == chunk(b"x" * 100_000) + chunk(b"event: disconnecting\n\n") + b"0\r\n\r\n"
+
+
+async def test_a_stream_over_http_2_says_the_same(start: Serve, certificate: TlsFiles) -> None:
+    watch = await start(tls=certificate)
+    assert watch.context is not None
+    watch.context.set_alpn_protocols(["h2"])
+    client = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
+    client.initiate_connection()
+    head = [(":method", "GET"), (":path", f"/commands/{COMMAND}/events"), (":scheme", "https")]
+    client.send_headers(1, [*head, (":authority", "x"), ("x-api-key", KEY)], end_stream=True)
+    body, headers, ended = b"", {}, False
+    async with watch.connect() as stream:
+        while not ended:
+            await stream.send_all(client.data_to_send())
+            for event in client.receive_data(await stream.receive_some(65_536)):
+                match event:
+                    case h2.events.ResponseReceived():
+                        headers = dict(event.headers)
+                    case h2.events.DataReceived():
+                        body += event.data
+                        client.acknowledge_received_data(event.flow_controlled_length, 1)
+                        if len(body) == len(event.data):
+                            watch.publish(5)
+                            watch.publish(final=True)
+                    case h2.events.StreamEnded():
+                        ended = True
+    assert headers[":status"] == "200"
+    assert "connection" not in headers
+    found = [_EVENT.fullmatch(block) for block in body.split(b"\n\n")]
+    assert [int(event[1]) for event in found if event] == list(range(1, watch.last_seq + 1))
+    await until(lambda: watch.readers == 0)
