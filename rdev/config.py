@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=7, ge=1, le=3_650)
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
+    stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
     tls_cert_file: Path | None = None
