@@ -26,8 +26,11 @@ from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.services.commands import Commands
 from rdev.services.stream import Fanout, Frames
 from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
