@@ -116,7 +116,7 @@ def draw_shape(chance: Chance) -> Shape:
         lease_s=chance.one_of((1.5, 2.0, 4.0)),
         running_max=chance.one_of((1, 2, 8)),
         project_max=chance.one_of((2, 100, 100)),
-        latency_s=chance.one_of((0.0, 0.001, 0.05)),
+        latency_s=chance.one_of((0.0, 0.01, 0.2)),
         faulty_s=faulty_s,
         every_s=chance.one_of((0.7, 2.0)),
         kinds=frozenset(kinds) if faulty_s else frozenset(),

@@ -39,7 +39,7 @@ from tests.simulation.history import (
 AGE_STEP_S = 30.0
 CAPS = {"agent": 1, "work": 4}
 # Between a commit and its arrival at every client that is connected, when nothing is broken.
-LATE_S = 1.0
+LATE_S = 2.0
 # Two things so close are at the same time.
 SAME_S = 1e-3
 READ_ENDS = ("succeeded", "failed", "cancelled", "timed_out")
