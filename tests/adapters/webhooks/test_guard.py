@@ -29,6 +29,7 @@ def rules():
     return TargetRules(allow_nets=parse_networks(f"{OUTSIDE}/32"))
 
 
+@pytest.mark.slow
 async def test_1000_attempts_of_a_name_that_is_rebound_reach_nothing_inside(
     receive, sender_of, outgoing, nursery
 ):

@@ -1,6 +1,8 @@
 """TLS and HTTP/2 against real servers on loopback: the name stays, whatever was dialled."""
 
+import random
 import ssl
+from collections import Counter
 from ipaddress import ip_address
 
 import h2.config
@@ -15,6 +17,7 @@ from rdev.adapters.webhooks.dialling import tls_context
 from rdev.domain.sending import BODY_BYTES_KEPT, SendFault
 
 NAME = "hooks.example.com"
+ANSWERS = 150
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
@@ -248,6 +251,64 @@ async def test_a_hostile_answer_over_http_2_is_an_outcome(
 
     assert (outcome.status, outcome.fault) == (None, SendFault.PROTOCOL)
     assert sender.statistics().idle == 0
+
+
+def frames_of_an_answer():
+    """What a server of HTTP/2 sends, from its settings to the end of the body."""
+    made = h2.connection.H2Connection(h2.config.H2Configuration(client_side=False))
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    made.initiate_connection()
+    client.send_headers(1, REQUEST, end_stream=True)
+    made.receive_data(client.data_to_send())
+    made.send_headers(1, [(":status", "200"), ("x", "y")])
+    made.send_data(1, b"ok", end_stream=True)
+    return made.data_to_send()
+
+
+REQUEST = [(":method", "POST"), (":scheme", "https"), (":authority", NAME), (":path", "/")]
+
+
+def mutated(drawn, whole):
+    """The frames with bits flipped, a piece doubled, dropped or moved."""
+    data = bytearray(whole)
+    for _ in range(drawn.randint(1, 4)):
+        at, to = sorted(drawn.randint(0, len(data)) for _ in range(2))
+        match drawn.randrange(4):
+            case 0:
+                data[at:at] = data[at:to]
+            case 1 if len(data) > 9:
+                del data[at : min(to, at + 9)]
+            case 2 if data:
+                data[min(at, len(data) - 1)] ^= 1 << drawn.randrange(8)
+            case _:
+                data[at:at] = drawn.randbytes(drawn.randint(1, 20))
+    return bytes(data)
+
+
+@pytest.mark.slow
+async def test_no_frames_whatever_raise(receive_tls, sender_of, outgoing, trusting):
+    drawn, whole, faults = random.Random(20_261), frames_of_an_answer(), Counter()
+
+    async def script(receiver, stream):
+        # The client's preface and request come in one piece or more; enough to answer upon.
+        await stream.receive_some(65_536)
+        await stream.send_all(mutated(drawn, whole))
+        with trio.move_on_after(0.02):
+            while await stream.receive_some(65_536):
+                pass
+
+    receiver, _ = await receive_tls(script, protocols=("h2",))
+    sender = sender_of(tls=trusting, resolve=to_loopback)
+
+    for _ in range(ANSWERS):
+        with trio.fail_after(60):
+            outcome = await sender.send(outgoing(f"https://{NAME}:{receiver.port}/"))
+        assert outcome.status is not None or outcome.fault is not None
+        faults[outcome.fault] += 1
+
+    assert faults[None] > 0
+    assert faults[SendFault.PROTOCOL] > 0
 
 
 async def test_a_kept_connection_of_http_2_that_was_closed_is_replaced(
