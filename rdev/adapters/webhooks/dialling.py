@@ -6,6 +6,7 @@ Bounds: `connect_s` for name, connection and handshake together; `RESOLVING_MAX`
 that do not resolve; `DIALLED_MAX` addresses of one name.
 """
 
+import errno
 import os
 import socket
 import ssl
@@ -131,20 +132,19 @@ class Dialler:
     async def _connect(
         self, addresses: Sequence[Address], port: int
     ) -> tuple[Address, trio.SocketStream]:
-        """The first that answers, each tried for its share of the time."""
+        """The first that answers, each tried for its share of the time that is left."""
         tried = addresses[:DIALLED_MAX]
-        last: OSError | None = None
-        for address in tried:
-            with trio.move_on_after(self._connect_s / len(tried)):
+        last = OSError(errno.ETIMEDOUT, "")
+        for place, address in enumerate(tried):
+            left_s = trio.current_effective_deadline() - trio.current_time()
+            with trio.move_on_after(max(0, left_s) / (len(tried) - place)):
                 try:
                     return address, await _connect(address, port)
                 except OSError as error:
                     last = error
-        if last is None:
-            raise trio.TooSlowError
+        fault = SendFault.TIMEOUT if last.errno == errno.ETIMEDOUT else SendFault.REFUSED
         # The error's own words hold the address.
-        detail = f"no connection: {os.strerror(last.errno or 0)}"
-        raise SendFailedError(SendFault.REFUSED, detail) from last
+        raise SendFailedError(fault, f"no connection: {os.strerror(last.errno or 0)}") from last
 
     async def _handshake(self, tcp: trio.SocketStream, address: Address, host: str) -> Dialled:
         stream = trio.SSLStream(tcp, self._tls, server_hostname=host, https_compatible=True)

@@ -128,6 +128,44 @@ async def test_the_next_address_is_tried_when_one_does_not_answer(receive, sende
     assert (await sender.send(outgoing(f"http://sink:{outside.port}/"))).status == 200
 
 
+@pytest.fixture
+def silent():
+    """A port of loopback whose queue is full: it answers no one, as a lost packet would."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.9", 0))
+        listener.listen(0)
+        for filler in (first, second):
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        yield listener.getsockname()
+
+
+@pytest.mark.slow
+async def test_an_address_that_is_silent_has_its_share_of_the_time_only(
+    silent, nursery, sender_of, outgoing
+):
+    host, port = silent
+    came = await listen_inside(nursery, port)
+
+    async def two(name):
+        return [ip_address(host), ip_address(INSIDE)]
+
+    opened = TargetRules(allow_nets=parse_networks("127.0.0.0/8"))
+    sender = sender_of(rules=opened, resolve=two, connect_s=3)
+
+    assert (await sender.send(outgoing(f"http://sink:{port}/"))).fault is SendFault.CUT
+    assert len(came) == 1
+
+
+async def test_a_silent_address_is_given_up_at_the_connect_time(silent, sender_of, outgoing):
+    host, port = silent
+    opened = TargetRules(allow_nets=parse_networks("127.0.0.0/8"))
+
+    outcome = await sender_of(rules=opened, connect_s=0.3).send(outgoing(f"http://{host}:{port}/"))
+
+    assert outcome.fault is SendFault.TIMEOUT
+
+
 async def test_a_name_without_an_address_is_a_fault_of_dns(sender_of, outgoing):
     async def none(host):
         return []

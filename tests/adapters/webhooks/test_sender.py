@@ -434,6 +434,21 @@ async def test_a_kept_connection_that_dies_with_the_request_is_replaced_once(
     assert (receiver.connections, len(receiver.requests)) == (3, 5)
 
 
+async def test_a_kept_connection_that_began_to_answer_is_not_replaced(receive, sender_of, outgoing):
+    async def script(receiver, stream):
+        await receiver.read_request(stream)
+        await stream.send_all(OK)
+        await receiver.read_request(stream)
+        await stream.send_all(b"HTTP/1.1 2")
+
+    receiver = await receive(script)
+    sender = sender_of()
+
+    await sender.send(outgoing(receiver.url()))
+    assert (await sender.send(outgoing(receiver.url()))).fault is SendFault.CUT
+    assert receiver.connections == 1
+
+
 async def test_two_at_once_have_a_connection_each(receive, sender_of, outgoing):
     together = trio.Event()
 
