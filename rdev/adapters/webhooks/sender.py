@@ -180,6 +180,8 @@ class HttpWebhookSender:
         async with self._returned(connection):
             try:
                 await _read_answer(connection, wire, answer)
+                # Of HTTP/2: acknowledgements that the receiver waits for while it lies idle.
+                await connection.stream.flush()
             except AnswerTooLongError:
                 answer.truncated = True
                 if answer.status is None:

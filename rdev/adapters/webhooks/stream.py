@@ -7,6 +7,10 @@ above (httpcore2's connections) sees an error when it is passed.
 import httpcore2
 import trio
 
+# A request's head and body are one write each to HTTP, and one packet or TLS record to the network
+# up to here.
+GATHERED_BYTES = 65_536
+
 
 class AnswerTooLongError(httpcore2.ReadError):
     """The exchange's bytes are used up."""
@@ -21,6 +25,7 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
         tcp = stream if isinstance(stream, trio.SocketStream) else stream.transport_stream
         self._socket = tcp.socket
         self._left_bytes = 0
+        self._gathered = bytearray()
         self.read_bytes = 0
         self.has_ended = False
 
@@ -32,6 +37,7 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
         """Some bytes; empty at the end. Errors: ReadError, AnswerTooLongError."""
         if self._left_bytes <= 0:
             raise AnswerTooLongError("the answer is longer than the bound")
+        await self.flush()  # who answers before the request's end and closes is heard all the same
         try:
             data = await self._stream.receive_some(min(max_bytes, self._left_bytes))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -43,13 +49,30 @@ class BoundedStream(httpcore2.AsyncNetworkStream):
         return bytes(data)
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """All of it. Errors: WriteError."""
-        if not buffer:
+        """Take all of it; sent at the next `read`, or when `GATHERED_BYTES` are gathered.
+
+        Errors: WriteError.
+        """
+        self._gathered += buffer
+        if len(self._gathered) < GATHERED_BYTES:
+            await trio.lowlevel.checkpoint()
             return
         try:
-            await self._stream.send_all(buffer)
+            await self._send_gathered()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise httpcore2.WriteError(str(error)) from error
+
+    async def flush(self) -> None:
+        """Send what is gathered; where that fails, the next `read` tells."""
+        try:
+            await self._send_gathered()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.has_ended = True
+
+    async def _send_gathered(self) -> None:
+        if self._gathered:
+            data, self._gathered = self._gathered, bytearray()
+            await self._stream.send_all(data)
 
     async def aclose(self) -> None:
         """Close at once; a receiver that does not read cannot hold it up."""

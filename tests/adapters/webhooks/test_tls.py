@@ -191,6 +191,34 @@ async def test_http_2_is_spoken_where_the_receiver_does_and_its_connection_kept(
     assert (tls.connections, len(receiver.requests)) == (1, 10)
 
 
+async def test_the_settings_of_http_2_are_acknowledged_before_the_next_request(
+    receive_tls, sender_of, outgoing, trusting
+):
+    acknowledged = trio.Event()
+
+    async def script(receiver, stream):
+        config = h2.config.H2Configuration(client_side=False)
+        connection = h2.connection.H2Connection(config)
+        connection.initiate_connection()
+        # The settings come together with the answer.
+        while data := await stream.receive_some(65_536):
+            for event in connection.receive_data(data):
+                if isinstance(event, h2.events.SettingsAcknowledged):
+                    acknowledged.set()
+                if isinstance(event, h2.events.StreamEnded):
+                    await h2_ok(connection, event.stream_id, stream)
+                    await stream.send_all(connection.data_to_send())
+
+    receiver, _ = await receive_tls(script, protocols=("h2",))
+    sender = sender_of(tls=trusting, resolve=to_loopback)
+
+    outcome = await sender.send(outgoing(f"https://{NAME}:{receiver.port}/"))
+
+    assert outcome.status == 200
+    with trio.fail_after(60):
+        await acknowledged.wait()
+
+
 async def test_a_body_over_http_2_is_cut_at_16_kib(receive_tls, sender_of, outgoing, trusting):
     async def endless(connection, stream_id, stream):
         connection.send_headers(stream_id, [(":status", "200")])
