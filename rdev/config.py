@@ -17,6 +17,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from rdev.domain.webhook_targets import TargetRules, parse_networks
+
 PREFIX = "RDEV_"
 ADMIN_KEY_CHARACTERS_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
@@ -61,6 +63,18 @@ def _words(text: str) -> str:
     return text
 
 
+def _networks(text: str) -> str:
+    parse_networks(text)
+    return text
+
+
+def _ports(text: str) -> str:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 65_535 for part in parts):
+        raise ValueError("must be ports from 1 to 65535, separated by commas")
+    return text
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -91,6 +105,12 @@ class Settings(BaseSettings):
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
+    webhook_ports: Annotated[str, AfterValidator(_ports)] = "443,8443"
+    webhook_allow_nets: Annotated[str, AfterValidator(_networks)] = ""
+    webhook_deny_nets: Annotated[str, AfterValidator(_networks)] = ""
+    webhook_ca_file: Path | None = None
+    webhook_connect_s: float = Field(default=5, gt=0, le=60)
+    webhook_total_s: float = Field(default=15, gt=0, le=600)
     log_level: Literal["debug", "info", "warn", "error"] = "info"
 
     @model_validator(mode="after")
@@ -120,6 +140,15 @@ class Settings(BaseSettings):
     def claude_argv(self) -> tuple[str, ...]:
         """The agent's command with its leading arguments, as a shell would split it."""
         return tuple(shlex.split(self.claude_command))
+
+    @property
+    def webhook_rules(self) -> TargetRules:
+        """Where webhooks may go."""
+        return TargetRules(
+            ports=frozenset(int(port) for port in self.webhook_ports.split(",")),
+            allow_nets=parse_networks(self.webhook_allow_nets),
+            deny_nets=parse_networks(self.webhook_deny_nets),
+        )
 
     @classmethod
     def settings_customise_sources(
