@@ -116,31 +116,25 @@ class SlidingWindow:
     def ask(self, policy: Policy, now: int) -> Decision:
         """What a hit at tick `now` would come to. Forgets what is over, counts nothing."""
         window = policy.limit.window_ticks
-        self._forget(_newest_cell(self._cells, now * SUB_WINDOWS // window))
+        self._forget(_cell_of(self._cells, now, window))
         free = policy.limit.requests - self._used
-        if free > 0:
-            return Decision(
-                policy=policy,
-                is_admitted=True,
-                remaining=free,
-                reset_ticks=self._leaves_at(0, window) - now if self._cells else 0,
-                retry_ticks=0,
-            )
+        is_admitted = free > 0
+        retry_at = now if is_admitted else self._leaves_at(self._last_to_leave(1 - free), window)
         return Decision(
             policy=policy,
-            is_admitted=False,
-            remaining=0,
-            reset_ticks=self._leaves_at(0, window) - now,
-            retry_ticks=self._leaves_at(self._last_to_leave(1 - free), window) - now,
+            is_admitted=is_admitted,
+            remaining=max(0, free),
+            reset_ticks=self._leaves_at(0, window) - now if self._cells else 0,
+            retry_ticks=retry_at - now,
         )
 
     def take(self, policy: Policy, now: int) -> Decision:
         """As `ask`, and counts the hit where it is admitted; `remaining` is what is left then."""
-        asked = self.ask(policy, now)
-        if not asked.is_admitted:
-            return asked
         window = policy.limit.window_ticks
-        cell = _newest_cell(self._cells, now * SUB_WINDOWS // window)
+        cell = _cell_of(self._cells, now, window)
+        self._forget(cell)
+        if self._used >= policy.limit.requests:
+            return self.ask(policy, now)
         if self._cells and self._cells[-1] == cell:
             self._hits[-1] += 1
         else:
@@ -150,7 +144,7 @@ class SlidingWindow:
         return Decision(
             policy=policy,
             is_admitted=True,
-            remaining=asked.remaining - 1,
+            remaining=policy.limit.requests - self._used,
             reset_ticks=self._leaves_at(0, window) - now,
             retry_ticks=0,
         )
@@ -189,8 +183,9 @@ def take_all(asked: Sequence[tuple[Policy, SlidingWindow]], now: int) -> list[De
     return decisions
 
 
-def _newest_cell(cells: Sequence[int], cell: int) -> int:
+def _cell_of(cells: Sequence[int], now: int, window: int) -> int:
     """The cell that is counted in: the clock's, unless it was set back a little."""
+    cell = now * SUB_WINDOWS // window
     if cells and cell < cells[-1] <= cell + SUB_WINDOWS:
         return cells[-1]
     return cell
