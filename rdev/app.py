@@ -24,6 +24,7 @@ from rdev.adapters.http.commands import command_routes, submission_routes
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
+from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
@@ -33,6 +34,7 @@ from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
+from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.notifier import (
@@ -50,13 +52,17 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
+from rdev.domain.keys import ADMIN_KEY_ID
+from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import Retention
 from rdev.identity import Identity
+from rdev.ports.authentication import Principal
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.keys import Keys
+from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
@@ -263,6 +269,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             max_held=settings.streams_max,
             body_bytes=settings.body_max_bytes,
         ),
+        rate_limits=_rate_limits(settings, pools, telemetry),
     )
     http = HttpServer(
         app=app,
@@ -282,6 +289,29 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         telemetry.watch(part, statistics)
     subsystems = (notifier, listener, housekeeper, fanout, queue, http)
     return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
+
+
+def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
+    """Who may ask how often. The bootstrap key is exempt."""
+    limiter = RateLimiter(store=PostgresRateLimits(pool=pools.requests), telemetry=telemetry)
+    telemetry.watch("limiter", limiter.statistics)
+    of_key = parse_rate_limit(settings.rate_limit)
+
+    def allowance_of(principal: Principal) -> Allowance:
+        return Allowance(limit=of_key, is_exempt=principal.key_id == ADMIN_KEY_ID)
+
+    return RateLimits(
+        addresses=AddressLimiter(
+            requests=parse_rate_limit(settings.rate_limit_address),
+            failures=parse_rate_limit(settings.rate_limit_failures),
+            telemetry=telemetry,
+        ),
+        limiter=limiter,
+        streams=StreamLimiter(most=settings.streams_key_max, telemetry=telemetry),
+        starts=parse_rate_limit(settings.rate_limit_starts),
+        allowance_of=allowance_of,
+        may_start=lambda principal, project: True,
+    )
 
 
 @asynccontextmanager

@@ -17,6 +17,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from rdev.domain.limiter import parse_rate_limit
+
 PREFIX = "RDEV_"
 ADMIN_KEY_CHARACTERS_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
@@ -61,6 +63,11 @@ def _words(text: str) -> str:
     return text
 
 
+def _rate_limit(text: str) -> str:
+    parse_rate_limit(text)
+    return text
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -87,6 +94,11 @@ class Settings(BaseSettings):
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
+    rate_limit: Annotated[str, AfterValidator(_rate_limit)] = "600/60s"
+    rate_limit_starts: Annotated[str, AfterValidator(_rate_limit)] = "600/60s"
+    rate_limit_address: Annotated[str, AfterValidator(_rate_limit)] = "30000/60s"
+    rate_limit_failures: Annotated[str, AfterValidator(_rate_limit)] = "30/60s"
+    streams_key_max: int = Field(default=200, ge=1, le=100_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
