@@ -1,7 +1,9 @@
 """The breaker as a state machine on virtual time, beside a naive model of its promises."""
 
+from itertools import accumulate
+
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -217,6 +219,17 @@ def test_calls_of_more_than_thirty_seconds_ago_are_forgotten() -> None:
 
     assert told.breaker.state(130) is CLOSED
     assert told.breaker.window(130).calls == 1
+
+
+@given(st.lists(st.integers(0, 70), min_size=1, max_size=60))
+def test_the_window_equals_a_recount_after_any_pauses(pauses: list[int]) -> None:
+    told = Told()
+    ended: list[int] = []
+    for now_s in accumulate(pauses, initial=1_000):
+        told.call(SUCCESS, now_s + 0.5)
+        ended.append(now_s)
+        recent = [second for second in ended if second > now_s - 30]
+        assert told.breaker.window(now_s).calls == len(recent)
 
 
 def test_calls_that_are_slow_open_it_although_they_succeed() -> None:
