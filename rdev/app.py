@@ -58,8 +58,10 @@ from rdev.domain.retention import Retention
 from rdev.identity import Identity
 from rdev.ports.authentication import Principal
 from rdev.services.appender import Appender
+from rdev.services.breaker import CircuitBreaker
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
+from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.keys import Keys
 from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
@@ -131,10 +133,13 @@ async def _serve_until_stopped(
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)
+        telemetry = PrometheusTelemetry()
+        breaker = CircuitBreaker(name="database", telemetry=telemetry)
+        telemetry.watch("database_breaker", breaker.statistics)
         pools = Pools(
             settings=connection,
             requests=await stack.enter_async_context(
-                open_pool(connection, max_size=settings.database_pool_max)
+                open_pool(connection, max_size=settings.database_pool_max, breaker=breaker)
             ),
             heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
             appends=await stack.enter_async_context(open_dedicated(connection, "append")),
@@ -143,7 +148,7 @@ async def _serve_until_stopped(
                 open_dedicated(connection, "housekeeping")
             ),
         )
-        server = _build(settings, identity, pools)
+        server = _build(settings, identity, pools, telemetry)
 
         async def drain() -> None:
             server.readiness.drain()
@@ -167,19 +172,23 @@ async def _serve_until_stopped(
             on_serving(url)
 
 
-def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
+def _build(
+    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+) -> Server:
     """Every part, and who needs whom."""
-    telemetry = PrometheusTelemetry()
     notifier = Notifier(pool=pools.requests, server=identity.holder)
     store = PostgresCommands(pool=pools.requests)
     leases = PostgresLeases(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = LocalExecutor(
-        projects_dir=settings.projects_folder,
-        machine_id=identity.machine,
-        base_env=base_env(),
+    executor = GuardedExecutor(
+        LocalExecutor(
+            projects_dir=settings.projects_folder,
+            machine_id=identity.machine,
+            base_env=base_env(),
+        ),
+        telemetry=telemetry,
     )
 
     fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
@@ -285,6 +294,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         "pool": pools.requests.statistics,
         "listener": listener.statistics,
         "notifier": notifier.statistics,
+        "exec_breaker": executor.statistics,
     }.items():
         telemetry.watch(part, statistics)
     subsystems = (notifier, listener, housekeeper, fanout, queue, http)
