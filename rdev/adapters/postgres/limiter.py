@@ -9,6 +9,10 @@ from collections.abc import Sequence
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.limiter import Decision, Hit
 
+# A request that has to wait for a connection waits once more for its own work; and a wait that is
+# cancelled from outside would tell the pool's breaker nothing.
+WAIT_S = 0.5
+
 _TAKE = "select is_admitted, remaining, reset_us, retry_us from take_hits(%s, %s, %s, %s)"
 
 
@@ -32,7 +36,7 @@ class PostgresRateLimits:
             [hit.policy.limit.requests for hit in asked],
         )
         with translate_errors():
-            async with self._pool.connection() as connection:
+            async with self._pool.connection(wait_s=WAIT_S) as connection:
                 rows = await (await connection.execute(_TAKE, values)).fetchall()
         decisions = {
             index: Decision(

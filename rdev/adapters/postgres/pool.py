@@ -100,15 +100,20 @@ class Pool:
         self._requests = self._waits = self._timeouts = self._discarded = self._opened = 0
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[TrioConnection[TupleRow]]:
-        """A connection in autocommit, for one task, for as long as the block lasts.
+    async def connection(
+        self, *, wait_s: float | None = None
+    ) -> AsyncIterator[TrioConnection[TupleRow]]:
+        """A connection in autocommit, for one task, for as long as the block lasts. `wait_s`
+        replaces the pool's patience.
 
         Session state (SET, LISTEN, session locks) must not be left behind: nothing resets it.
         Errors: SERVICE_UNAVAILABLE after `wait_s`, or at once where the breaker is open.
         Cancellation: it goes back, or is closed if it is not at rest. Blocks: at most `wait_s`.
         """
         with self._breaker.call() as call:
-            connection = self._take() or await self._wait(call)
+            connection = self._take() or await self._wait(
+                call, self._wait_s if wait_s is None else wait_s
+            )
             try:
                 yield connection
             except errors.QueryCanceled:
@@ -169,7 +174,7 @@ class Pool:
         elif call.outcome is None:
             call.outcome = CallOutcome.SUCCESS
 
-    async def _wait(self, call: Call) -> TrioConnection[TupleRow]:
+    async def _wait(self, call: Call, wait_s: float) -> TrioConnection[TupleRow]:
         self._waits += 1
         task = trio.lowlevel.current_task()
         waiter = self._waiters[task] = _Waiter()
@@ -179,7 +184,7 @@ class Pool:
             del self._waiters[task]
             return trio.lowlevel.Abort.SUCCEEDED
 
-        with trio.move_on_after(self._wait_s):
+        with trio.move_on_after(wait_s):
             await trio.lowlevel.wait_task_rescheduled(give_up)
         if waiter.connection is None:
             self._timeouts += 1
@@ -187,7 +192,7 @@ class Pool:
             call.outcome = CallOutcome.IGNORED if is_busy else CallOutcome.FAILURE
             raise RdevError(
                 ErrorCode.SERVICE_UNAVAILABLE,
-                f"there was no database connection within {self._wait_s:g} s",
+                f"there was no database connection within {wait_s:g} s",
                 retry_after_s=RETRY_AFTER_S,
             ) from self._last_failure
         return waiter.connection

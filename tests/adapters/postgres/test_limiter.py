@@ -20,12 +20,15 @@ HIT = Hit(policy=Policy(name="key", limit=RateLimit(requests=1, window_s=60)), s
 async def test_without_the_database_reads_are_open_and_writes_closed(proxy):
     settings = ConnectionSettings(dsn=proxy.dsn)
     proxy.refusing = True
-    async with open_pool(settings, min_size=1, max_size=2, wait_s=60) as pool:
+    breaker = CircuitBreaker(name="database", telemetry=Silence())
+    async with open_pool(settings, min_size=1, max_size=2, wait_s=60, breaker=breaker) as pool:
         limiter = RateLimiter(store=PostgresRateLimits(pool=pool), telemetry=Silence())
 
         assert await limiter.take([HIT], is_write=False) == ()
         with pytest.raises(RdevError) as closed:
             await limiter.take([HIT], is_write=True)
+
+        assert breaker.statistics().failures == 2
 
     assert closed.value.code is ErrorCode.SERVICE_UNAVAILABLE
     assert closed.value.retry_after_s is not None
