@@ -120,13 +120,12 @@ class Breaker:
     def refuses(self, now_s: float) -> bool:
         """Whether a call that came now would be refused."""
         self._settle(now_s)
-        match self._state:
-            case BreakerState.CLOSED:
-                return False
-            case BreakerState.OPEN:
-                return now_s < self._until_s
-            case BreakerState.HALF_OPEN:
-                return self._trials + self._successes >= self.settings.permits
+        if self._state is BreakerState.OPEN:
+            return now_s < self._until_s
+        return (
+            self._state is BreakerState.HALF_OPEN
+            and self._trials + self._successes >= self.settings.permits
+        )
 
     def acquire(self, now_s: float) -> Permit | None:
         """The right to a call now; None where it is refused."""

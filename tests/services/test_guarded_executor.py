@@ -14,6 +14,7 @@ from rdev.services import guarded_executor
 from rdev.services.breaker import BreakerOpenError
 from rdev.services.guarded_executor import GuardedExecutor
 from tests.fakes.executor import FakeExecutor, FakeRun
+from tests.services.scripted import Place
 from tests.services.test_breaker import Noted
 
 GOOD, BAD = ProjectId("good"), ProjectId("bad")
@@ -229,9 +230,14 @@ async def test_an_error_of_the_callers_own_does_not_count(
 
 
 async def test_it_says_of_the_place_what_the_place_says(
-    guarded: GuardedExecutor, place: FakeExecutor
+    guarded: GuardedExecutor, place: FakeExecutor, noted: Noted, nursery: trio.Nursery
 ) -> None:
     assert guarded.reach == place.reach
+    standing = Place(nursery, {})
+    standing.standing_instance = "boot-7"
+    assert GuardedExecutor(standing, telemetry=noted).standing_instance == "boot-7"
+    await guarded.prepare(GOOD)
+    await guarded.remove(GOOD, [CommandId("cmd_1")])
 
 
 async def test_so_many_breakers_are_kept_and_the_open_ones_longest(
