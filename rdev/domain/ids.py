@@ -6,12 +6,17 @@ from typing import NewType
 from uuid import UUID
 
 CommandId = NewType("CommandId", str)
+# Names one attempt of a command, in its project: no other attempt has its folder.
+AttemptId = NewType("AttemptId", str)
 ProjectId = NewType("ProjectId", str)
 
 # Makes a fresh UUIDv7. Injected: the domain draws no randomness and reads no clock.
 NewUuid = Callable[[], UUID]
 
 COMMAND_PREFIX = "cmd_"
+
+# How often a command is started at most (`retry: safe`; the others once).
+ATTEMPTS_MAX = 3
 
 _COMMAND = re.compile(r"cmd_[0-9a-f]{32}")
 # A DNS-1123 label of at most 40 characters (the HTTP contract).
@@ -26,6 +31,21 @@ def command_id(uuid: UUID) -> CommandId:
 def command_uuid(command: CommandId) -> UUID:
     """The UUID inside a command id that was made by `command_id` or passed `is_command_id`."""
     return UUID(command.removeprefix(COMMAND_PREFIX))
+
+
+def attempt_id(command: CommandId, attempt: int) -> AttemptId:
+    """The name of an attempt, numbered from 1; the first has its command's own."""
+    return AttemptId(command if attempt == 1 else f"{command}.{attempt}")
+
+
+def command_of(attempt: AttemptId) -> CommandId:
+    """The command of an attempt."""
+    return CommandId(attempt.partition(".")[0])
+
+
+def attempt_ids(command: CommandId) -> list[AttemptId]:
+    """The names of all attempts that a command may have had."""
+    return [attempt_id(command, number) for number in range(1, ATTEMPTS_MAX + 1)]
 
 
 def is_command_id(text: str) -> bool:

@@ -117,13 +117,22 @@ class Lanes(Protocol):
         """
         ...
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
-        """Take up to `limit` (≥ 1) commands: heads of lanes of this reach, in the order of `due`; a
-        lane that gave one stands behind those that wait.
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
+        """Touch these lanes, then take up to `limit` (≥ 1) commands: heads of lanes of this reach,
+        in the order of `due`; a lane that gave one stands behind those that wait.
 
         Never more commands of a lane run than its cap, whoever claims at the same time; within a
         lane they are taken in order of rank. What has expired is ended on the way. A claim stores
-        `running`, the event `status: running`, a fresh lease, and `instance` where it is given. A
+        `running`, the next attempt's number, the event `status: running`, a fresh lease, and
+        `instance` where it is given; what was claimed never expires, though it be queued again. A
         lane that another claim holds is left out; nothing taken and nothing ended means that there
         is nothing for this claim.
         """

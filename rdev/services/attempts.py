@@ -1,8 +1,10 @@
 """One attempt: attach, hand its output to the appender, and end the command with what was read.
 
 Started at most once, observed at least once: an attempt that is interrupted anywhere (restart,
-lost lease, cancelled task) leaves the command running, and the next one continues at the offsets
-that the log holds. Bounds: pieces ≤ 1 MiB, one in hand; an unfinished line is shown after 100 ms.
+lost lease, cancelled task) leaves the command running, and the next one who takes it over continues
+at the offsets that the log holds. With `retry: safe` an attempt that provably did not finish queues
+its command again; the next attempt begins anew, behind it in the same log. Bounds: pieces ≤ 1 MiB,
+one in hand; an unfinished line is shown after 100 ms.
 """
 
 from collections.abc import Callable
@@ -13,13 +15,22 @@ import trio
 
 from rdev.domain.backoff import Backoff
 from rdev.domain.claude import AgentLines, AgentSplitter
-from rdev.domain.commands import AgentReport, Claimed, Kind, Outcome, judge
+from rdev.domain.commands import (
+    AgentReport,
+    Claimed,
+    Kind,
+    Outcome,
+    Status,
+    judge,
+    may_run_again,
+)
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Exit, KillReport, Lost, Piece, Stream
+from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Piece, Stream
+from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
-from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines
+from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines, status_line
 from rdev.ports.commands import Leases
-from rdev.ports.execution import Executor
+from rdev.ports.execution import Attachment, Executor
 from rdev.ports.output import NewChunk, OutputLog
 from rdev.services.appender import SOURCE, LeaseLostError, Writer
 
@@ -64,6 +75,8 @@ class Attempt:
         backoff: Callable[[], Backoff],
     ) -> None:
         self.claimed = claimed
+        self._id = attempt_id(claimed.lease.command, claimed.attempt)
+        self._claimed_at = trio.current_time()
         self._writer = writer
         self._executor = executor
         self._leases = leases
@@ -80,17 +93,17 @@ class Attempt:
         self._show_at: dict[Stream, float] = {}
         self._hangs_at = float("inf")
         self._hung = False
-        self._cancel = trio.Event()
+        self._cancel_asked = claimed.cancel_requested
+        self._is_killing = False
         self._kill: KillReport | None = None
         self._killed = trio.Event()
-        self._cancel_asked = claimed.cancel_requested
-        if claimed.cancel_requested:
-            self._cancel.set()
+        # While `run` observes.
+        self._nursery: trio.Nursery | None = None
 
     def cancel(self) -> None:
         """End the command: TERM, grace, KILL. The attempt goes on until the end is read."""
         self._cancel_asked = True
-        self._cancel.set()
+        self._end_command()
 
     async def run(self) -> Finished:
         """Observe the command to its end and store the outcome.
@@ -102,11 +115,12 @@ class Attempt:
         """
         instance = await self._instance()
         await self._replay()
-        send, receive = trio.open_memory_channel[Piece | Exit | Lost](0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._observe, instance, send)
-            nursery.start_soon(self._obey_cancel)
-            outcome = await self._store(receive)
+            self._nursery = nursery
+            if self._cancel_asked:
+                self._end_command()
+            outcome = await self._observe(instance)
+            self._nursery = None
             nursery.cancel_scope.cancel()
         return Finished(claimed=self.claimed, outcome=outcome)
 
@@ -120,10 +134,11 @@ class Attempt:
         return instance
 
     async def _replay(self) -> None:
-        """After a take-over the agent's stream is read again as far as it is stored."""
+        """After a take-over the agent's stream in this attempt is read again as far as it is
+        stored."""
         if self._agent is None or not self.claimed.take_over:
             return
-        after = 0
+        after = self.claimed.attempt_seq
         while chunks := await self._log.read(
             self.claimed.lease.command, after=after, limit_bytes=REPLAY_BYTES
         ):
@@ -133,43 +148,25 @@ class Attempt:
                     self._agent.replay(chunk.payload)
         self._watch_agent()
 
-    async def _observe(
-        self, instance: str, send: trio.MemorySendChannel[Piece | Exit | Lost]
-    ) -> None:
-        """Hand on what the attachment gives; a full channel is the back-pressure."""
+    async def _observe(self, instance: str) -> Outcome:
+        """Store what the attachment gives, to its end. Not asking it is the back-pressure."""
         attachment = self._executor.attach(
             self.claimed.project,
-            self.claimed.lease.command,
+            self._id,
             spec=self.claimed.spec,
             instance=instance,
             offsets=self.claimed.offsets,
         )
         async with attachment as attached:
-            while True:
-                item = await attached.receive()
-                await send.send(item)
-                if not isinstance(item, Piece):
-                    return
+            outcome = await self._hand_over(attached)
+        # Committed while the attachment was being closed.
+        await self._writer.finished()
+        return outcome
 
-    async def _obey_cancel(self) -> None:
-        """A place that cannot be reached is asked again until the attempt ends."""
-        await self._cancel.wait()
-        backoff = self._backoff()
+    async def _hand_over(self, attached: Attachment) -> Outcome:
+        """Everything that comes, and the outcome."""
         while True:
-            try:
-                self._kill = await self._executor.kill(
-                    self.claimed.project, self.claimed.lease.command, grace_s=KILL_GRACE_S
-                )
-                self._killed.set()
-                return
-            except RdevError as error:
-                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
-                    raise
-            await trio.sleep(backoff.next_s())
-
-    async def _store(self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]) -> Outcome:
-        while True:
-            item = await self._next(receive)
+            item = await self._next(attached)
             match item:
                 case Piece():
                     await self._take(item)
@@ -179,12 +176,34 @@ class Attempt:
                     pass
             await self._heed_clock()
 
-    async def _next(
-        self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]
-    ) -> Piece | Exit | Lost | None:
+    def _end_command(self) -> None:
+        """Kill it beside the observation; once."""
+        if self._nursery is not None and not self._is_killing:
+            self._is_killing = True
+            self._nursery.start_soon(self._kill_it)
+
+    async def _kill_it(self) -> None:
+        """A place that cannot be reached is asked again until the attempt ends."""
+        backoff = self._backoff()
+        while True:
+            try:
+                self._kill = await self._executor.kill(
+                    self.claimed.project, self._id, grace_s=KILL_GRACE_S
+                )
+                self._killed.set()
+                return
+            except RdevError as error:
+                if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                    raise
+            await trio.sleep(backoff.next_s())
+
+    async def _next(self, attached: Attachment) -> Piece | Exit | Lost | None:
         """The next item; None when something else is due before it."""
-        with trio.move_on_at(min([self._hangs_at, *self._show_at.values()])):
-            return await receive.receive()
+        due_at = min([self._hangs_at, *self._show_at.values()])
+        if due_at == float("inf"):
+            return await attached.receive()
+        with trio.move_on_at(due_at):
+            return await attached.receive()
         return None
 
     async def _heed_clock(self) -> None:
@@ -196,7 +215,7 @@ class Attempt:
         if self._hangs_at <= now:
             self._hangs_at = float("inf")
             self._hung = True
-            self._cancel.set()
+            self._end_command()
 
     def _watch_agent(self) -> None:
         """From its result on a CLI has half a minute to exit."""
@@ -229,9 +248,19 @@ class Attempt:
         """Everything that is left goes out, then the outcome; a kill in progress ends first."""
         for stream, splitter in self._splitters.items():
             await self._write(stream, splitter.flush())
-        if self._cancel.is_set():
+        if _is_out_of_sight(end):
+            self._end_command()
+        if self._is_killing:
             with trio.move_on_after(KILL_REPORT_S):
                 await self._killed.wait()
+        elif isinstance(end, Lost) and self._may_run_again(end):
+            if await self._queue_again(end):
+                return Outcome(status=Status.QUEUED, reason=end.reason)
+            self._cancel_asked = True
+        return await self._end(end)
+
+    async def _end(self, end: Exit | Lost) -> Outcome:
+        """End the command."""
         report = None if self._agent is None else _report(self._agent.agent)
         outcome = judge(
             end,
@@ -248,8 +277,21 @@ class Attempt:
             stderr_bytes=self._writer.end.stderr,
         )
         last = NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
-        await self._writer.finish(outcome, last)
+        self._writer.finish(outcome, last)
         return outcome
+
+    def _may_run_again(self, end: Lost) -> bool:
+        """An agent that has said its result has finished, whatever became of its process."""
+        if self._agent is not None and self._agent.agent.result_seen:
+            return False
+        running_s = self.claimed.running_s + trio.current_time() - self._claimed_at
+        return may_run_again(end, self.claimed, running_s=running_s)
+
+    async def _queue_again(self, end: Lost) -> bool:
+        """Whether the command waits for another attempt now; not when its cancel came first."""
+        event = status_line(Status.QUEUED, attempt=self.claimed.attempt, reason=end.reason)
+        last = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=event)
+        return await self._writer.queue_again(last)
 
 
 @dataclass(slots=True)
@@ -264,6 +306,13 @@ class _SliceSize:
     def learn(self, *, raw_bytes: int, encoded_bytes: int) -> None:
         growth = max(1.0, encoded_bytes / max(1, raw_bytes))
         self.bytes = max(2_048, min(2 * self.bytes, int(0.9 * CHUNK_MAX_BYTES / growth)))
+
+
+def _is_out_of_sight(end: Exit | Lost) -> bool:
+    """Whether it may be running where nobody can follow it any more: it must be ended."""
+    return (
+        isinstance(end, Lost) and end.reason is LostReason.JOURNAL_TRUNCATED and not end.unfinished
+    )
 
 
 def _report(agent: AgentLines) -> AgentReport:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from rdev.domain.breaker import BreakerSettings, CallOutcome
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Piece, Spec
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId
 from rdev.ports.execution import Attachment, Executor
 from rdev.ports.telemetry import BreakerTelemetry
 from rdev.services.breaker import CircuitBreaker
@@ -89,7 +89,7 @@ class GuardedExecutor:
     async def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: AttemptId,
         *,
         spec: Spec | None,
         instance: str,
@@ -99,17 +99,17 @@ class GuardedExecutor:
         breaker = self._breaker(project)
         generation = breaker.check()
         attached = self._executor.attach(
-            project, command, spec=spec, instance=instance, offsets=offsets
+            project, attempt, spec=spec, instance=instance, offsets=offsets
         )
         async with attached as attachment:
             yield _Watched(attachment, breaker, generation)
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         """See `Executor.kill`. Never refused, but what is seen counts."""
         breaker = self._breaker(project)
         generation = breaker.breaker.generation
         try:
-            report = await self._executor.kill(project, command, grace_s=grace_s)
+            report = await self._executor.kill(project, attempt, grace_s=grace_s)
         except RdevError as error:
             if error.code is ErrorCode.SERVICE_UNAVAILABLE:
                 breaker.observe(generation, CallOutcome.FAILURE)
@@ -117,7 +117,7 @@ class GuardedExecutor:
         breaker.observe(generation, CallOutcome.SUCCESS)
         return report
 
-    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         """See `Executor.tidy`. Errors: also SERVICE_UNAVAILABLE at once."""
         with self._breaker(project).call():
             return await self._executor.tidy(project, commands)

@@ -27,8 +27,19 @@ class FakeLanes:
                 self._place(lane)
         self._state.reply()
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         await self._state.step()
+        for lane in touched:
+            if lane in self._state.lanes:
+                self._place(lane)
         found = Claims(claimed=[], expired=[])
         while self._claim_in_order(reach, instance, holder, limit, found):
             pass
@@ -122,6 +133,8 @@ class FakeLanes:
             queue_wait_ms=int(wait.total_seconds() * 1000),
         )
         row.instance = instance
+        row.started_at_s = trio.current_time()
+        row.expires_at = float("inf")
         self._state.lease(row, holder, self._lease_s)
         self._state.lanes[row.lane].last_start = self._state.moment()
         self._state.put(row, Source.LIFE, 1, 0, status_line(Status.RUNNING, attempt=attempt))

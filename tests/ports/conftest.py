@@ -25,20 +25,24 @@ from rdev.domain.commands import (
     Outcome,
     Priority,
     Retry,
+    Status,
 )
-from rdev.domain.execution import Offsets, Spec
+from rdev.domain.execution import LostReason, Offsets, Spec
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
 from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
-from rdev.domain.stream import Chunk, Source, final_lines
+from rdev.domain.stream import Chunk, Source, final_lines, status_line
 from rdev.ports.commands import CommandStore, Lanes, Leases
 from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
 from rdev.ports.upkeep import Upkeep
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"
@@ -87,6 +91,7 @@ class World:
         kind: Kind = Kind.SHELL,
         priority: Priority = Priority.NORMAL,
         expires_in_s: int | None = None,
+        retry: Retry = Retry.NEVER,
     ) -> NewCommand:
         """A command with an id greater than all before."""
         serial = next(self.serial)
@@ -98,7 +103,7 @@ class World:
             spec=Spec(argv=argv, env={"A": "b"}, stdin=b"\0in", timeout_s=60),
             argv=argv,
             priority=priority,
-            retry=Retry.NEVER,
+            retry=retry,
             expires_in_s=expires_in_s,
             key_id="key_admin",
             request_id="req-1",
@@ -208,6 +213,12 @@ def following(append: Append, *chunks: NewChunk, outcome: Outcome | None = None)
     )
 
 
+def again_chunk(attempt: int = 1) -> NewChunk:
+    """The event with which an attempt ends that another one is to follow."""
+    payload = status_line(Status.QUEUED, attempt=attempt, reason=LostReason.SUPERVISOR_GONE)
+    return NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=payload)
+
+
 def last_chunk(outcome: Outcome) -> NewChunk:
     """The events that end a command."""
     payload = final_lines(outcome, attempt=1, truncated=False, stdout_bytes=0, stderr_bytes=0)
@@ -234,10 +245,10 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
             settings=settings,
             requests=await stack.enter_async_context(open_pool(settings, wait_s=60.0)),
             heartbeats=await stack.enter_async_context(
-                open_dedicated(settings, "heartbeat", wait_s=60.0)
+                open_dedicated(settings, "heartbeat", by_key=True, wait_s=60.0)
             ),
             appends=await stack.enter_async_context(
-                open_dedicated(settings, "append", wait_s=60.0)
+                open_dedicated(settings, "append", by_key=True, wait_s=60.0)
             ),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(settings, "housekeeping", wait_s=60.0)

@@ -20,9 +20,12 @@ from rdev.services.attempts import Attempt
 from rdev.services.depths import QueueGate
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
+from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeExecutor, FakeRun, Program
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 
 PROJECT = ProjectId("demo")
 LEASE_S = 30.0
@@ -170,6 +173,7 @@ async def submit(
     kind: Kind = Kind.SHELL,
     expires_in_s: int | None = None,
     timeout_s: int = 86_400,
+    retry: Retry = Retry.NEVER,
 ) -> CommandId:
     """Queue a program; nobody is told."""
     serial = len(server.state.rows) + 1
@@ -180,7 +184,7 @@ async def submit(
         spec=Spec(argv=(program,), timeout_s=timeout_s),
         argv=(program,),
         priority=Priority.NORMAL,
-        retry=Retry.NEVER,
+        retry=retry,
         expires_in_s=expires_in_s,
         key_id="key_admin",
         request_id="req-1",

@@ -8,7 +8,7 @@ import trio
 from rdev.domain.breaker import BreakerReason, BreakerSettings, BreakerState
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId
 from rdev.ports.execution import Executor
 from rdev.services import guarded_executor
 from rdev.services.breaker import BreakerOpenError
@@ -58,10 +58,10 @@ async def run(
     executor: Executor, project: ProjectId, number: int, program: str = "false"
 ) -> Exit | Lost:
     """Attach to a command and read it to its end."""
-    command = CommandId(f"cmd_{number}")
+    attempt = AttemptId(f"cmd_{number}")
     instance = await executor.instance(project)
     async with executor.attach(
-        project, command, spec=spec(program), instance=instance, offsets=START
+        project, attempt, spec=spec(program), instance=instance, offsets=START
     ) as attachment:
         while True:
             item = await attachment.receive()
@@ -108,11 +108,11 @@ async def test_open_everything_but_a_kill_is_refused_at_once(
         assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
     with pytest.raises(BreakerOpenError):
         async with guarded.attach(
-            BAD, CommandId("cmd_1"), spec=None, instance="boot-1", offsets=START
+            BAD, AttemptId("cmd_1"), spec=None, instance="boot-1", offsets=START
         ):
             pytest.fail("it was attached")
     assert place.started == []
-    assert await guarded.kill(BAD, CommandId("cmd_1"), grace_s=1) == KillReport(confirmed=True)
+    assert await guarded.kill(BAD, AttemptId("cmd_1"), grace_s=1) == KillReport(confirmed=True)
 
 
 def place_of(guarded: GuardedExecutor) -> Executor:
@@ -161,7 +161,7 @@ async def test_commands_whose_place_was_lost_while_they_ran_count(
     # The four times `instance` was asked are forgotten meanwhile.
     await trio.sleep(60)
     for number in range(4):
-        place.lose(CommandId(f"cmd_{number}"), LostReason.UNREACHABLE, may_still_run=True)
+        place.lose(AttemptId(f"cmd_{number}"), LostReason.UNREACHABLE, may_still_run=True)
     await trio.testing.wait_all_tasks_blocked()
 
     assert len(ends) == 4
@@ -202,13 +202,13 @@ async def test_a_command_that_says_nothing_holds_no_permit(
 async def test_kills_that_do_not_get_there_count(
     guarded: GuardedExecutor, place: FakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def kill(project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "project cannot be reached")
 
     monkeypatch.setattr(place, "kill", kill)
     for _ in range(6):
         with pytest.raises(RdevError, match="cannot be reached"):
-            await guarded.kill(BAD, CommandId("cmd_1"), grace_s=1)
+            await guarded.kill(BAD, AttemptId("cmd_1"), grace_s=1)
 
     assert guarded.is_open(BAD)
 
@@ -216,13 +216,13 @@ async def test_kills_that_do_not_get_there_count(
 async def test_an_error_of_the_callers_own_does_not_count(
     guarded: GuardedExecutor, place: FakeExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def kill(project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         raise RdevError(ErrorCode.NOT_FOUND, "no such project")
 
     monkeypatch.setattr(place, "kill", kill)
     for _ in range(6):
         with pytest.raises(RdevError):
-            await guarded.kill(BAD, CommandId("cmd_1"), grace_s=1)
+            await guarded.kill(BAD, AttemptId("cmd_1"), grace_s=1)
         with pytest.raises(RdevError):
             await guarded.instance(ProjectId("unknown"))
 

@@ -23,9 +23,11 @@ from rdev.domain.stream import Chunk, GapEvent, Source, gap_line
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
 
 # Rows are locked in id order; one that another statement holds is skipped and comes in the next
-# batch. A row that was changed in between is judged again in its newest version. The primary key
-# serves it; `status || ''` keeps the planner from the index of running commands, through which it
-# would read all that ever ran while some transaction holds a snapshot.
+# batch. A row that was changed in between is judged again in its newest version; its status, under
+# the lock. The primary key serves it, one look-up for each row (`lateral` with a lock, `id = any`):
+# a join may be planned as a walk over the whole key while the table is small, and that plan is kept
+# while it grows. `status || ''` keeps the planner from the index of running commands, through which
+# it would read all that ever ran while some transaction holds a snapshot.
 _APPEND = """
 with input as (
     select *
@@ -39,19 +41,26 @@ with input as (
     ) as i (id, lease_id, start_out, start_err, start_seq, end_out, end_err, events,
             status, exit_code, signal, reason, duration_ms, late_bytes, kill, session_id, usage)
 ), locked as (
-    select c.id
-    from commands c join input i using (id)
-    where c.lease_id = i.lease_id and c.status || '' = 'running'
-    order by c.id
-    for update of c skip locked
+    select i.*
+    from (select * from input order by id) i
+    cross join lateral (
+        select
+        from commands c
+        where c.id = i.id and c.lease_id = i.lease_id and c.status || '' = 'running'
+          and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
+        for update skip locked
+    ) c
 ), moved as (
     update commands c
     set last_seq = c.last_seq + i.events,
         out_offset = i.end_out,
         err_offset = i.end_err,
         status = coalesce(i.status, c.status),
-        finished_at = case when i.status is null then null else clock_timestamp() end,
-        spec = case when i.status is null then c.spec end,
+        finished_at = case when i.status <> 'queued' then clock_timestamp() end,
+        spec = case when coalesce(i.status, 'queued') = 'queued' then c.spec end,
+        attempt_seq = case when i.status = 'queued' then c.last_seq + i.events
+                           else c.attempt_seq end,
+        dropped_bytes = case when i.status = 'queued' then 0 else c.dropped_bytes end,
         exit_code = i.exit_code,
         signal = i.signal,
         reason = i.reason,
@@ -60,9 +69,9 @@ with input as (
         kill = i.kill,
         session_id = coalesce(i.session_id, c.session_id),
         usage = coalesce(i.usage, c.usage)
-    from input i, locked l
-    where c.id = i.id and l.id = i.id
-      and c.lease_id = i.lease_id and c.status || '' = 'running'
+    from locked i
+    where c.id = any(%(id)s::uuid[]) and c.id = i.id
+      and c.lease_id = i.lease_id
       and c.out_offset = i.start_out and c.err_offset = i.start_err
       and c.last_seq = i.start_seq
     returning c.day, c.id, i.start_seq as base
@@ -81,7 +90,8 @@ select id from moved
 
 # Why rows did not come back: read after the statement, outside of it.
 _LOOK_AGAIN = """
-select id, lease_id, status, out_offset, err_offset, last_seq
+select id, lease_id, status, out_offset, err_offset, last_seq,
+       cancel_requested_at is not null as cancel_requested
 from commands
 where id = any(%s)
 """
@@ -124,12 +134,20 @@ from (
         from output
         where day = (select day from commands where id = %(id)s)
           and command_id = %(id)s and source = %(source)s
+          and first_seq > (select attempt_seq from commands where id = %(id)s)
         order by first_seq desc
         limit %(tail_bytes)s::bigint + 1
     ) o
 ) tail
 where bytes_behind < %(tail_bytes)s
 order by first_seq
+"""
+
+# The primary key serves it.
+_HEADS = """
+select id, last_seq
+from commands
+where id = any(%s) and holder is distinct from %s
 """
 
 _OLDEST = """
@@ -139,7 +157,7 @@ where day = (select day from commands where id = %(id)s) and command_id = %(id)s
 """
 
 _TRIM_FENCE = """
-select day from commands
+select day, attempt_seq from commands
 where id = %s and lease_id = %s and status = 'running'
 for update
 """
@@ -154,6 +172,7 @@ with placed as materialized (
            sum(raw_bytes) over () - sum(raw_bytes) over (order by first_seq) as behind
     from output
     where day = %(day)s and command_id = %(id)s and source = %(source)s
+      and first_seq > %(attempt_seq)s
 ), middle as materialized (
     select min(first_seq) as first, max(first_seq) as last
     from placed
@@ -228,7 +247,11 @@ class PostgresOutput:
                 if fence is None:
                     return 0
                 key = {"day": fence[0], "id": command, "source": source}
-                bounds = {"head_bytes": head_bytes, "tail_bytes": tail_bytes}
+                bounds = {
+                    "attempt_seq": fence[1],
+                    "head_bytes": head_bytes,
+                    "tail_bytes": tail_bytes,
+                }
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(_TRIM_DELETE, key | bounds)
                 gone = sorted(await cursor.fetchall(), key=lambda row: row["first_seq"])
@@ -238,6 +261,16 @@ class PostgresOutput:
                 dropped = sum(row["raw_bytes"] for row in gone if not row["is_gap"])
                 await connection.execute(_TRIM_COUNT, (dropped, command))
                 return sum(row["raw_bytes"] for row in gone)
+
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        """See `OutputLog.heads`."""
+        values = ([command_uuid(command) for command in commands], written_by_others_than)
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_HEADS, values)
+                return {command_id(row[0]): row[1] for row in await cursor.fetchall()}
 
     async def oldest_seq(self, command: CommandId) -> int | None:
         """See `OutputLog.oldest_seq`."""
@@ -283,8 +316,8 @@ def _result(
     append: Append, moved: Set[CommandId], again: Mapping[CommandId, DictRow]
 ) -> AppendResult:
     """1. It moved the row. 2. The lease is another's. 3. The log stands at its end: it was applied
-    before, and its reply was lost. 4. The log still stands at its start: the row was locked. 5.
-    Else the command went on without it."""
+    before, and its reply was lost. 4. The log still stands at its start: it is not queued again
+    because of a cancel, or the row was locked. 5. Else the command went on without it."""
     command = append.lease.command
     if command in moved:
         return _applied(append)
@@ -293,11 +326,13 @@ def _result(
         return AppendResult(command=command, state=AppendState.STALE)
     stands_at = Offsets(stdout=row["out_offset"], stderr=row["err_offset"])
     end_seq = append.start_seq + sum(chunk.events for chunk in append.chunks)
-    if (stands_at, row["last_seq"]) == (append.end, end_seq):
+    if (stands_at, row["last_seq"]) == (append.leaves_at, end_seq):
         return _applied(append)
     running = row["status"] == Status.RUNNING
     if running and (stands_at, row["last_seq"]) == (append.start, append.start_seq):
-        return AppendResult(command=command, state=AppendState.LOCKED)
+        refused = append.queues_again and row["cancel_requested"]
+        state = AppendState.REFUSED if refused else AppendState.LOCKED
+        return AppendResult(command=command, state=state)
     return AppendResult(command=command, state=AppendState.STALE)
 
 
@@ -348,8 +383,8 @@ def _append_row(append: Append) -> dict[str, object]:
         "start_out": append.start.stdout,
         "start_err": append.start.stderr,
         "start_seq": append.start_seq,
-        "end_out": append.end.stdout,
-        "end_err": append.end.stderr,
+        "end_out": append.leaves_at.stdout,
+        "end_err": append.leaves_at.stderr,
         "events": sum(chunk.events for chunk in append.chunks),
         "status": outcome.status if outcome else None,
         "exit_code": outcome.exit_code if outcome else None,

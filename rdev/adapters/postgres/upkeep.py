@@ -89,6 +89,7 @@ with recursive reaches as (
     cross join lateral (
         select c.id from commands c
         where c.reach = r.reach and c.finished_at < now() - make_interval(secs => %(older_s)s)
+          and c.kill ->> 'confirmed' is distinct from 'false'
         order by c.reach, c.finished_at
         limit %(limit)s
     ) o
@@ -107,6 +108,7 @@ where c.reach = %(reach)s
       (select (until, command) from tidied where reach = %(reach)s),
       ('-infinity'::timestamptz, '00000000-0000-0000-0000-000000000000'::uuid))
   and c.started_at is not null
+  and c.kill ->> 'confirmed' is distinct from 'false'
 order by c.reach, c.finished_at, c.id
 limit %(limit)s
 """
@@ -121,8 +123,25 @@ _PRUNABLE = """
 select id, project, finished_at
 from commands
 where reach = %(reach)s and finished_at < now() - make_interval(secs => %(older_s)s)
+  and kill ->> 'confirmed' is distinct from 'false'
 order by reach, finished_at
 limit %(limit)s
+"""
+
+# `commands_unkilled` serves it.
+_UNKILLED = """
+select id, project, finished_at
+from commands
+where reach = %(reach)s and kill ->> 'confirmed' = 'false' and finished_at is not null
+order by reach, id
+limit %(limit)s
+"""
+
+# What follows for the project is `heed_kill`'s (`sql/0006_closed_projects.sql`).
+_CONFIRM_KILL = """
+update commands
+set kill = '{"confirmed": true, "survivors": []}'
+where id = %s and kill ->> 'confirmed' = 'false'
 """
 
 _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
@@ -243,6 +262,15 @@ class PostgresPlaceDuties:
         }
         with translate_errors():
             await self._connection.execute(_MARK_TIDIED, values)
+
+    async def unkilled(self, *, limit: int) -> list[Ended]:
+        """See `PlaceDuties.unkilled`."""
+        return await self._ended(_UNKILLED, 0, limit)
+
+    async def confirm_kill(self, command: CommandId) -> None:
+        """See `PlaceDuties.confirm_kill`."""
+        with translate_errors():
+            await self._connection.execute(_CONFIRM_KILL, (command_uuid(command),))
 
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.prunable`."""
