@@ -49,7 +49,7 @@ HELD_LONG_S = 60.0
 HELD_JUDGED_S = 5.0
 
 # Peers get what rdev has by default: connections, and commands at once. Each runs one command of a
-# project at a time, in the order of acceptance (what ran beside another one is counted, `overlaps`):
+# project at a time, in the order of acceptance (what ran beside another is counted, `overlaps`):
 # procrastinate by its `lock`, graphile-worker by its `queue_name`, pgqueuer by an entrypoint for
 # each project with `concurrency_limit=1`, which its database enforces for all workers (a unique
 # index over its slots). Each batches as it does by default; all their tables are durable.

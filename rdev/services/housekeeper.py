@@ -151,7 +151,7 @@ class Housekeeper:
         """End what kills have left; a project of which nothing is left serves again."""
         for one in await places.unkilled(limit=FOLDERS_MAX):
             try:
-                report = await self._executor.kill(one.project, one.command, grace_s=ORPHAN_GRACE_S)
+                report = await self._executor.kill(one.project, one.attempt, grace_s=ORPHAN_GRACE_S)
             except RdevError as error:
                 _passed_by(one.project, error)
                 continue

@@ -70,7 +70,7 @@ class FakeExecutor:
         # Projects that cannot be tidied now.
         self.unreachable: set[ProjectId] = set()
         # Commands of which a kill always leaves something.
-        self.immortal: set[CommandId] = set()
+        self.immortal: set[AttemptId] = set()
 
     @property
     def reach(self) -> str:
@@ -113,7 +113,7 @@ class FakeExecutor:
             run.why = Why.CANCELLED
             run.scope.cancel()
             await run.over.wait()
-        return KillReport(confirmed=command not in self.immortal)
+        return KillReport(confirmed=attempt not in self.immortal)
 
     async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         await trio.lowlevel.checkpoint()

@@ -7,7 +7,7 @@ from datetime import date, timedelta
 
 from rdev.domain.execution import KillReport
 from rdev.domain.idempotency import IDEMPOTENCY_S
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, attempt_id
 from rdev.domain.retention import Ended, OutputDay
 from tests.fakes.store import Row, StoreState, is_unkilled
 
@@ -151,9 +151,13 @@ def _ended(state: StoreState, older_s: float) -> list[Row]:
 
 
 def _to_ended(row: Row) -> Ended:
-    assert row.command.finished_at is not None
+    command = row.command
+    assert command.finished_at is not None
     return Ended(
-        command=row.command.id, project=row.command.project, ended_at=row.command.finished_at
+        command=command.id,
+        attempt=attempt_id(command.id, max(1, command.attempt)),
+        project=command.project,
+        ended_at=command.finished_at,
     )
 
 

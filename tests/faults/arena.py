@@ -381,15 +381,20 @@ async def open_arena(
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
             for node in nodes:
                 await node.forget_client()
-        for node in nodes:
-            if node.lives:
-                node.signal(SIGCONT)
-                node.signal(SIGKILL)
-                node.server.wait()
-        for pid in processes_of(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, SIGKILL)
-        shutil.rmtree(folder, ignore_errors=True)
+        _clear(folder, nodes)
+
+
+def _clear(folder: Path, nodes: list[Node]) -> None:
+    """Whatever became of the arena: its processes and its folder go."""
+    for node in nodes:
+        if node.lives:
+            node.signal(SIGCONT)
+            node.signal(SIGKILL)
+            node.server.wait()
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _new_node(name: str, folder: Path, database: Database, proxy: TcpProxy | None) -> Node:

@@ -16,7 +16,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row
 from rdev.adapters.postgres.connection import TrioConnection
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.idempotency import IDEMPOTENCY_S
-from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.ids import CommandId, ProjectId, attempt_id, command_id, command_uuid
 from rdev.domain.retention import Ended, OutputDay
 
 _TAKE_TURN = "select pg_try_advisory_lock(hashtextextended(%s, 0))"
@@ -99,7 +99,7 @@ delete from commands where id in (select id from old)
 """
 
 _UNTIDIED = """
-select c.id, c.project, c.finished_at
+select c.id, c.project, c.attempt, c.finished_at
 from commands c
 where c.reach = %(reach)s
   and c.finished_at < now() - make_interval(secs => %(older_s)s)
@@ -120,7 +120,7 @@ on conflict (reach) do update set until = excluded.until, command = excluded.com
 """
 
 _PRUNABLE = """
-select id, project, finished_at
+select id, project, attempt, finished_at
 from commands
 where reach = %(reach)s and finished_at < now() - make_interval(secs => %(older_s)s)
   and kill ->> 'confirmed' is distinct from 'false'
@@ -130,7 +130,7 @@ limit %(limit)s
 
 # `commands_unkilled` serves it.
 _UNKILLED = """
-select id, project, finished_at
+select id, project, attempt, finished_at
 from commands
 where reach = %(reach)s and kill ->> 'confirmed' = 'false' and finished_at is not null
 order by reach, id
@@ -290,8 +290,10 @@ class PostgresPlaceDuties:
 
 
 def _to_ended(row: DictRow) -> Ended:
+    command = command_id(row["id"])
     return Ended(
-        command=command_id(row["id"]),
+        command=command,
+        attempt=attempt_id(command, max(1, row["attempt"])),
         project=ProjectId(row["project"]),
         ended_at=row["finished_at"],
     )
