@@ -165,7 +165,7 @@ async def test_without_the_store_reads_go_on_and_writes_are_refused(
     assert noted.checks == []
 
 
-async def test_a_store_that_hangs_is_waited_for_a_second(
+async def test_a_store_that_hangs_is_waited_for_so_long_and_no_longer(
     limits: RateLimiter, store: FakeRateLimits
 ) -> None:
     store.takes_s = 1_000.0

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.limiter import Decision, Hit
 
-# A request that has to wait for a connection waits once more for its own work; and a wait that is
-# cancelled from outside would tell the pool's breaker nothing.
-WAIT_S = 0.5
+# For a connection: less than the pool's, since the request waits once more for its own work, and
+# less than the service's, since a wait that is cancelled tells the pool's breaker nothing.
+WAIT_S = 2.0
 
 _TAKE = "select is_admitted, remaining, reset_us, retry_us from take_hits(%s, %s, %s, %s)"
 

@@ -3,6 +3,7 @@
 import pytest
 import trio
 
+from rdev.adapters.postgres import limiter as limiter_adapter
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.pool import open_pool
@@ -16,8 +17,8 @@ from rdev.services.limiter import RateLimiter
 HIT = Hit(policy=Policy(name="key", limit=RateLimit(requests=1, window_s=60)), subject="key_1")
 
 
-@pytest.mark.slow
-async def test_without_the_database_reads_are_open_and_writes_closed(proxy):
+async def test_without_the_database_reads_are_open_and_writes_closed(proxy, monkeypatch):
+    monkeypatch.setattr(limiter_adapter, "WAIT_S", 0.2)
     settings = ConnectionSettings(dsn=proxy.dsn)
     proxy.refusing = True
     breaker = CircuitBreaker(name="database", telemetry=Silence())
@@ -34,7 +35,8 @@ async def test_without_the_database_reads_are_open_and_writes_closed(proxy):
     assert closed.value.retry_after_s is not None
 
 
-async def test_with_the_breaker_open_nobody_waits_for_a_limit_at_all(proxy):
+async def test_with_the_breaker_open_nobody_waits_for_a_limit_at_all(proxy, monkeypatch):
+    monkeypatch.setattr(limiter_adapter, "WAIT_S", 0.2)
     settings = ConnectionSettings(dsn=proxy.dsn)
     proxy.refusing = True
     breaker = CircuitBreaker(
