@@ -36,8 +36,8 @@ from rdev.ports.telemetry import Telemetry
 # Measured: 0.4 KB each while they come now and then.
 ADDRESSES_MAX = 100_000
 DENIALS_MAX = 100_000
-# An answer takes a millisecond; on a machine that is overloaded without measure, a second. More than
-# the store's own patience, so that the store tells its failure itself.
+# An answer takes a millisecond; on a machine that is overloaded without measure, a second. More
+# than the store's own patience, so that the store tells its failure itself.
 STORE_WAIT_S = 3.0
 # When a stream of the same key ends cannot be known.
 STREAMS_RETRY_S = 5.0
