@@ -93,7 +93,7 @@ def _graphile(folder: Path) -> Peer:
 
 
 def venv(folder: Path, *packages: str) -> str:
-    """The interpreter of an environment with these packages, made where it is not there yet.
+    """A virtual environment with the packages, made once; its interpreter.
 
     Errors: OSError, subprocess.SubprocessError.
     """

@@ -1,9 +1,9 @@
 """The hub: what a reader saw is the log, whatever happens in between."""
 
+import contextlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from uuid import UUID
 
 import pytest
@@ -17,8 +17,16 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, command_id
 from rdev.domain.sse import split_events
 from rdev.domain.stream import Chunk, GapEvent, Source, final_lines, gap_line
-from rdev.services import stream as module
-from rdev.services.stream import BUFFER_BYTES, HEARTBEAT_S, Fanout, Frames, Signal
+from rdev.services.stream import (
+    BUFFER_BYTES,
+    CLOSE_AT_ONCE,
+    HEARTBEAT_S,
+    Fanout,
+    Frames,
+    Signal,
+    Subscription,
+)
+from rdev.services.stream_tail import JOIN_BYTES
 from tests.fakes.output import FakeOutput
 from tests.fakes.store import StoreState
 
@@ -51,9 +59,16 @@ class Hub:
 
     log: SlowLog = field(default_factory=lambda: SlowLog(StoreState()))
     told: list[CommandId] = field(default_factory=list)
+    buffer_bytes: int = BUFFER_BYTES
+    drain_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.fanout = Fanout(log=self.log, tell_replicas=self.told.append)
+        self.fanout = Fanout(
+            log=self.log,
+            tell_replicas=self.told.append,
+            buffer_bytes=self.buffer_bytes,
+            drain_s=self.drain_s,
+        )
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -104,17 +119,53 @@ def events_of(frames: Frames) -> list[Event]:
     ]
 
 
+@dataclass
+class Client:
+    """Somebody who takes at most `room` frames at once; more has to wait for `flush`."""
+
+    room: int = 1_000_000
+    pause_s: float = 0.0
+    seen: list[Event] = field(default_factory=list)
+    kept: list[Event] = field(default_factory=list)
+    writes: list[Frames] = field(default_factory=list)
+    signals: list[Signal] = field(default_factory=list)
+
+    def offer(self, frames: Frames) -> bool:
+        assert not self.kept, "written before what was kept had left"
+        self.writes.append(frames)
+        events = events_of(frames)
+        self.seen += events[: self.room]
+        self.kept = events[self.room :]
+        return not self.kept
+
+    async def flush(self) -> None:
+        await trio.sleep(self.pause_s)
+        self.seen += self.kept
+        self.kept = []
+
+    async def follow(self, reader: Subscription, *, offering: bool = True) -> None:
+        """Read until there is nothing more to read."""
+        while True:
+            item = await reader.receive(self.offer if offering else None)
+            match item:
+                case Frames():
+                    self.seen += events_of(item)
+                    await trio.sleep(self.pause_s)
+                case Signal.BLOCKED:
+                    await self.flush()
+                case Signal.HEARTBEAT:
+                    self.signals.append(item)
+                case _:
+                    self.signals.append(item)
+                    return
+
+
 async def read_all(hub: Hub, *, after: int = 0, pause_s: float = 0.0) -> list[Event]:
     """Read to the end of the stream."""
-    seen: list[Event] = []
+    client = Client(pause_s=pause_s)
     with hub.fanout.subscribe(COMMAND, after=after) as reader:
-        while True:
-            item = await reader.receive()
-            if item is Signal.END:
-                return seen
-            if isinstance(item, Frames):
-                seen += events_of(item)
-                await trio.sleep(pause_s)
+        await client.follow(reader, offering=False)
+    return client.seen
 
 
 @pytest.fixture
@@ -130,6 +181,8 @@ class Reading:
     """How a reader behaves: how long it pauses, and when it comes back from how far behind."""
 
     pause_ms: int
+    # Frames that its client takes at once when the hub writes; None: it takes by itself.
+    room: int | None
     stays: tuple[int, ...]
     backs: tuple[int, ...]
 
@@ -146,19 +199,10 @@ STEPS = st.lists(
 READINGS = st.builds(
     Reading,
     pause_ms=st.sampled_from([0, 1, 7, 50]),
+    room=st.sampled_from([None, 0, 1, 1_000]),
     stays=st.lists(st.integers(1, 120), max_size=4).map(tuple),
     backs=st.lists(st.integers(0, 5), min_size=4, max_size=4).map(tuple),
 )
-
-
-@contextmanager
-def small_buffers(size_bytes: int) -> Iterator[None]:
-    """Buffers that overflow soon."""
-    module.BUFFER_BYTES = size_bytes
-    try:
-        yield
-    finally:
-        module.BUFFER_BYTES = BUFFER_BYTES
 
 
 async def _write(hub: Hub, steps: list[tuple[str, int, int, int]]) -> None:
@@ -194,14 +238,13 @@ async def _connection(hub: Hub, reading: Reading, into: list[Event]) -> None:
     if into and into[-1][1] == "complete":
         return  # the HTTP edge answers this one: there is nothing more
     after = into[-1][0] if into else 0
+    client = Client(
+        room=reading.room if reading.room is not None else 0,
+        pause_s=reading.pause_ms / 1_000,
+        seen=into,
+    )
     with hub.fanout.subscribe(COMMAND, after=after) as reader:
-        while True:
-            item = await reader.receive()
-            if item is Signal.END:
-                return
-            if isinstance(item, Frames):
-                into += events_of(item)
-                await trio.sleep(reading.pause_ms / 1_000)
+        await client.follow(reader, offering=reading.room is not None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -209,27 +252,39 @@ async def _connection(hub: Hub, reading: Reading, into: list[Event]) -> None:
     steps=STEPS,
     readings=st.lists(READINGS, min_size=1, max_size=3),
     log_ms=st.tuples(st.sampled_from([0, 1, 9]), st.sampled_from([0, 1, 9])),
+    runs=st.booleans(),
 )
 def test_what_a_reader_saw_is_the_log(
-    steps: list[tuple[str, int, int, int]], readings: list[Reading], log_ms: tuple[int, int]
+    steps: list[tuple[str, int, int, int]],
+    readings: list[Reading],
+    log_ms: tuple[int, int],
+    runs: bool,
 ) -> None:
-    trio.run(_compare, steps, readings, log_ms, clock=MockClock(autojump_threshold=0))
+    trio.run(_compare, steps, readings, log_ms, runs, clock=MockClock(autojump_threshold=0))
 
 
 async def _compare(
-    steps: list[tuple[str, int, int, int]], readings: list[Reading], log_ms: tuple[int, int]
+    steps: list[tuple[str, int, int, int]],
+    readings: list[Reading],
+    log_ms: tuple[int, int],
+    runs: bool,
 ) -> None:
-    hub = Hub(log=SlowLog(StoreState(), log_ms[0] / 1_000, log_ms[1] / 1_000))
+    log = SlowLog(StoreState(), log_ms[0] / 1_000, log_ms[1] / 1_000)
+    hub = Hub(log=log, buffer_bytes=1_500)
     seen: list[list[Event]] = [[] for _ in readings]
-    with small_buffers(1_500):
-        with trio.fail_after(3_600):
+    with trio.fail_after(300):
+        async with trio.open_nursery() as loop:
+            if runs:
+                await loop.start(hub.fanout.run)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_write, hub, steps)
                 for reading, into in zip(readings, seen, strict=True):
                     nursery.start_soon(_follow, hub, reading, into)
+            loop.cancel_scope.cancel()
     for into in seen:
         assert into == hub.events
     assert hub.fanout.statistics().subscriptions == 0
+    assert not hub.fanout._topics
 
 
 # Each promise by itself
@@ -279,7 +334,7 @@ async def test_a_gap_is_seen_by_whoever_resumes_inside_it(hub: Hub) -> None:
     assert [(seq, name) for seq, name, _ in seen] == [(8, "gap"), (9, "status"), (10, "complete")]
 
 
-async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub, nursery: trio.Nursery) -> None:
+async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub) -> None:
     with hub.fanout.subscribe(COMMAND, after=0) as reader:
         hub.publish()
         assert isinstance(await reader.receive(), Frames)
@@ -287,15 +342,176 @@ async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub, nursery: tr
             await reader.receive()
         for _ in range(3 * BUFFER_BYTES // 60_000):
             hub.publish(size_bytes=60_000)
-            assert reader.buffer.size_bytes <= BUFFER_BYTES
-        assert hub.fanout.statistics().fell_back == 1
-        assert reader.buffer.behind
+            assert reader.topic.tail.size_bytes <= BUFFER_BYTES
         seen: list[Event] = []
         while len(seen) < len(hub.events) - 1:
             item = await reader.receive()
             assert isinstance(item, Frames)
             seen += events_of(item)
+        assert hub.fanout.statistics().fell_back == 1
     assert seen == hub.events[1:]
+
+
+async def test_the_hub_writes_to_whoever_waits_each_event_encoded_once(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    clients = [Client() for _ in range(5)]
+    await nursery.start(hub.fanout.run)
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            reader = stack.enter_context(hub.fanout.subscribe(COMMAND, after=0))
+            nursery.start_soon(client.follow, reader)
+        await wait_all_tasks_blocked()
+        reads = hub.log.reads
+        for _ in range(4):
+            hub.publish(3)
+            hub.publish(2)
+            await wait_all_tasks_blocked()
+        hub.publish(final=True)
+        await wait_all_tasks_blocked()
+    for client in clients:
+        assert client.seen == hub.events
+        assert client.signals == [Signal.END]
+        # What is published at once is one write, and the same bytes for everybody.
+        assert [(w.first_seq, w.last_seq) for w in client.writes] == [
+            (1, 5), (6, 10), (11, 15), (16, 20), (21, 22)
+        ]  # fmt: skip
+        assert all(a is b for a, b in zip(client.writes, clients[0].writes, strict=True))
+    assert hub.log.reads == reads
+    assert hub.fanout.statistics().written == 25
+
+
+async def test_a_write_carries_16_kib_where_more_is_pending(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    client = Client()
+    await nursery.start(hub.fanout.run)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(client.follow, reader)
+        await wait_all_tasks_blocked()
+        for _ in range(20):
+            hub.publish(size_bytes=5_000)
+        await wait_all_tasks_blocked()
+        assert client.seen == hub.events
+    assert len(client.writes) == 7
+    assert all(len(write.data) <= JOIN_BYTES for write in client.writes)
+
+
+async def test_a_client_that_does_not_take_everything_is_not_written_to(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    slow, fast = Client(room=1, pause_s=5.0), Client()
+    await nursery.start(hub.fanout.run)
+    with (
+        hub.fanout.subscribe(COMMAND, after=0) as one,
+        hub.fanout.subscribe(COMMAND, after=0) as other,
+    ):
+        nursery.start_soon(slow.follow, one)
+        nursery.start_soon(fast.follow, other)
+        await wait_all_tasks_blocked()
+        for _ in range(10):
+            hub.publish(2)
+            await wait_all_tasks_blocked()
+        assert fast.seen == hub.events
+        assert len(slow.seen) == 1
+        await trio.sleep(12.0)
+        assert slow.seen == hub.events
+
+
+async def test_what_all_have_is_not_kept(hub: Hub, nursery: trio.Nursery) -> None:
+    client = Client()
+    await nursery.start(hub.fanout.run)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(client.follow, reader)
+        await wait_all_tasks_blocked()
+        hub.publish(size_bytes=10_000)
+        assert reader.topic.tail.size_bytes > 9_000
+        await wait_all_tasks_blocked()
+        assert reader.topic.tail.size_bytes == 0
+
+
+async def test_readers_that_take_by_themselves_leave_nothing_kept_either(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    client = Client()
+    await nursery.start(hub.fanout.run)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(lambda: client.follow(reader, offering=False))
+        await wait_all_tasks_blocked()
+        hub.publish(size_bytes=10_000)
+        await trio.sleep(2.0)
+        assert client.seen == hub.events
+        assert reader.topic.tail.size_bytes == 0
+
+
+async def test_many_readers_at_one_place_cost_one_read(hub: Hub, nursery: trio.Nursery) -> None:
+    hub.commit(3)
+    hub.log.before_s = 1.0
+    clients = [Client() for _ in range(100)]
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            reader = stack.enter_context(hub.fanout.subscribe(COMMAND, after=0))
+            reader.log_ends(3)
+            nursery.start_soon(lambda c=client, r=reader: c.follow(r, offering=False))
+        await trio.sleep(2.5)
+        assert all(client.seen == hub.events for client in clients)
+        assert hub.log.reads == 1
+        reads = hub.log.reads
+        with hub.fanout.subscribe(COMMAND, after=3) as late:
+            late.log_ends(3)
+            with trio.move_on_after(1):
+                await late.receive()
+        assert hub.log.reads == reads
+
+
+async def test_a_wake_up_costs_one_read_for_all(hub: Hub, nursery: trio.Nursery) -> None:
+    clients = [Client() for _ in range(50)]
+    await nursery.start(hub.fanout.run)
+    with contextlib.ExitStack() as stack:
+        for client in clients:
+            reader = stack.enter_context(hub.fanout.subscribe(COMMAND, after=0))
+            nursery.start_soon(client.follow, reader)
+        await wait_all_tasks_blocked()
+        reads = hub.log.reads
+        hub.commit(4)
+        hub.fanout.wake(COMMAND)
+        await wait_all_tasks_blocked()
+        assert all(client.seen == hub.events for client in clients)
+        assert hub.log.reads == reads + 2
+
+
+async def test_a_log_that_is_gone_for_a_while_silences_the_stream_only(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    client = Client()
+    await nursery.start(hub.fanout.run)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(client.follow, reader)
+        await wait_all_tasks_blocked()
+        hub.commit(4)
+        hub.log._state.unavailable = True
+        hub.fanout.wake(COMMAND)
+        await trio.sleep(3.5)
+        assert client.seen == []
+        hub.log._state.unavailable = False
+        await trio.sleep(1.5)
+        assert client.seen == hub.events
+
+
+async def test_a_page_that_began_before_it_was_asked_for_proves_no_end(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    """An empty page may be older than what was committed since."""
+    hub.log.after_s = 1.0
+    early, late = Client(), Client()
+    with hub.fanout.subscribe(COMMAND, after=0) as one:
+        nursery.start_soon(lambda: early.follow(one, offering=False))
+        await trio.sleep(0.5)
+        hub.commit(2)  # told to nobody here: there was no other reader
+        with hub.fanout.subscribe(COMMAND, after=0) as other:
+            nursery.start_soon(lambda: late.follow(other, offering=False))
+            await trio.sleep(3.0)
+            assert late.seen == hub.events
 
 
 async def test_a_stalled_reader_holds_up_nobody(hub: Hub) -> None:
@@ -387,6 +603,59 @@ async def test_a_stop_is_heard_at_once(hub: Hub, nursery: trio.Nursery) -> None:
     assert trio.current_time() == began
 
 
+async def test_very_many_streams_are_closed_over_the_time_given(nursery: trio.Nursery) -> None:
+    hub = Hub(drain_s=10.0)
+    ended: list[float] = []
+    done = trio.Event()
+
+    async def read() -> None:
+        with hub.fanout.subscribe(COMMAND, after=0) as reader:
+            assert await reader.receive() is Signal.DRAINING
+            ended.append(trio.current_time())
+
+    async def run(task_status: trio.TaskStatus[None]) -> None:
+        await hub.fanout.run(task_status=task_status)
+        done.set()
+
+    await nursery.start(run)
+    for _ in range(CLOSE_AT_ONCE + 50):
+        nursery.start_soon(read)
+    await wait_all_tasks_blocked()
+    began = trio.current_time()
+    hub.fanout.stop()
+    await done.wait()
+    await wait_all_tasks_blocked()
+    after_s = [moment - began for moment in ended]
+    assert len([moment for moment in after_s if moment == 0]) == CLOSE_AT_ONCE
+    assert len(ended) == CLOSE_AT_ONCE + 50
+    assert after_s[-1] == pytest.approx(10.0)
+    assert max(b - a for a, b in pairwise(after_s[CLOSE_AT_ONCE:])) == pytest.approx(0.2)
+    began = trio.current_time()
+    nursery.start_soon(read)
+    await wait_all_tasks_blocked()
+    assert ended[-1] == began  # whoever comes now is sent away
+
+
+async def test_a_server_that_drains_looks_at_the_log_by_itself(nursery: trio.Nursery) -> None:
+    """Nobody tells it of what another server appends: its ears are closed already."""
+    hub = Hub(drain_s=10.0)
+    await nursery.start(hub.fanout.run)
+    clients = [Client() for _ in range(CLOSE_AT_ONCE + 2)]
+
+    async def follow(client: Client) -> None:
+        with hub.fanout.subscribe(COMMAND, after=0) as reader:
+            await client.follow(reader)
+
+    for client in clients:
+        nursery.start_soon(follow, client)
+    await wait_all_tasks_blocked()
+    hub.fanout.stop()
+    await trio.sleep(0.5)
+    hub.commit(3)
+    await trio.sleep(3.0)
+    assert [len(client.seen) for client in clients].count(3) == 2
+
+
 async def test_a_stop_while_the_log_is_read_is_heard_too(hub: Hub, nursery: trio.Nursery) -> None:
     hub.log.after_s = 1.0
     nursery.start_soon(_stop_after, hub, 0.5)
@@ -450,5 +719,5 @@ async def test_leaving_a_subscription_leaves_nothing_behind(hub: Hub) -> None:
     with hub.fanout.subscribe(COMMAND, after=0), hub.fanout.subscribe(COMMAND, after=0):
         assert hub.fanout.statistics().subscriptions == 2
     assert hub.fanout.statistics().subscriptions == 0
-    assert hub.fanout._readers == {}
+    assert hub.fanout._topics == {}
     hub.publish()

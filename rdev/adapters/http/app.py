@@ -1,8 +1,9 @@
 """The shell around all routes: what happens to every request, whatever it asks for.
 
 In order: request id and trace (taken or made), the limit of requests in work, the body limit, then
-Quart: route, authentication, further hooks, the route itself. Every way out is a response with the
-request id, one log line and one count. Routes raise `RdevError`; it becomes a problem here.
+Quart or a plain route: authentication, further hooks, the route itself. Every way out is a
+response with the request id, one log line and one count. Routes raise `RdevError`; it becomes a
+problem here.
 """
 
 import logging
@@ -15,6 +16,7 @@ from http import HTTPStatus
 
 import trio
 from hypercorn.typing import (
+    ASGIFramework,
     ASGIReceiveCallable,
     ASGISendCallable,
     ASGISendEvent,
@@ -38,6 +40,7 @@ from rdev.adapters.http.exchange import (
 )
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
+from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.errors import ErrorCode, RdevError
@@ -82,6 +85,7 @@ def build_app(
     telemetry: Telemetry,
     now: Callable[[], datetime],
     new_request_id: Callable[[], str],
+    plain: Sequence[PlainRoute] = (),
     hooks: Sequence[Hook] = (),
     trusted_proxies: Sequence[Network] = (),
     public_paths: frozenset[str] = PUBLIC_PATHS,
@@ -90,18 +94,21 @@ def build_app(
 ) -> "Shell":
     """The ASGI app of the server.
 
-    `public_paths` are templates of routes that need no credential; all others do.
+    `public_paths` are templates of routes that need no credential; all others do. `plain` routes
+    are served without Quart.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
     for blueprint in routes:
         quart.register_blueprint(blueprint)
-    quart.before_request(_Gate(authenticate, telemetry, public_paths, hooks, rate_limits).enter)
-    quart.register_error_handler(RdevError, _Refusals(telemetry).answer)
+    gate = _Gate(authenticate, telemetry, public_paths, hooks, rate_limits)
+    refusals = _Refusals(telemetry)
+    quart.before_request(gate.enter)
+    quart.register_error_handler(RdevError, refusals.answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
     quart.register_error_handler(Exception, _on_fault)
     return Shell(
-        quart=quart,
+        app=_Routes(quart, plain, gate, refusals),
         telemetry=telemetry,
         now=now,
         new_request_id=new_request_id,
@@ -117,7 +124,7 @@ class Shell:
     def __init__(
         self,
         *,
-        quart: QuartTrio,
+        app: ASGIFramework,
         telemetry: Telemetry,
         now: Callable[[], datetime],
         new_request_id: Callable[[], str],
@@ -129,8 +136,8 @@ class Shell:
         self.admission = Admission(
             max_in_flight=limits.max_in_flight, max_held=limits.max_held, telemetry=telemetry
         )
-        self._quart = quart
-        self._guarded = BodyLimit(quart, limit_bytes=limits.body_bytes, telemetry=telemetry)
+        self._app = app
+        self._guarded = BodyLimit(app, limit_bytes=limits.body_bytes, telemetry=telemetry)
         self._telemetry = telemetry
         self._now = now
         self._new_request_id = new_request_id
@@ -144,7 +151,7 @@ class Shell:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000, "reason": None})
         elif scope["type"] == "lifespan":
-            await self._quart(scope, receive, send)
+            await self._app(scope, receive, send)
         else:
             await self._serve(scope, receive, send)
 
@@ -157,7 +164,7 @@ class Shell:
         try:
             error = self._refusal(this)
             if error is None:
-                error = await self._enter_quart(scope, receive, answer)
+                error = await self._enter(scope, receive, answer)
             if error is not None and this.status is None:
                 await refuse(answer, error)
             # Quart returns without an answer when the client left.
@@ -170,10 +177,10 @@ class Shell:
             _count(this, self._telemetry)
             _log_request(this)
 
-    async def _enter_quart(
+    async def _enter(
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> RdevError | None:
-        """Let Quart answer. Returns what it refuses outside of its own error handling: Quart 0.22
+        """Let the routes answer. Returns what Quart refuses outside of its own error handling: 0.22
         raises for a broken `Host` before it has a request to handle."""
         found: RdevError | None = None
         try:
@@ -219,6 +226,30 @@ class Shell:
         return None
 
 
+class _Routes:
+    """Gives a request to its plain route, or to Quart."""
+
+    def __init__(
+        self, quart: QuartTrio, plain: Sequence[PlainRoute], gate: "_Gate", refusals: "_Refusals"
+    ) -> None:
+        self._quart = quart
+        self._plain = plain
+        self._gate = gate
+        self._refusals = refusals
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        if scope["type"] == "http":
+            for route in self._plain:
+                fields = route.fields(scope["path"])
+                if fields is not None:
+                    asked = Asked(scope=scope, receive=receive, send=send, fields=fields)
+                    await answer(route, asked, enter=self._gate.admit, refused=self._refusals.count)
+                    return
+        await self._quart(scope, receive, send)
+
+
 class _Answer:
     """`send` of one exchange: adds the headers every answer has, and takes down its status."""
 
@@ -256,16 +287,20 @@ class _Gate:
 
     async def enter(self) -> None:
         """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
-        this = exchange()
         rule = request.url_rule
-        if rule is None:
-            return  # no such route or method: Quart answers that, whoever asks
-        this.route = _template(rule.rule)
+        if rule is not None:  # else no such route or method: Quart answers that, whoever asks
+            await self.admit(_template(rule.rule))
+            g.principal = exchange().principal
+
+    async def admit(self, route: str) -> None:
+        """Let the running exchange in under the route's template. Errors: as the hooks."""
+        this = exchange()
+        this.route = route
         this.is_counted = True
         self._telemetry.request_started(this.method_label, this.route)
         if this.route in self._public_paths:
             return
-        g.principal = this.principal = await self._checked(this)
+        this.principal = await self._checked(this)
         if self._rate_limits is not None:
             await self._rate_limits.admit(this, this.principal)
         for hook in self._hooks:
@@ -304,9 +339,12 @@ class _Refusals:
         self._telemetry = telemetry
 
     async def answer(self, error: RdevError) -> Response:
+        self.count(error)
+        return _problem_response(error)
+
+    def count(self, error: RdevError) -> None:
         for limit in {fault.limit for fault in error.faults if fault.limit is not None}:
             self._telemetry.limit_checked(limit, refused=True)
-        return _problem_response(error)
 
 
 async def _on_http_exception(error: HTTPException) -> Response:

@@ -10,6 +10,7 @@ from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import success
 from rdev.adapters.http.exchange import Network
+from rdev.adapters.http.plain import Asked, PlainRoute
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.domain.ids import ProjectId
 from rdev.domain.limiter import RateLimit
@@ -286,6 +287,35 @@ async def test_a_key_holds_so_many_streams_and_gives_them_back(
         "qu": "concurrent-requests",
     }
     assert members(again, "RateLimit")["streams"] == {"r": 1}
+
+
+async def test_a_stream_without_the_framework_takes_its_place_too(
+    serve: Serve, nursery: trio.Nursery, eventually: Callable[..., object]
+) -> None:
+    leave, ended = trio.Event(), trio.Event()
+    door = make_door(key=per_hour(9), streams=1)
+
+    async def follow(asked: Asked) -> None:
+        head = {"type": "http.response.start", "status": 200, "headers": []}
+        await asked.send(head)
+        await leave.wait()
+        await asked.send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+    route = PlainRoute("/commands/{command}/events", follow)
+    site = await serve(plain=[route], rate_limits=door.rate_limits)
+
+    async def first() -> None:
+        reply = await site.request("GET", "/commands/cmd_1/events")
+        assert members(reply, "RateLimit")["streams"] == {"r": 0}
+        ended.set()
+
+    nursery.start_soon(first)
+    await eventually(lambda: door.store.asked == 1)
+
+    assert (await site.request("GET", "/commands/cmd_1/events")).status == 429
+    leave.set()
+    await ended.wait()
+    assert (await site.request("GET", "/commands/cmd_1/events")).status == 200
 
 
 @pytest.mark.parametrize(
