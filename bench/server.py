@@ -105,6 +105,8 @@ def _environment(state_dir: Path, key: str) -> dict[str, str]:
         "RDEV_BIND": "127.0.0.1:0",
         "RDEV_ADMIN_KEY": key,
         "RDEV_LOG_LEVEL": "warn",
+        # The load comes from one address.
+        "RDEV_RATE_LIMIT_ADDRESS": "off",
     }
 
 

@@ -42,6 +42,7 @@ from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.authentication import Authenticate, Principal
 from rdev.ports.telemetry import AuthFailure, Telemetry, log_context
@@ -89,6 +90,7 @@ def build_app(
     trusted_proxies: Sequence[Network] = (),
     public_paths: frozenset[str] = PUBLIC_PATHS,
     limits: HttpLimits | None = None,
+    rate_limits: RateLimits | None = None,
 ) -> "Shell":
     """The ASGI app of the server.
 
@@ -99,7 +101,8 @@ def build_app(
     quart = _quart(limits)
     for blueprint in routes:
         quart.register_blueprint(blueprint)
-    gate, refusals = _Gate(authenticate, telemetry, public_paths, hooks), _Refusals(telemetry)
+    gate = _Gate(authenticate, telemetry, public_paths, hooks, rate_limits)
+    refusals = _Refusals(telemetry)
     quart.before_request(gate.enter)
     quart.register_error_handler(RdevError, refusals.answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
@@ -111,6 +114,7 @@ def build_app(
         new_request_id=new_request_id,
         trusted_proxies=trusted_proxies,
         limits=limits,
+        rate_limits=rate_limits,
     )
 
 
@@ -126,6 +130,7 @@ class Shell:
         new_request_id: Callable[[], str],
         trusted_proxies: Sequence[Network],
         limits: HttpLimits,
+        rate_limits: RateLimits | None,
     ) -> None:
         """Wraps the routes; opens nothing."""
         self.admission = Admission(
@@ -137,6 +142,7 @@ class Shell:
         self._now = now
         self._new_request_id = new_request_id
         self._trusted_proxies = trusted_proxies
+        self._rate_limits = rate_limits
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -166,6 +172,8 @@ class Shell:
         finally:
             this.status = this.status or HTTPStatus.INTERNAL_SERVER_ERROR
             this.slot.release()
+            for leave in this.at_end:
+                leave()
             _count(this, self._telemetry)
             _log_request(this)
 
@@ -210,6 +218,8 @@ class Shell:
             # Quart fails on a target without path ("?a=b") outside of its error handling.
             return of_http(HTTPStatus.BAD_REQUEST, "the request target has no path")
         try:
+            if self._rate_limits is not None:
+                self._rate_limits.enter(this)
             this.slot.enter()
         except RdevError as error:
             return error
@@ -267,11 +277,13 @@ class _Gate:
         telemetry: Telemetry,
         public_paths: frozenset[str],
         hooks: Sequence[Hook],
+        rate_limits: RateLimits | None,
     ) -> None:
         self._authenticate = authenticate
         self._telemetry = telemetry
         self._public_paths = public_paths
         self._hooks = hooks
+        self._rate_limits = rate_limits
 
     async def enter(self) -> None:
         """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
@@ -289,6 +301,8 @@ class _Gate:
         if this.route in self._public_paths:
             return
         this.principal = await self._checked(this)
+        if self._rate_limits is not None:
+            await self._rate_limits.admit(this, this.principal)
         for hook in self._hooks:
             await hook()
 
@@ -300,6 +314,8 @@ class _Gate:
             failure = _FAILURE_OF_CODE.get(error.code)
             if failure is not None:
                 self._telemetry.authenticated(failure)
+                if self._rate_limits is not None:
+                    self._rate_limits.failed(this)
             raise
         self._telemetry.authenticated(None)
         return principal
