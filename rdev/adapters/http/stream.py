@@ -185,7 +185,7 @@ async def _writer(asked: Asked, chunked: Chunked) -> AsyncIterator[Writer]:
     if EXTENSION in asked.scope["extensions"] and not announced(asked.scope)[1]:
         connection = asked.scope["extensions"][EXTENSION]["connection"]
         assert isinstance(connection, Connection)
-        with _until_left(), trio.CancelScope() as here:  # noqa: ASYNC100  # those of the block
+        with _until_left(), trio.CancelScope() as here:  # those of the block
             yield DirectWriter(connection, connection.take(here.cancel), chunked)
     else:
         async with trio.open_nursery() as nursery:
