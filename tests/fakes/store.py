@@ -5,7 +5,7 @@ operation is one step after one checkpoint, so a simulation on these fakes is de
 are switches of the state: `unavailable`, `lost_replies`, `held`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -478,9 +478,12 @@ class FakeProjects:
         found = self._state.projects.get(project)
         return None if found is None else self._counted(found)
 
-    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int
+    ) -> list[Project]:
         await self._state.step()
-        ids = sorted(id_ for id_ in self._state.projects if after is None or id_ > after)
+        seen = self._state.projects.keys() & set(self._state.projects if within is None else within)
+        ids = sorted(id_ for id_ in seen if after is None or id_ > after)
         return [self._counted(self._state.projects[id_]) for id_ in ids[:limit]]
 
     def _counted(self, project: Project) -> Project:

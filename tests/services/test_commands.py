@@ -246,8 +246,12 @@ def test_whatever_was_committed_was_announced(
 
 
 async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
+    told: list[ProjectId] = []
     projects = Projects(
-        store=FakeProjects(server.state), executor=server.place, executor_name="fake"
+        store=FakeProjects(server.state),
+        executor=server.place,
+        executor_name="fake",
+        tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
     project, is_new = await projects.create(definition)
@@ -256,7 +260,8 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
     assert "fresh" in server.place._projects
     assert await projects.create(definition) == (project, False)
     assert await projects.get("fresh") == project
-    assert [one.id for one in await projects.list_all(after=None, limit=10)] == ["demo", "fresh"]
+    found = await projects.list_all(within=None, after=None, limit=10)
+    assert [one.id for one in found] == ["demo", "fresh"]
     for name in ("nowhere", "Not/An/Id"):
         with pytest.raises(RdevError) as caught:
             await projects.get(name)

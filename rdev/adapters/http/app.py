@@ -1,13 +1,14 @@
 """The shell around all routes: what happens to every request, whatever it asks for.
 
 In order: request id and trace (taken or made), the limit of requests in work, the body limit, then
-Quart: route, authentication, further hooks, the route itself. Every way out is a response with the
-request id, one log line and one count. Routes raise `RdevError`; it becomes a problem here.
+Quart: route, authentication, the route table, further hooks, the route itself. Every way out is a
+response with the request id, one log line and one count. Routes raise `RdevError`; it becomes a
+problem here.
 """
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -26,11 +27,11 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rdev.adapters.http import probes
+from rdev.adapters.http.access import ACCESS, Access, Route, admit, check_declared
+from rdev.adapters.http.address import LOCAL_PEER, client_address
 from rdev.adapters.http.exchange import (
     Exchange,
-    Network,
     begin,
-    client_ip_of,
     exchange,
     log_fields,
     request_id_of,
@@ -39,14 +40,19 @@ from rdev.adapters.http.exchange import (
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.domain.addresses import Network
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.ports.authentication import Authenticate, Principal
+from rdev.domain.keys import Principal
+from rdev.ports.authentication import Authenticate, ProjectOf
 from rdev.ports.telemetry import AuthFailure, Telemetry, log_context
 
 _log = logging.getLogger("rdev.http")
 
 # Routes that ask for no credential.
 PUBLIC_PATHS = probes.PATHS | {"/openapi.json", "/docs"}
+
+# What HTTP answers by itself; they tell no more than the route table does.
+_METHODS_OF_HTTP = frozenset({"HEAD", "OPTIONS"})
 
 # nginx's number for a client that went away before its answer; never sent, only counted.
 _CLIENT_LEFT = 499
@@ -78,9 +84,11 @@ def build_app(
     *,
     routes: Sequence[Blueprint],
     authenticate: Authenticate,
+    project_of: ProjectOf,
     telemetry: Telemetry,
     now: Callable[[], datetime],
     new_request_id: Callable[[], str],
+    access: Mapping[Route, Access] = ACCESS,
     hooks: Sequence[Hook] = (),
     trusted_proxies: Sequence[Network] = (),
     public_paths: frozenset[str] = PUBLIC_PATHS,
@@ -88,13 +96,23 @@ def build_app(
 ) -> "Shell":
     """The ASGI app of the server.
 
-    `public_paths` are templates of routes that need no credential; all others do.
+    `public_paths` are templates of routes that need no credential; all others do, and what `access`
+    says of them. Errors: UndeclaredRouteError for a route that is in neither.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
     for blueprint in routes:
         quart.register_blueprint(blueprint)
-    quart.before_request(_Gate(authenticate, telemetry, public_paths, hooks).enter)
+    check_declared(declared_routes(quart), access, public_paths)
+    gate = _Gate(
+        authenticate=authenticate,
+        project_of=project_of,
+        access=access,
+        telemetry=telemetry,
+        public_paths=public_paths,
+        hooks=hooks,
+    )
+    quart.before_request(gate.enter)
     quart.register_error_handler(RdevError, _Refusals(telemetry).answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
     quart.register_error_handler(Exception, _on_fault)
@@ -178,13 +196,13 @@ class Shell:
     def _open(self, scope: HTTPScope) -> Exchange:
         """The exchange for a request, made the current one."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        peer = scope["client"]
+        peer = scope["client"][0] if scope["client"] else None
+        client = client_address(peer, scope["headers"], self._trusted_proxies)
         this = Exchange(
             request_id=request_id_of(headers.get(b"x-request-id"), self._new_request_id),
             trace_id=trace_id_of(headers.get(b"traceparent")),
-            client_ip=client_ip_of(
-                peer[0] if peer else None, _forwarded_for(scope), self._trusted_proxies
-            ),
+            client_ip=client or peer or LOCAL_PEER,
+            has_doubtful_client=client is None,
             method=scope["method"],
             path=scope["path"],
             started_at_s=trio.current_time(),
@@ -203,6 +221,9 @@ class Shell:
         if not this.path.startswith("/") and "://" not in this.path:
             # Quart fails on a target without path ("?a=b") outside of its error handling.
             return of_http(HTTPStatus.BAD_REQUEST, "the request target has no path")
+        if this.has_doubtful_client:
+            message = "the headers Forwarded and X-Forwarded-For tell different clients"
+            return of_http(HTTPStatus.BAD_REQUEST, message)
         try:
             this.slot.enter()
         except RdevError as error:
@@ -229,16 +250,22 @@ class _Answer:
 
 
 class _Gate:
-    """Runs before every route: names the route, asks who it is, then the further hooks."""
+    """Runs before every route: names the route, asks who it is and whether they may, then the
+    further hooks."""
 
     def __init__(
         self,
+        *,
         authenticate: Authenticate,
+        project_of: ProjectOf,
+        access: Mapping[Route, Access],
         telemetry: Telemetry,
         public_paths: frozenset[str],
         hooks: Sequence[Hook],
     ) -> None:
         self._authenticate = authenticate
+        self._project_of = project_of
+        self._access = access
         self._telemetry = telemetry
         self._public_paths = public_paths
         self._hooks = hooks
@@ -255,6 +282,10 @@ class _Gate:
         if this.route in self._public_paths:
             return
         g.principal = this.principal = await self._checked(this)
+        if this.method != "OPTIONS":
+            method = "GET" if this.method == "HEAD" else this.method
+            access = self._access[method, this.route]
+            await admit(this.principal, access, request.view_args or {}, self._project_of)
         for hook in self._hooks:
             await hook()
 
@@ -372,10 +403,11 @@ def _credential(headers: dict[bytes, str]) -> str | None:
     return key.encode("latin-1").decode("utf-8", "replace") or None
 
 
-def _forwarded_for(scope: HTTPScope) -> str | None:
-    """All `X-Forwarded-For` lines as one list."""
-    found = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-    return b",".join(found).decode("latin-1") if found else None
+def declared_routes(quart: QuartTrio) -> Iterator[Route]:
+    """Every route as the route table names it."""
+    for rule in quart.url_map.iter_rules():
+        for method in (rule.methods or set()) - _METHODS_OF_HTTP:
+            yield method, _template(rule.rule)
 
 
 @cache
