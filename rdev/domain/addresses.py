@@ -39,6 +39,8 @@ def parse_network(text: str) -> Network:
         found = ip_network(text)
     except ValueError:
         raise ValueError(_what_is_wrong(text)) from None
+    if "%" in text:
+        raise ValueError("must not name a zone")
     if isinstance(found, IPv6Network) and found.subnet_of(_MAPPED):
         inner = int(found.network_address) & 0xFFFF_FFFF
         return IPv4Network((inner, found.prefixlen - 96))

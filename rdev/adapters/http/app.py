@@ -222,7 +222,7 @@ class Shell:
             # Quart fails on a target without path ("?a=b") outside of its error handling.
             return of_http(HTTPStatus.BAD_REQUEST, "the request target has no path")
         if this.has_doubtful_client:
-            message = "the headers Forwarded and X-Forwarded-For tell different clients"
+            message = "Forwarded and X-Forwarded-For do not tell one client"
             return of_http(HTTPStatus.BAD_REQUEST, message)
         try:
             this.slot.enter()
