@@ -4,7 +4,8 @@ What was read is good for `ttl_s` from the moment the reading began, or until an
 may be lost: then the TTL is the bound. One load for each key at a time; whoever comes meanwhile
 waits for it. An invalidation during a load wins: what that load brings is given to its caller, who
 asked before, and to nobody else. Bounds: `size_max` entries that were found, and as many that were
-not (so that made-up keys push out no real ones); the oldest goes first.
+not (so that made-up keys push out no real ones); the oldest goes first. A load has `LOAD_S`: a
+database can be silent without being gone.
 """
 
 from collections.abc import Awaitable, Callable, Hashable, Iterable
@@ -13,10 +14,12 @@ from typing import Generic, TypeVar
 
 import trio
 
-from rdev.domain.errors import RdevError
+from rdev.domain.errors import ErrorCode, RdevError
 
 TTL_S = 5.0
 SIZE_MAX = 10_000
+# A load that takes longer has failed: nobody waits for a dead network.
+LOAD_S = 5.0
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -66,7 +69,8 @@ class Cached(Generic[K, V]):
     async def get(self, key: K) -> V | None:
         """What the repository has, or had at most `ttl_s` ago.
 
-        Errors: those of the load, the same for all who waited for it; nothing is remembered then.
+        Errors: those of the load, the same for all who waited for it; SERVICE_UNAVAILABLE when it
+        takes more than `LOAD_S`; nothing is remembered then.
         Cancellation: of the one who loads: another one who waits loads.
         Blocks: as long as the load does.
         """
@@ -116,7 +120,7 @@ class Cached(Generic[K, V]):
         until_s = trio.current_time() + self._ttl_s
         self._load_count += 1
         try:
-            value = await self._load(key)
+            value = await self._bounded(key)
         except RdevError as error:
             self._failures += 1
             load.failure = error
@@ -128,6 +132,12 @@ class Cached(Generic[K, V]):
         finally:
             del self._loads[key]
             load.done.set()
+
+    async def _bounded(self, key: K) -> V | None:
+        with trio.move_on_after(LOAD_S):
+            return await self._load(key)
+        message = f"the database did not answer within {LOAD_S:g} s"
+        raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message, retry_after_s=1.0)
 
     def _store(self, key: K, value: V | None, until_s: float) -> None:
         self._forget(key)

@@ -14,7 +14,7 @@ _serial = count(1)
 
 def secret() -> NewSecret:
     """A secret that no other test has."""
-    return make_secret(hashlib.sha512(b"%d" % next(_serial)).digest()[:ENTROPY_BYTES])
+    return make_secret(hashlib.sha512(b"sample %d" % next(_serial)).digest()[:ENTROPY_BYTES])
 
 
 def new_key(

@@ -35,6 +35,8 @@ class FakeKeys:
     # How many times the store was asked for a credential, and for standings.
     finds: int = 0
     looks: int = 0
+    # So long the standings take.
+    stalls_s: float = 0.0
     # Called between the reading and the answer of `find`.
     on_find: Callable[[], object] = lambda: None
 
@@ -125,6 +127,7 @@ class FakeKeys:
 
     async def standings(self, public_ids: Collection[str]) -> Mapping[str, Standing]:
         self.looks += 1
+        await trio.sleep(self.stalls_s)
         await self.state.step()
         return {
             public_id: self._standing(self.secrets[public_id])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock
 
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.services.cached import TTL_S, Cached
+from rdev.services.cached import LOAD_S, TTL_S, Cached
 
 AWAY = "the database cannot serve this at the moment"
 
@@ -107,6 +107,16 @@ async def test_a_failure_is_told_to_all_who_wait_and_not_remembered() -> None:
     }
     assert table.reads == ["a"]
     table.is_away = False
+    assert await cache.get("a") == 1
+
+
+async def test_a_database_that_is_silent_is_given_up() -> None:
+    table = Table({"a": 1}, seconds=3_600.0)
+    cache = cached(table)
+    with pytest.raises(RdevError) as caught, trio.fail_after(LOAD_S + 0.1):
+        await cache.get("a")
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+    table.seconds = 0.0
     assert await cache.get("a") == 1
 
 

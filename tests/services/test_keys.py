@@ -17,7 +17,7 @@ from rdev.domain.ids import KeyId, ProjectId
 from rdev.domain.key_requests import KeyRequest, parse_key
 from rdev.domain.keys import ADMIN, Key, KeyEnd, Principal, Scope
 from rdev.services.cached import TTL_S
-from rdev.services.key_watch import TICK_S, KeyWatch
+from rdev.services.key_watch import LOOK_S, TICK_S, KeyWatch
 from rdev.services.keys import Keys, ShownKey
 from tests.fakes.key_samples import secret
 from tests.fakes.keys import FakeKeys
@@ -403,6 +403,17 @@ async def test_an_expired_key_ends_what_is_watched_also_without_the_database(
         await trio.sleep(1 + TICK_S + 0.1)
         assert watch.reason is KeyEnd.EXPIRED
     server.store.state.unavailable = False
+    server.watch.stop()
+
+
+async def test_a_silent_database_holds_up_no_expiry(server: Server, nursery: trio.Nursery) -> None:
+    _, principal = await watched(server, expires_in=60)
+    await nursery.start(server.watch.run)
+    with server.watch.watch(principal) as watch:
+        await trio.sleep(30)
+        server.store.stalls_s = 3_600
+        await trio.sleep(30 + TICK_S + LOOK_S + 0.1)
+        assert watch.reason is KeyEnd.EXPIRED
     server.watch.stop()
 
 
