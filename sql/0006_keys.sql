@@ -22,7 +22,8 @@ create table api_keys (
 create table api_key_secrets (
     public_id text primary key,
     key_id uuid not null references api_keys (id) on delete cascade,
-    digest bytea not null,
+    -- what a credential is looked up by: an unknown public id and a wrong secret are one and the same
+    digest bytea not null unique,
     created_at timestamptz not null default now(),
     good_until timestamptz
 );

@@ -27,7 +27,7 @@ _FORM = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """A text that has the form of a key: what it is looked up by, and what it is compared by."""
+    """What is stored of a key's text: the id that may be seen, and what it is looked up by."""
 
     public_id: str
     digest: bytes = field(repr=False)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rdev.domain.ids import KeyId, ProjectId
-from rdev.domain.key_text import Credential
 from rdev.domain.keys import Key, NewKey, Rotation, Standing
 
 # Between two writes of a key's `last_used_at`.
@@ -69,12 +68,12 @@ class KeyStore(Protocol):
         that are limited to some of these projects."""
         ...
 
-    async def find(self, credential: Credential) -> FoundKey | None:
-        """The key whose public id and digest these are (its `public_id` is the credential's); None
+    async def find(self, digest: bytes) -> FoundKey | None:
+        """The key one of whose secrets has this digest (its `public_id` is that secret's); None
         where there is none.
 
-        Digests are compared in constant time, with a dummy where the public id is unknown: what a
-        caller can measure is the same for an unknown id and a wrong secret.
+        What a caller can measure is the same for an unknown public id and a wrong secret: both are
+        a digest that is not there, and one comparison in constant time with a dummy.
         """
         ...
 

@@ -66,6 +66,11 @@ class Cached(Generic[K, V]):
         self._generation = 0
         self._load_count = self._failures = self._invalidated = 0
 
+    def peek(self, key: K) -> V | None:
+        """What is remembered now; None also where that is nothing."""
+        entry = self._found.get(key)
+        return entry[0] if entry is not None and trio.current_time() < entry[1] else None
+
     async def get(self, key: K) -> V | None:
         """What the repository has, or had at most `ttl_s` ago.
 

@@ -18,7 +18,6 @@ from rdev.domain.ids import KeyId, NewUuid, is_key_id, key_id
 from rdev.domain.key_requests import KeyRequest
 from rdev.domain.key_text import (
     ENTROPY_BYTES,
-    Credential,
     NewSecret,
     digest_of,
     make_secret,
@@ -93,7 +92,7 @@ class Keys:
         self._new_uuid = new_uuid
         self._random_bytes = random_bytes
         self._now = now
-        self._cached: Cached[Credential, _Known] = Cached(
+        self._cached: Cached[bytes, _Known] = Cached(
             self._load, tag=lambda _, known: None if known is None else known.principal.key_id
         )
 
@@ -107,10 +106,9 @@ class Keys:
         digest = digest_of(text)
         if hmac.compare_digest(digest, self._admin_digest):
             return ADMIN
-        public_id = public_id_of(text)
-        if public_id is None:
-            raise _unauthorized()
-        known = await self._cached.get(Credential(public_id=public_id, digest=digest))
+        known = self._cached.peek(digest)
+        if known is None and public_id_of(text) is not None:
+            known = await self._cached.get(digest)
         if known is None:
             raise _unauthorized()
         now_s = trio.current_time()
@@ -222,9 +220,9 @@ class Keys:
         """What is remembered."""
         return self._cached.statistics()
 
-    async def _load(self, credential: Credential) -> _Known | None:
+    async def _load(self, digest: bytes) -> _Known | None:
         began_s = trio.current_time()
-        found = await self._store.find(credential)
+        found = await self._store.find(digest)
         if found is None:
             return None
         key, standing = found.key, found.standing
@@ -233,7 +231,7 @@ class Keys:
             key_id=key.id,
             name=key.name,
             grant=key.grant,
-            public_id=credential.public_id,
+            public_id=key.public_id,
             rate_limit=key.rate_limit,
         )
         return _Known(principal, standing.ended, began_s + good_for_s, standing.ends_as)

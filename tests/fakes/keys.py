@@ -111,16 +111,14 @@ class FakeKeys:
         ]
         return found[:limit]
 
-    async def find(self, credential: Credential) -> FoundKey | None:
+    async def find(self, digest: bytes) -> FoundKey | None:
         self.finds += 1
         await self.state.step()
-        secret = self.secrets.get(credential.public_id)
-        digest = bytes(32) if secret is None else secret.digest
-        if not hmac.compare_digest(digest, credential.digest) or secret is None:
-            found = None
-        else:
-            key = replace(self._shown(self.keys[secret.key]), public_id=credential.public_id)
-            found = FoundKey(key=key, standing=self._standing(secret))
+        found = None
+        for public_id, secret in self.secrets.items():
+            if hmac.compare_digest(secret.digest, digest):
+                key = replace(self._shown(self.keys[secret.key]), public_id=public_id)
+                found = FoundKey(key=key, standing=self._standing(secret))
         self.on_find()
         await trio.lowlevel.checkpoint()
         return found
