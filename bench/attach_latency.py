@@ -16,7 +16,7 @@ import trio
 
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.execution import Exit, Offsets, Piece, Spec
-from rdev.domain.ids import CommandId, ProjectId, command_id
+from rdev.domain.ids import AttemptId, ProjectId, attempt_id, command_id
 
 PROJECT = ProjectId("bench")
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -57,8 +57,8 @@ async def _measure(
     return result
 
 
-def _new_command() -> CommandId:
-    return command_id(uuid.uuid4())
+def _new_attempt() -> AttemptId:
+    return attempt_id(command_id(uuid.uuid4()), 1)
 
 
 def _exec_ms(path: str) -> float:
@@ -83,7 +83,7 @@ async def _launch(executor: LocalExecutor, count: int) -> dict[str, float]:
         began = time.perf_counter()
         async with executor.attach(
             PROJECT,
-            _new_command(),
+            _new_attempt(),
             spec=Spec(argv=("true",), timeout_s=60),
             instance=instance,
             offsets=Offsets(),
@@ -103,7 +103,7 @@ async def _lines(executor: LocalExecutor, projects_dir: Path, count: int) -> dic
         argv = (sys.executable, "-c", _LINES, str(count if turn == 0 else 1), "0.05")
         async with executor.attach(
             PROJECT,
-            _new_command(),
+            _new_attempt(),
             spec=Spec(argv=argv, timeout_s=60),
             instance=instance,
             offsets=Offsets(),
@@ -124,7 +124,7 @@ async def _bulk(executor: LocalExecutor, size: int) -> dict[str, float]:
     began = time.perf_counter()
     async with executor.attach(
         PROJECT,
-        _new_command(),
+        _new_attempt(),
         spec=Spec(argv=("head", "-c", str(size), "/dev/zero"), timeout_s=60),
         instance=instance,
         offsets=Offsets(),
@@ -136,11 +136,11 @@ async def _bulk(executor: LocalExecutor, size: int) -> dict[str, float]:
 
 
 async def _idle(executor: LocalExecutor, projects_dir: Path, idle_s: float) -> dict[str, float]:
-    """CPU of all processes around a silent command (observers, supervisor, watchdog)."""
-    instance, command = await executor.instance(PROJECT), _new_command()
+    """CPU of all processes around a silent attempt (observers, supervisor, watchdog)."""
+    instance, attempt = await executor.instance(PROJECT), _new_attempt()
     async with executor.attach(
         PROJECT,
-        command,
+        attempt,
         spec=Spec(argv=("sh", "-c", "echo ready; exec sleep 1000"), timeout_s=60),
         instance=instance,
         offsets=Offsets(),
@@ -150,7 +150,7 @@ async def _idle(executor: LocalExecutor, projects_dir: Path, idle_s: float) -> d
         before = _cpu_ms(projects_dir)
         await trio.sleep(idle_s)
         spent = _cpu_ms(projects_dir) - before
-        await executor.kill(PROJECT, command, grace_s=3)
+        await executor.kill(PROJECT, attempt, grace_s=3)
     return {"idle_cpu_percent": spent / idle_s / 10}
 
 

@@ -28,7 +28,7 @@ from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.depths import DepthLimits
 from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId, command_of
 from rdev.domain.requests import Common
 from rdev.ports.commands import Claims
 from rdev.services.appender import Appender
@@ -89,21 +89,21 @@ class NoopExecutor:
     async def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: AttemptId,
         *,
         spec: Spec | None,
         instance: str,
         offsets: Offsets,
     ) -> AsyncIterator[_Attachment]:
         """Start what there is to start."""
-        self.started(project, command)
+        self.started(project, command_of(attempt))
         yield _Attachment(self.takes_s(project))
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         """Nothing runs."""
         return KillReport(confirmed=True)
 
-    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         """Nothing is there."""
         return []
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec, Why
 from rdev.domain.idempotency import Idempotency
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import ATTEMPTS_MAX, CommandId, ProjectId
 
 
 class Kind(StrEnum):
@@ -52,6 +52,7 @@ TRANSITIONS: Mapping[Status, Mapping[Status, str]] = {
         Status.CANCELLED: "ended by a cancel",
         Status.TIMED_OUT: "ended by the timeout",
         Status.LOST: "no status can be read",
+        Status.QUEUED: "gone without having finished, and `retry` is `safe`",
     },
     Status.SUCCEEDED: {},
     Status.FAILED: {},
@@ -119,7 +120,11 @@ class NewCommand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A command as it is known now; this is what clients see. Times are the database's."""
+    """A command as it is known now; this is what clients see. Times are the database's.
+
+    `started_at`, `queue_wait_ms` and all that is said of output (`stdout_bytes`, `truncated` …) are
+    the present attempt's, which begins behind the event `attempt_seq`.
+    """
 
     id: CommandId
     project: ProjectId
@@ -145,6 +150,12 @@ class Command:
     usage: Mapping[str, object] | None
     kill: KillReport | None
     last_seq: int
+    attempt_seq: int
+
+    @property
+    def may_still_run(self) -> bool:
+        """Whether it ended without anybody knowing that its process did."""
+        return self.status is Status.LOST and self.reason == LostReason.UNREACHABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,18 +171,23 @@ class Claimed:
     """A command that is ours to run or, after a take-over, to go on observing.
 
     `instance` is what the project was when the attempt began (None: not recorded yet, so it
-    cannot have started). `offsets`, `last_seq` and `dropped_bytes` are what the log already holds.
+    cannot have started). `offsets` and `dropped_bytes` are what the log already holds of the
+    attempt, which begins behind the event `attempt_seq`; `last_seq` counts the events of all.
+    `running_s`: how long ago, in seconds, the attempt was claimed first.
     """
 
     lease: Lease
     project: ProjectId
     kind: Kind
     spec: Spec
+    retry: Retry
     attempt: int
+    running_s: float
     take_over: bool
     instance: str | None
     offsets: Offsets
     last_seq: int
+    attempt_seq: int
     dropped_bytes: int
     queue_wait_ms: int
     cancel_requested: bool
@@ -188,7 +204,8 @@ class AgentReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a command ended, as it is stored with its last event."""
+    """How a command ended, as it is stored with its last event; or, with `queued`, how its attempt
+    did, which another one will follow."""
 
     status: Status
     exit_code: int | None = None
@@ -200,6 +217,27 @@ class Outcome:
     late_bytes: int = 0
     kill: KillReport | None = None
     agent: AgentReport | None = None
+
+    @property
+    def may_still_run(self) -> bool:
+        """See `Command.may_still_run`."""
+        return self.status is Status.LOST and self.reason == LostReason.UNREACHABLE
+
+
+def may_run_again(end: Exit | Lost, claimed: Claimed, *, running_s: float) -> bool:
+    """Whether `retry: safe` lets a command run again after its attempt ended so.
+
+    1. Only where the attempt provably did not finish: it was never started and never can be, or no
+       process of it is left and nothing says that it ended.
+    2. Not when its timeout has passed: `running_s` seconds ago the attempt was claimed. By now it
+       would have been ended, and nobody waits for it any more.
+    3. At most `ATTEMPTS_MAX` attempts in all.
+    """
+    if claimed.retry is not Retry.SAFE or not isinstance(end, Lost) or end.may_still_run:
+        return False
+    did_not_finish = end.unfinished or end.reason is LostReason.NOT_STARTED
+    in_time = running_s < claimed.spec.timeout_s
+    return did_not_finish and in_time and claimed.attempt < ATTEMPTS_MAX
 
 
 def judge(

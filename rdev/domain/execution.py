@@ -107,10 +107,13 @@ class Lost:
     """The outcome cannot be proven. `may_still_run` is true only for `unreachable`.
 
     `not_started` is proven: the start was forbidden before it happened, and can never happen.
+    `unfinished`: the place is another instance than the attempt's, so no process of it is left,
+    and nothing there says that it ended, or was being ended.
     """
 
     reason: LostReason
     may_still_run: bool = False
+    unfinished: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

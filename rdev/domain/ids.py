@@ -6,6 +6,8 @@ from typing import NewType
 from uuid import UUID
 
 CommandId = NewType("CommandId", str)
+# Names one attempt of a command, in its project: no other attempt has its folder.
+AttemptId = NewType("AttemptId", str)
 ProjectId = NewType("ProjectId", str)
 KeyId = NewType("KeyId", str)
 
@@ -14,6 +16,9 @@ NewUuid = Callable[[], UUID]
 
 COMMAND_PREFIX = "cmd_"
 KEY_PREFIX = "key_"
+
+# How often a command is started at most (`retry: safe`; the others once).
+ATTEMPTS_MAX = 3
 
 _COMMAND = re.compile(r"cmd_[0-9a-f]{32}")
 _KEY = re.compile(r"key_[0-9a-f]{32}")
@@ -44,6 +49,21 @@ def key_uuid(key: KeyId) -> UUID:
 def is_key_id(text: str) -> bool:
     """Whether the text has the form of a stored key's id; says nothing about existence."""
     return _KEY.fullmatch(text) is not None
+
+
+def attempt_id(command: CommandId, attempt: int) -> AttemptId:
+    """The name of an attempt, numbered from 1; the first has its command's own."""
+    return AttemptId(command if attempt == 1 else f"{command}.{attempt}")
+
+
+def command_of(attempt: AttemptId) -> CommandId:
+    """The command of an attempt."""
+    return CommandId(attempt.partition(".")[0])
+
+
+def attempt_ids(command: CommandId) -> list[AttemptId]:
+    """The names of all attempts that a command may have had."""
+    return [attempt_id(command, number) for number in range(1, ATTEMPTS_MAX + 1)]
 
 
 def is_command_id(text: str) -> bool:

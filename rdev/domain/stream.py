@@ -73,7 +73,7 @@ class StatusEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class CompleteEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """`complete`: the last event of a command."""
+    """`complete`: the last event of a command. `may_still_run` stands there only where it is so."""
 
     status: Status
     exit_code: int | None
@@ -83,6 +83,7 @@ class CompleteEvent(msgspec.Struct, frozen=True, kw_only=True):
     stdout_bytes: int
     stderr_bytes: int
     reason: str | None
+    may_still_run: bool | msgspec.UnsetType = msgspec.UNSET
 
 
 class GapEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +138,7 @@ def final_lines(
         stdout_bytes=stdout_bytes,
         stderr_bytes=stderr_bytes,
         reason=outcome.reason,
+        may_still_run=outcome.may_still_run or msgspec.UNSET,
     )
     status = status_line(outcome.status, attempt=attempt, reason=outcome.reason)
     return status + b"\nc" + _encode(complete)

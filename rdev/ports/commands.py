@@ -123,7 +123,8 @@ class Lanes(Protocol):
 
         Never more commands of a lane run than its cap, whoever claims at the same time; within a
         lane they are taken in order of rank. What has expired is ended on the way. A claim stores
-        `running`, the event `status: running`, a fresh lease, and `instance` where it is given. A
+        `running`, the next attempt's number, the event `status: running`, a fresh lease, and
+        `instance` where it is given; what was claimed never expires, though it be queued again. A
         lane that another claim holds is left out; nothing taken and nothing ended means that there
         is nothing for this claim.
         """

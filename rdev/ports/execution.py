@@ -5,11 +5,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId
 
 
 class Attachment(Protocol):
-    """One command being observed. Reconnects by itself; the offsets carry on."""
+    """One attempt being observed. Reconnects by itself; the offsets carry on."""
 
     async def receive(self) -> Piece | Exit | Lost:
         """The next piece of output, or the end.
@@ -25,7 +25,8 @@ class Attachment(Protocol):
 
 
 class Executor(Protocol):
-    """Runs commands detached in projects and observes them. Started at most once per command."""
+    """Runs commands detached in projects and observes them. An attempt is started at most once;
+    attempts of one command know nothing of each other."""
 
     @property
     def reach(self) -> str:
@@ -51,17 +52,18 @@ class Executor(Protocol):
     def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: AttemptId,
         *,
         spec: Spec | None,
         instance: str,
         offsets: Offsets,
     ) -> AbstractAsyncContextManager[Attachment]:
-        """Start the command if it can still be started, else continue reading at `offsets`.
+        """Start the attempt if it can still be started, else continue reading at `offsets`.
 
-        The command is started at most once, whoever calls how often: `go/` in its folder is the
-        only commit point. It is started only with a `spec` and only when the place is the given
-        `instance`; otherwise its status is read or the end is `Lost`.
+        It is started at most once, whoever calls how often: `go/` in its folder is the only commit
+        point. It is started only with a `spec` and only when the place is the given `instance`;
+        otherwise its status is read or the end is `Lost`. After a `Lost` that is `not_started` or
+        `unfinished` it can never start: the next attempt is never beside it.
         A place that cannot be reached for a while ends as `Lost(UNREACHABLE, may_still_run=True)`.
         Errors (on entry): BAD_REQUEST for a spec that no process can be given (a NUL, an argument
         that is too long, an environment name that a shell cannot export).
@@ -69,25 +71,26 @@ class Executor(Protocol):
         """
         ...
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
-        """End the command and all it started: TERM, `grace_s`, KILL, then look again.
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
+        """End the attempt and all it started: TERM, `grace_s`, KILL, then look again.
 
-        A command that was not started can never start afterwards. Its status file is written by
+        One that was not started can never start afterwards. Its status file is written by
         its supervisor with `why` = cancelled, so an attachment sees the end.
         Errors: SERVICE_UNAVAILABLE. Blocks: at most `grace_s` + 5 s.
         """
         ...
 
-    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
-        """Clear what these commands left behind, all but the fact that they can never start again.
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
+        """Clear what all attempts of these commands left behind, all but the fact that they can
+        never start again.
 
-        For commands whose end is stored: an attach finds nothing any more. One of them that still
+        For commands whose end is stored: an attach finds nothing any more. An attempt that still
         runs here is left as it is and returned. Unknown ones are fine; idempotent.
         Errors: SERVICE_UNAVAILABLE; some may be cleared then. At most 1,000 at once.
         """
         ...
 
     async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
-        """Delete these commands' folders, before their rows go. Idempotent.
+        """Delete the folders of all attempts of these commands, before their rows go. Idempotent.
         Errors: SERVICE_UNAVAILABLE; some may be gone then. At most 1,000 at once."""
         ...

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from rdev.domain.commands import Lease, Outcome
+from rdev.domain.commands import Lease, Outcome, Status
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk, Source
@@ -29,7 +29,9 @@ class NewChunk:
 class Append:
     """The pending events of one command. It applies only if the lease is the command's and the
     log stands exactly at `start` and `start_seq` (the last event's number; events may stand for no
-    bytes at all); it moves the log to `end`. `outcome` ends the command with it.
+    bytes at all); it moves the log to `end`. `outcome` ends the command with it, or, where its
+    status is `queued`, the attempt: the command waits again where it stood in its lane, and the log
+    stands at the beginning of its next attempt. That is not done once a cancel was asked for.
     """
 
     lease: Lease
@@ -38,6 +40,16 @@ class Append:
     end: Offsets
     chunks: tuple[NewChunk, ...]
     outcome: Outcome | None = None
+
+    @property
+    def queues_again(self) -> bool:
+        """Whether another attempt is to follow."""
+        return self.outcome is not None and self.outcome.status is Status.QUEUED
+
+    @property
+    def leaves_at(self) -> Offsets:
+        """Where the log stands when this was applied."""
+        return Offsets() if self.queues_again else self.end
 
     @property
     def size_bytes(self) -> int:
@@ -51,12 +63,14 @@ class AppendState(StrEnum):
     APPLIED = "applied"
     LOCKED = "locked"
     STALE = "stale"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppendResult:
     """`chunks` are the stored ones with their numbers (APPLIED). LOCKED: nothing was done, try
-    again. STALE: the lease is no longer the command's; the writer must stop."""
+    again. STALE: the lease is no longer the command's; the writer must stop. REFUSED: nothing was
+    done; the command is not queued again, since a cancel was asked for."""
 
     command: CommandId
     state: AppendState
@@ -86,14 +100,16 @@ class OutputLog(Protocol):
     async def read_tail(
         self, command: CommandId, source: Source, *, tail_bytes: int
     ) -> list[Chunk]:
-        """The last chunks of one source that cover at least `tail_bytes` raw bytes, in order."""
+        """The last chunks of one source that cover at least `tail_bytes` raw bytes, in order; none
+        of an earlier attempt."""
         ...
 
     async def trim(self, lease: Lease, source: Source, *, head_bytes: int, tail_bytes: int) -> int:
-        """Replace the middle of a source by gaps: chunks that begin no earlier than `head_bytes`
-        into it and have at least `tail_bytes` behind them. Neighbouring gaps become one.
+        """Replace the middle of a source, as the present attempt wrote it, by gaps: chunks that
+        begin no earlier than `head_bytes` into it and have at least `tail_bytes` behind them.
+        Neighbouring gaps become one.
 
-        Fenced like an append. Returns the raw bytes dropped in all of the command's life by this
+        Fenced like an append. Returns the raw bytes dropped in all of the attempt's life by this
         source, 0 when nothing was (or the lease is stale).
         """
         ...

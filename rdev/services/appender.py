@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.commands import Claimed, Lease, Outcome
+from rdev.domain.commands import Claimed, Lease, Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Stream
 from rdev.domain.ids import CommandId
@@ -65,6 +65,7 @@ class Writer:
         self._pending_bytes = 0
         self._outcome: Outcome | None = None
         self._in_flight: Append | None = None
+        self._refused = False
         self._failure: Exception | None = None
         self._moved = trio.lowlevel.ParkingLot()
 
@@ -105,12 +106,26 @@ class Writer:
 
         Errors: LeaseLostError.
         """
+        await self._end(outcome, last)
+
+    async def queue_again(self, last: NewChunk) -> bool:
+        """End the attempt with its last event, and let the command wait for another one; returns
+        when that is committed and published. False: a cancel was asked for, so nothing was done,
+        and the command is to be finished.
+
+        Errors: LeaseLostError.
+        """
+        await self._end(Outcome(status=Status.QUEUED), last)
+        return not self._refused
+
+    async def _end(self, outcome: Outcome, last: NewChunk) -> None:
         self._raise_failure()
+        self._refused = False
         self._chunks.append(last)
         self._pending_bytes += len(last.payload)
         self._outcome = outcome
         self._wake(self)
-        while self._pending_bytes and self._failure is None:
+        while self._pending_bytes and self._failure is None and not self._refused:
             await self._moved.park()
         self._raise_failure()
 
@@ -136,10 +151,23 @@ class Writer:
         if result.state is AppendState.STALE:
             self.fail(LeaseLostError(self.lease))
             return
+        if result.state is AppendState.REFUSED:
+            self._take_back(self._in_flight)
+            return
         self._committed = self._in_flight.end
         self._committed_seq = result.chunks[-1].last_seq
         self._pending_bytes -= self._in_flight.size_bytes
         self._in_flight = None
+        self._moved.unpark_all()
+
+    def _take_back(self, refused: Append) -> None:
+        """The output of a refused append goes on without its end."""
+        *output, last = refused.chunks
+        self._chunks = output
+        self._pending_bytes -= len(last.payload)
+        self._outcome = None
+        self._in_flight = None
+        self._refused = True
         self._moved.unpark_all()
 
     def fail(self, failure: Exception) -> None:

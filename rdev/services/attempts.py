@@ -1,8 +1,10 @@
 """One attempt: attach, hand its output to the appender, and end the command with what was read.
 
 Started at most once, observed at least once: an attempt that is interrupted anywhere (restart,
-lost lease, cancelled task) leaves the command running, and the next one continues at the offsets
-that the log holds. Bounds: pieces ≤ 1 MiB, one in hand; an unfinished line is shown after 100 ms.
+lost lease, cancelled task) leaves the command running, and the next one who takes it over continues
+at the offsets that the log holds. With `retry: safe` an attempt that provably did not finish queues
+its command again; the next attempt begins anew, behind it in the same log. Bounds: pieces ≤ 1 MiB,
+one in hand; an unfinished line is shown after 100 ms.
 """
 
 from collections.abc import Callable
@@ -13,11 +15,20 @@ import trio
 
 from rdev.domain.backoff import Backoff
 from rdev.domain.claude import AgentLines, AgentSplitter
-from rdev.domain.commands import AgentReport, Claimed, Kind, Outcome, judge
+from rdev.domain.commands import (
+    AgentReport,
+    Claimed,
+    Kind,
+    Outcome,
+    Status,
+    judge,
+    may_run_again,
+)
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Exit, KillReport, Lost, Piece, Stream
+from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Piece, Stream
+from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
-from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines
+from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines, status_line
 from rdev.ports.commands import Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import NewChunk, OutputLog
@@ -64,6 +75,8 @@ class Attempt:
         backoff: Callable[[], Backoff],
     ) -> None:
         self.claimed = claimed
+        self._id = attempt_id(claimed.lease.command, claimed.attempt)
+        self._claimed_at = trio.current_time()
         self._writer = writer
         self._executor = executor
         self._leases = leases
@@ -120,10 +133,11 @@ class Attempt:
         return instance
 
     async def _replay(self) -> None:
-        """After a take-over the agent's stream is read again as far as it is stored."""
+        """After a take-over the agent's stream in this attempt is read again as far as it is
+        stored."""
         if self._agent is None or not self.claimed.take_over:
             return
-        after = 0
+        after = self.claimed.attempt_seq
         while chunks := await self._log.read(
             self.claimed.lease.command, after=after, limit_bytes=REPLAY_BYTES
         ):
@@ -139,7 +153,7 @@ class Attempt:
         """Hand on what the attachment gives; a full channel is the back-pressure."""
         attachment = self._executor.attach(
             self.claimed.project,
-            self.claimed.lease.command,
+            self._id,
             spec=self.claimed.spec,
             instance=instance,
             offsets=self.claimed.offsets,
@@ -158,7 +172,7 @@ class Attempt:
         while True:
             try:
                 self._kill = await self._executor.kill(
-                    self.claimed.project, self.claimed.lease.command, grace_s=KILL_GRACE_S
+                    self.claimed.project, self._id, grace_s=KILL_GRACE_S
                 )
                 self._killed.set()
                 return
@@ -229,9 +243,19 @@ class Attempt:
         """Everything that is left goes out, then the outcome; a kill in progress ends first."""
         for stream, splitter in self._splitters.items():
             await self._write(stream, splitter.flush())
+        if _is_out_of_sight(end):
+            self._cancel.set()
         if self._cancel.is_set():
             with trio.move_on_after(KILL_REPORT_S):
                 await self._killed.wait()
+        elif isinstance(end, Lost) and self._may_run_again(end):
+            if await self._queue_again(end):
+                return Outcome(status=Status.QUEUED, reason=end.reason)
+            self._cancel_asked = True
+        return await self._end(end)
+
+    async def _end(self, end: Exit | Lost) -> Outcome:
+        """End the command."""
         report = None if self._agent is None else _report(self._agent.agent)
         outcome = judge(
             end,
@@ -251,6 +275,19 @@ class Attempt:
         await self._writer.finish(outcome, last)
         return outcome
 
+    def _may_run_again(self, end: Lost) -> bool:
+        """An agent that has said its result has finished, whatever became of its process."""
+        if self._agent is not None and self._agent.agent.result_seen:
+            return False
+        running_s = self.claimed.running_s + trio.current_time() - self._claimed_at
+        return may_run_again(end, self.claimed, running_s=running_s)
+
+    async def _queue_again(self, end: Lost) -> bool:
+        """Whether the command waits for another attempt now; not when its cancel came first."""
+        event = status_line(Status.QUEUED, attempt=self.claimed.attempt, reason=end.reason)
+        last = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=event)
+        return await self._writer.queue_again(last)
+
 
 @dataclass(slots=True)
 class _SliceSize:
@@ -264,6 +301,13 @@ class _SliceSize:
     def learn(self, *, raw_bytes: int, encoded_bytes: int) -> None:
         growth = max(1.0, encoded_bytes / max(1, raw_bytes))
         self.bytes = max(2_048, min(2 * self.bytes, int(0.9 * CHUNK_MAX_BYTES / growth)))
+
+
+def _is_out_of_sight(end: Exit | Lost) -> bool:
+    """Whether it may be running where nobody can follow it any more: it must be ended."""
+    return (
+        isinstance(end, Lost) and end.reason is LostReason.JOURNAL_TRUNCATED and not end.unfinished
+    )
 
 
 def _report(agent: AgentLines) -> AgentReport:

@@ -33,7 +33,7 @@ import trio
 
 from rdev.domain.backoff import Backoff
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import CommandId, ProjectId, command_of
 from rdev.domain.retention import BatchSize, Ended, Retention, days_to_drop
 from rdev.ports.execution import Executor
 from rdev.ports.telemetry import UpkeepTelemetry
@@ -156,13 +156,13 @@ class Housekeeper:
         """Clear these folders; what still runs there has nobody who waits for it: end it first."""
         try:
             orphans = await self._executor.tidy(project, commands)
-            for command in orphans:
-                report = await self._executor.kill(project, command, grace_s=ORPHAN_GRACE_S)
+            for orphan in orphans:
+                report = await self._executor.kill(project, orphan, grace_s=ORPHAN_GRACE_S)
                 self._telemetry.kept_house("orphans", 1)
-                facts = {"command_id": command, "confirmed": report.confirmed}
+                facts = {"command_id": command_of(orphan), "confirmed": report.confirmed}
                 _log.warning("orphan killed", extra=facts)
             if orphans:
-                await self._executor.tidy(project, orphans)
+                await self._executor.tidy(project, [command_of(orphan) for orphan in orphans])
         except RdevError as error:
             _passed_by(project, error)
         else:

@@ -263,7 +263,7 @@ class CommandQueue:
             with running.scope:
                 finished = await running.attempt.run()
                 status = finished.outcome.status
-                self._finished += 1
+                self._finished += finished.outcome.status.is_terminal
                 if finished.outcome.reason == Why.OUTPUT_LIMIT:
                     self._telemetry.limit_checked("journal", refused=True)
             if running.scope.cancelled_caught:

@@ -41,6 +41,8 @@ class Server:
     key: str = field(default_factory=lambda: "test-" + secrets.token_hex(24))
     url: str = ""
     process: subprocess.Popen[bytes] | None = None
+    # What starts it, and ends with it.
+    within: tuple[str, ...] = ()
 
     @property
     def log(self) -> str:
@@ -88,7 +90,7 @@ class Server:
         (self.state_dir / "address").unlink(missing_ok=True)
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rdev", "serve"],
+                [*self.within, sys.executable, "-m", "rdev", "serve"],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -9,14 +9,19 @@ from rdev.domain.commands import (
     LANE_CLASS,
     TRANSITIONS,
     AgentReport,
+    Claimed,
     Kind,
     LaneClass,
+    Lease,
     Outcome,
     Priority,
+    Retry,
     Status,
     judge,
+    may_run_again,
 )
-from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Why
+from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec, Why
+from rdev.domain.ids import CommandId, ProjectId
 
 OURS = KillReport(confirmed=False, survivors=(7,))
 THEIRS = KillReport(confirmed=True)
@@ -51,8 +56,70 @@ def _exit(
 
 def test_a_status_that_ends_a_command_never_changes() -> None:
     assert {status for status in Status if status.is_terminal} == ENDED
-    assert {after for row in TRANSITIONS.values() for after in row} == set(Status) - {Status.QUEUED}
     assert all(TRANSITIONS[status] == {} for status in ENDED)
+
+
+def test_only_a_running_command_is_queued_again() -> None:
+    before = {status for status, after in TRANSITIONS.items() if Status.QUEUED in after}
+    assert before == {Status.RUNNING}
+
+
+def _claimed(retry: Retry = Retry.SAFE, *, attempt: int = 1, timeout_s: int = 60) -> Claimed:
+    return Claimed(
+        lease=Lease(command=CommandId("cmd_1"), id=1),
+        project=ProjectId("demo"),
+        kind=Kind.SHELL,
+        spec=Spec(argv=("true",), timeout_s=timeout_s),
+        retry=retry,
+        attempt=attempt,
+        running_s=0.0,
+        take_over=True,
+        instance="boot-1",
+        offsets=Offsets(),
+        last_seq=2,
+        attempt_seq=0,
+        dropped_bytes=0,
+        queue_wait_ms=1,
+        cancel_requested=False,
+    )
+
+
+GONE = Lost(reason=LostReason.SUPERVISOR_GONE, unfinished=True)
+NOT_STARTED = Lost(reason=LostReason.NOT_STARTED)
+
+
+@pytest.mark.parametrize("reason", LostReason)
+def test_what_provably_did_not_finish_may_run_again(reason: LostReason) -> None:
+    unfinished, unproven = Lost(reason=reason, unfinished=True), Lost(reason=reason)
+    assert may_run_again(unfinished, _claimed(), running_s=1)
+    assert may_run_again(unproven, _claimed(), running_s=1) is (unproven == NOT_STARTED)
+    assert not may_run_again(unfinished, _claimed(Retry.NEVER), running_s=1)
+
+
+def test_what_may_still_run_or_finished_does_not_run_again() -> None:
+    ends: list[Exit | Lost] = [_exit(code, why=why) for code in (0, 1) for why in (None, *Why)]
+    ends += [Lost(reason=reason, may_still_run=True) for reason in LostReason]
+    ends += [Lost(reason=reason, may_still_run=True, unfinished=True) for reason in LostReason]
+    assert not any(may_run_again(end, _claimed(), running_s=1) for end in ends)
+
+
+@pytest.mark.parametrize("end", [GONE, NOT_STARTED])
+def test_after_its_timeout_nothing_runs_again(end: Lost) -> None:
+    assert may_run_again(end, _claimed(timeout_s=60), running_s=59.9)
+    assert not may_run_again(end, _claimed(timeout_s=60), running_s=60)
+
+
+@pytest.mark.parametrize("end", [GONE, NOT_STARTED])
+def test_there_are_three_attempts_at_most(end: Lost) -> None:
+    allowed = [may_run_again(end, _claimed(attempt=n), running_s=0) for n in (1, 2, 3, 4)]
+    assert allowed == [True, True, False, False]
+
+
+def test_only_what_is_unreachable_may_still_run() -> None:
+    for reason in LostReason:
+        outcome = judge(Lost(reason=reason), cancel_requested=False)
+        assert outcome.may_still_run is (reason is LostReason.UNREACHABLE)
+    assert not judge(_exit(0), cancel_requested=False).may_still_run
 
 
 def test_every_judged_status_may_follow_running() -> None:

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rdev.domain.ids import command_id, command_uuid, is_command_id, is_project_id
+from rdev.domain.ids import (
+    ATTEMPTS_MAX,
+    attempt_id,
+    attempt_ids,
+    command_id,
+    command_of,
+    command_uuid,
+    is_command_id,
+    is_project_id,
+)
 
 
 @given(uuid=st.uuids())
@@ -19,6 +28,15 @@ def test_a_command_id_and_its_uuid_are_the_same_thing(uuid: UUID) -> None:
 @given(first=st.uuids(), second=st.uuids())
 def test_command_ids_sort_as_their_uuids(first: UUID, second: UUID) -> None:
     assert (command_id(first) < command_id(second)) == (first < second)
+
+
+@given(uuid=st.uuids())
+def test_each_attempt_has_a_name_of_its_own_and_tells_its_command(uuid: UUID) -> None:
+    command = command_id(uuid)
+    attempts = attempt_ids(command)
+    assert attempts == [command, f"{command}.2", f"{command}.3"]
+    assert attempts == [attempt_id(command, number + 1) for number in range(ATTEMPTS_MAX)]
+    assert {command_of(attempt) for attempt in attempts} == {command}
 
 
 @pytest.mark.parametrize(

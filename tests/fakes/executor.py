@@ -22,7 +22,7 @@ from rdev.domain.execution import (
     Stream,
     Why,
 )
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId, attempt_ids, command_of
 
 PIECE_BYTES = 65_536
 
@@ -62,9 +62,11 @@ class FakeExecutor:
         self._nursery = nursery
         self._programs = programs
         self._projects: set[ProjectId] = set()
-        self._runs: dict[CommandId, FakeRun | None] = {}  # None: can never start
+        self._runs: dict[AttemptId, FakeRun | None] = {}  # None: can never start
+        # Those whose folder was first made in another instance than theirs.
+        self._anew: set[AttemptId] = set()
         self._boots = 1
-        self.started: list[CommandId] = []
+        self.started: list[AttemptId] = []
         # Projects that cannot be tidied now.
         self.unreachable: set[ProjectId] = set()
 
@@ -86,50 +88,57 @@ class FakeExecutor:
     async def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: AttemptId,
         *,
         spec: Spec | None,
         instance: str,
         offsets: Offsets,
     ) -> AsyncIterator["FakeAttachment"]:
-        if command not in self._runs:
-            here = spec is not None and instance == f"boot-{self._boots}"
-            self._runs[command] = self._start(command, spec) if here and spec else None
-        yield FakeAttachment(self._runs[command], offsets)
+        if attempt not in self._runs:
+            here = instance == f"boot-{self._boots}"
+            self._runs[attempt] = self._start(attempt, spec) if here and spec else None
+            if not here:
+                self._anew.add(attempt)
+        never = Lost(reason=LostReason.NOT_STARTED)
+        if attempt in self._anew:
+            never = Lost(reason=LostReason.POD_GONE, unfinished=True)
+        yield FakeAttachment(self._runs[attempt], offsets, never)
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         await trio.lowlevel.checkpoint()
-        run = self._runs.setdefault(command, None)
+        run = self._runs.setdefault(attempt, None)
         if run is not None and not run.over.is_set():
             run.why = Why.CANCELLED
             run.scope.cancel()
             await run.over.wait()
         return KillReport(confirmed=True)
 
-    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         await trio.lowlevel.checkpoint()
         self.check_reachable(project)
-        known = [command for command in commands if command in self._runs]
-        running = [command for command in known if self.is_running(command)]
-        for command in known:
-            if command not in running:
-                self._runs[command] = None
+        known = [one for command in commands for one in attempt_ids(command) if one in self._runs]
+        running = [attempt for attempt in known if self.is_running(attempt)]
+        for attempt in known:
+            if attempt not in running:
+                self._runs[attempt] = None
+                self._anew.discard(attempt)
         return running
 
     async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
         await trio.lowlevel.checkpoint()
         self.check_reachable(project)
-        for command in commands:
-            self._runs.pop(command, None)
+        for attempt in [one for command in commands for one in attempt_ids(command)]:
+            self._runs.pop(attempt, None)
+            self._anew.discard(attempt)
 
-    def is_running(self, command: CommandId) -> bool:
+    def is_running(self, attempt: AttemptId) -> bool:
         """Whether a program of it lives, whatever was said of its end."""
-        run = self._runs.get(command)
+        run = self._runs.get(attempt)
         return run is not None and not run.over.is_set()
 
     def has_folder(self, command: CommandId) -> bool:
         """Whether anything is known of it."""
-        return command in self._runs
+        return any(attempt in self._runs for attempt in attempt_ids(command))
 
     def check_reachable(self, project: ProjectId) -> None:
         """Errors: SERVICE_UNAVAILABLE for what is in `unreachable`."""
@@ -139,22 +148,29 @@ class FakeExecutor:
     def restart(self) -> None:
         """The place gets another instance; what ran there is gone."""
         self._boots += 1
-        for command in self._runs:
-            self.lose(command, LostReason.SUPERVISOR_GONE)
+        for attempt in self._runs:
+            self.lose(attempt, LostReason.SUPERVISOR_GONE, unfinished=True)
 
-    def lose(self, command: CommandId, reason: LostReason, *, may_still_run: bool = False) -> None:
-        """A running command ends as lost; one that may still run does."""
-        run = self._runs.get(command)
+    def lose(
+        self,
+        attempt: AttemptId,
+        reason: LostReason,
+        *,
+        may_still_run: bool = False,
+        unfinished: bool = False,
+    ) -> None:
+        """A running attempt ends as lost; one that may still run does."""
+        run = self._runs.get(attempt)
         if run is not None and run.end is None:
-            run.end = Lost(reason=reason, may_still_run=may_still_run)
+            run.end = Lost(reason=reason, may_still_run=may_still_run, unfinished=unfinished)
             if not may_still_run:
                 run.scope.cancel()
             run.ring()
 
-    def _start(self, command: CommandId, spec: Spec) -> FakeRun:
-        env = {"PATH": "/fake", **spec.env, "RDEV_COMMAND_ID": command}
+    def _start(self, attempt: AttemptId, spec: Spec) -> FakeRun:
+        env = {"PATH": "/fake", **spec.env, "RDEV_COMMAND_ID": command_of(attempt)}
         run = FakeRun(spec=spec, env=env)
-        self.started.append(command)
+        self.started.append(attempt)
         self._nursery.start_soon(self._run, run)
         return run
 
@@ -183,14 +199,16 @@ class FakeExecutor:
 class FakeAttachment:
     """Implements `Attachment`."""
 
-    def __init__(self, run: FakeRun | None, offsets: Offsets) -> None:
+    def __init__(self, run: FakeRun | None, offsets: Offsets, never: Lost) -> None:
+        """`never` is what an attachment to nothing ends with."""
         self._run = run
+        self._never = never
         self._at = {Stream.STDOUT: offsets.stdout, Stream.STDERR: offsets.stderr}
 
     async def receive(self) -> Piece | Exit | Lost:
         await trio.lowlevel.checkpoint()
         if self._run is None:
-            return Lost(reason=LostReason.NOT_STARTED)
+            return self._never
         while True:
             for stream, journal in self._run.journals.items():
                 offset = self._at[stream]

@@ -122,6 +122,8 @@ class FakeLanes:
             queue_wait_ms=int(wait.total_seconds() * 1000),
         )
         row.instance = instance
+        row.started_at_s = trio.current_time()
+        row.expires_at = float("inf")
         self._state.lease(row, holder, self._lease_s)
         self._state.lanes[row.lane].last_start = self._state.moment()
         self._state.put(row, Source.LIFE, 1, 0, status_line(Status.RUNNING, attempt=attempt))

@@ -64,6 +64,7 @@ class Row:
     lease_until: float = 0.0
     holder: str | None = None
     instance: str | None = None
+    started_at_s: float = 0.0
 
     @property
     def offsets(self) -> Offsets:
@@ -121,6 +122,7 @@ class StoreState:
         back = timedelta(seconds=seconds)
         self.keys.age(seconds)
         for row in self.rows.values():
+            row.started_at_s -= seconds
             ended_at = row.command.finished_at
             ended_at = None if ended_at is None else ended_at - back
             created_at = row.command.created_at - back
@@ -155,7 +157,10 @@ class StoreState:
     def end(self, row: Row, status: Status) -> None:
         """End a queued command."""
         outcome = Outcome(status=status, reason=status.value)
-        payload = final_lines(outcome, attempt=0, truncated=False, stdout_bytes=0, stderr_bytes=0)
+        attempt = row.command.attempt
+        payload = final_lines(
+            outcome, attempt=attempt, truncated=False, stdout_bytes=0, stderr_bytes=0
+        )
         self.put(row, Source.LIFE, 2, 0, payload)
         row.command = replace(row.command, status=status, reason=status.value, finished_at=self.now)
         row.has_spec = False
@@ -373,7 +378,7 @@ class FakeOutput:
     ) -> list[Chunk]:
         await self._state.step()
         tail: list[Chunk] = []
-        for chunk in reversed(self._of_source(command, source)):
+        for chunk in reversed(self._of_attempt(command, source)):
             if sum(c.raw_bytes for c in tail) >= tail_bytes:
                 break
             tail.append(chunk)
@@ -384,7 +389,7 @@ class FakeOutput:
         row = self._state.leased(lease)
         if row is None:
             return 0
-        stored = self._of_source(lease.command, source)
+        stored = self._of_attempt(lease.command, source)
         middle = list(_middle(stored, head_bytes, tail_bytes))
         kept = [chunk for chunk in self._state.chunks[lease.command] if chunk not in middle]
         gaps = [_gap(island) for island in _islands(middle)]
@@ -399,8 +404,11 @@ class FakeOutput:
         chunks = self._state.chunks.get(command)
         return chunks[0].first_seq if chunks else None
 
-    def _of_source(self, command: CommandId, source: Source) -> list[Chunk]:
-        return [chunk for chunk in self._state.chunks.get(command, ()) if chunk.source is source]
+    def _of_attempt(self, command: CommandId, source: Source) -> list[Chunk]:
+        row = self._state.rows.get(command)
+        after = 0 if row is None else row.command.attempt_seq
+        stored = self._state.chunks.get(command, ())
+        return [chunk for chunk in stored if chunk.source is source and chunk.first_seq > after]
 
     def _append(self, append: Append) -> AppendResult:
         command = append.lease.command
@@ -408,21 +416,36 @@ class FakeOutput:
         if row is None or row.lease_id != append.lease.id:
             return AppendResult(command=command, state=AppendState.STALE)
         end_seq = append.start_seq + sum(chunk.events for chunk in append.chunks)
-        if row.offsets == append.end and row.command.last_seq == end_seq:
+        if row.offsets == append.leaves_at and row.command.last_seq == end_seq:
             return _applied(command, _numbered(append))
         stands_at = (row.offsets, row.command.last_seq)
         if stands_at != (append.start, append.start_seq) or not is_running(row):
             return AppendResult(command=command, state=AppendState.STALE)
         if command in self._state.held:
             return AppendResult(command=command, state=AppendState.LOCKED)
+        if append.queues_again and row.cancel_requested:
+            return AppendResult(command=command, state=AppendState.REFUSED)
         for chunk in append.chunks:
             self._state.put(row, chunk.source, chunk.events, chunk.raw_bytes, chunk.payload)
         row.command = replace(
             row.command, stdout_bytes=append.end.stdout, stderr_bytes=append.end.stderr
         )
-        if append.outcome is not None:
+        if append.queues_again:
+            self._queue_again(row)
+        elif append.outcome is not None:
             self._finish(row, append.outcome)
         return _applied(command, _numbered(append))
+
+    def _queue_again(self, row: Row) -> None:
+        row.command = replace(
+            row.command,
+            status=Status.QUEUED,
+            stdout_bytes=0,
+            stderr_bytes=0,
+            dropped_bytes=0,
+            truncated=False,
+            attempt_seq=row.command.last_seq,
+        )
 
     def _finish(self, row: Row, outcome: Outcome) -> None:
         row.has_spec = False
@@ -513,6 +536,7 @@ def _accepted(new: NewCommand, now: datetime) -> Command:
         argv=new.argv,
         key_id=new.key_id,
         last_seq=0,
+        attempt_seq=0,
         **nothing,
     )
 
@@ -524,11 +548,14 @@ def claimed_of(row: Row, *, take_over: bool) -> Claimed:
         project=row.command.project,
         kind=row.command.kind,
         spec=row.new.spec,
+        retry=row.new.retry,
         attempt=row.command.attempt,
+        running_s=trio.current_time() - row.started_at_s,
         take_over=take_over,
         instance=row.instance,
         offsets=row.offsets,
         last_seq=row.command.last_seq,
+        attempt_seq=row.command.attempt_seq,
         dropped_bytes=row.command.dropped_bytes,
         queue_wait_ms=row.command.queue_wait_ms or 0,
         cancel_requested=row.cancel_requested,

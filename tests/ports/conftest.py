@@ -25,12 +25,13 @@ from rdev.domain.commands import (
     Outcome,
     Priority,
     Retry,
+    Status,
 )
-from rdev.domain.execution import Offsets, Spec
+from rdev.domain.execution import LostReason, Offsets, Spec
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
 from rdev.domain.lanes import Lane
 from rdev.domain.projects import ProjectDefinition
-from rdev.domain.stream import Chunk, Source, final_lines
+from rdev.domain.stream import Chunk, Source, final_lines, status_line
 from rdev.ports.commands import CommandStore, Lanes, Leases
 from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
@@ -87,6 +88,7 @@ class World:
         kind: Kind = Kind.SHELL,
         priority: Priority = Priority.NORMAL,
         expires_in_s: int | None = None,
+        retry: Retry = Retry.NEVER,
     ) -> NewCommand:
         """A command with an id greater than all before."""
         serial = next(self.serial)
@@ -98,7 +100,7 @@ class World:
             spec=Spec(argv=argv, env={"A": "b"}, stdin=b"\0in", timeout_s=60),
             argv=argv,
             priority=priority,
-            retry=Retry.NEVER,
+            retry=retry,
             expires_in_s=expires_in_s,
             key_id="key_admin",
             request_id="req-1",
@@ -206,6 +208,12 @@ def following(append: Append, *chunks: NewChunk, outcome: Outcome | None = None)
         chunks=chunks,
         outcome=outcome,
     )
+
+
+def again_chunk(attempt: int = 1) -> NewChunk:
+    """The event with which an attempt ends that another one is to follow."""
+    payload = status_line(Status.QUEUED, attempt=attempt, reason=LostReason.SUPERVISOR_GONE)
+    return NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=payload)
 
 
 def last_chunk(outcome: Outcome) -> NewChunk:

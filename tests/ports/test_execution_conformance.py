@@ -8,7 +8,7 @@ import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Stream, Why
-from rdev.domain.ids import ProjectId
+from rdev.domain.ids import ProjectId, attempt_id
 from rdev.ports.execution import Executor
 from tests.adapters.execution.observing import (
     PROJECT,
@@ -209,9 +209,10 @@ async def test_without_a_spec_nothing_is_started_then_or_later(executor: Executo
 async def test_another_instance_starts_nothing(executor: Executor) -> None:
     command = new_command()
     seen = await observe(executor, command, spec("say", "never", ""), instance="boot-0:1")
-    assert seen.out == b""
-    assert isinstance(seen.end, Lost)
-    assert not seen.end.may_still_run
+    gone = Lost(reason=LostReason.POD_GONE, unfinished=True)
+    assert (seen.out, seen.end) == (b"", gone)
+    assert (await observe(executor, command, spec("say", "never", ""))).out == b""
+    assert (await observe(executor, command, None, instance="boot-0:1")).end == gone
 
 
 async def test_another_instance_reads_the_status(executor: Executor) -> None:
@@ -219,6 +220,29 @@ async def test_another_instance_reads_the_status(executor: Executor) -> None:
     await observe(executor, command, spec("say", "done", ""))
     seen = await observe(executor, command, spec("say", "again", ""), instance="boot-0:1")
     assert (seen.out, seen.exit.exit_code) == (b"done", 0)
+
+
+async def test_attempts_of_one_command_know_nothing_of_each_other(executor: Executor) -> None:
+    command = new_command()
+    first, second = attempt_id(command, 1), attempt_id(command, 2)
+    assert (await observe(executor, first, None)).end == Lost(reason=LostReason.NOT_STARTED)
+    seen = await observe(executor, second, spec("show"))
+    assert f"RDEV_COMMAND_ID={command}" in seen.out.decode().splitlines()
+    assert (await observe(executor, first, spec("say", "never", ""))).out == b""
+    assert (await observe(executor, second, None)).end == seen.end
+
+
+async def test_a_kill_ends_the_attempt_it_names(executor: Executor) -> None:
+    command, instance = new_command(), await executor.instance(PROJECT)
+    first, second = attempt_id(command, 1), attempt_id(command, 2)
+    assert (await executor.kill(PROJECT, first, grace_s=1)).confirmed
+    async with executor.attach(
+        PROJECT, second, spec=spec("hang"), instance=instance, offsets=Offsets()
+    ) as attachment:
+        await read_until(attachment, b"ready")
+        assert (await executor.kill(PROJECT, second, grace_s=3)).confirmed
+        rest = await read_to_end(attachment, Offsets(stdout=5))
+    assert rest.exit.why is Why.CANCELLED
 
 
 async def test_leaving_the_block_leaves_the_command(executor: Executor) -> None:
@@ -342,6 +366,32 @@ async def test_tidying_leaves_alone_and_tells_what_still_runs(executor: Executor
     assert rest.exit.why is Why.CANCELLED
     assert (await observe(executor, running, None)).out == b"ready"
     assert (await observe(executor, ended, None)).end == Lost(reason=LostReason.NOT_STARTED)
+
+
+async def test_all_attempts_of_a_command_are_tidied_and_removed(executor: Executor) -> None:
+    command = new_command()
+    attempts = [attempt_id(command, number) for number in (1, 2, 3)]
+    for attempt in attempts:
+        await observe(executor, attempt, spec("say", "once", ""))
+    assert await executor.tidy(PROJECT, [command]) == []
+    for attempt in attempts:
+        seen = await observe(executor, attempt, spec("say", "again", ""))
+        assert (seen.out, seen.end) == (b"", Lost(reason=LostReason.NOT_STARTED))
+    await executor.remove(PROJECT, [command])
+    for attempt in attempts:
+        assert (await observe(executor, attempt, spec("say", "new", ""))).out == b"new"
+
+
+async def test_tidying_tells_which_attempt_still_runs(executor: Executor) -> None:
+    command, instance = new_command(), await executor.instance(PROJECT)
+    second = attempt_id(command, 2)
+    await observe(executor, command, None)
+    async with executor.attach(
+        PROJECT, second, spec=spec("hang"), instance=instance, offsets=Offsets()
+    ) as attachment:
+        await read_until(attachment, b"ready")
+        assert await executor.tidy(PROJECT, [command]) == [second]
+        await executor.kill(PROJECT, second, grace_s=3)
 
 
 @pytest.mark.slow

@@ -170,6 +170,7 @@ async def submit(
     kind: Kind = Kind.SHELL,
     expires_in_s: int | None = None,
     timeout_s: int = 86_400,
+    retry: Retry = Retry.NEVER,
 ) -> CommandId:
     """Queue a program; nobody is told."""
     serial = len(server.state.rows) + 1
@@ -180,7 +181,7 @@ async def submit(
         spec=Spec(argv=(program,), timeout_s=timeout_s),
         argv=(program,),
         priority=Priority.NORMAL,
-        retry=Retry.NEVER,
+        retry=retry,
         expires_in_s=expires_in_s,
         key_id="key_admin",
         request_id="req-1",

@@ -394,3 +394,62 @@ async def test_a_writer_after_a_take_over_knows_that_output_was_dropped(
     await bench.server.store.release([claimed.lease])
     [taken] = await bench.server.claim()
     assert bench.appender.open(taken).truncated
+
+
+# Another attempt
+
+
+async def test_a_refusal_to_queue_again_takes_nothing_of_the_output(
+    bench: Bench, nursery: trio.Nursery
+) -> None:
+    """It was in the same append as the last output; the command is finished then."""
+    nursery.start_soon(bench.appender.run)
+    writer = await bench.writer()
+    command = writer.lease.command
+    bench.log.gate = trio.Event()
+    await writer.write(Stream.STDOUT, chunk())
+    await wait_all_tasks_blocked()
+    await writer.write(Stream.STDOUT, chunk())
+    await bench.server.store.request_cancel(command)
+    again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
+    done: list[bool] = []
+
+    async def end() -> None:
+        done.append(await writer.queue_again(again))
+        await _finish(writer)
+
+    nursery.start_soon(end)
+    await wait_all_tasks_blocked()
+    bench.log.gate.set()
+    await bench.server.ended(command)
+    assert done == [False]
+    assert [len(batch[0].chunks) for batch in bench.log.batches[:2]] == [1, 2]
+    assert bench.published == bench.server.state.chunks[command][2:]
+    assert [one.raw_bytes for one in bench.published] == [5, 5, 0]
+    assert writer.pending_bytes == 0
+
+
+async def test_queueing_again_is_committed_and_published(
+    bench: Bench, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(bench.appender.run)
+    writer = await bench.writer()
+    await writer.write(Stream.STDOUT, chunk())
+    again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
+    assert await writer.queue_again(again)
+    row = bench.server.state.rows[writer.lease.command]
+    assert row.command.status is Status.QUEUED
+    assert bench.published[-1].payload == b"s{}"
+    assert bench.appender.statistics().pending_bytes == 0
+
+
+async def test_a_writer_whose_lease_is_lost_queues_nothing_again(
+    bench: Bench, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(bench.appender.run)
+    writer = await bench.writer()
+    await bench.server.store.release([writer.lease])
+    await bench.server.claim()
+    again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
+    with pytest.raises(LeaseLostError):
+        await writer.queue_again(again)

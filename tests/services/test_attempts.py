@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 from rdev.domain.commands import Claimed, Kind, Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import KillReport, LostReason, Stream
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId
 from rdev.domain.lines import decode
 from rdev.domain.stream import Source
 from rdev.services.appender import LeaseLostError
@@ -221,12 +221,12 @@ class SlowKill(Place):
         self.kills = 0
         self.completed = 0
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         self.kills += 1
         if self.kills == 1:
             raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "the place is out of reach")
-        await super().kill(project, command, grace_s=grace_s)
-        run = self._runs[command]
+        await super().kill(project, attempt, grace_s=grace_s)
+        run = self._runs[attempt]
         assert run is not None
         await trio.sleep(grace_s)
         self.completed += 1
@@ -252,7 +252,7 @@ async def test_the_end_waits_until_the_kill_has_looked_again(
 class DeafPlace(Place):
     """No kill ever comes through."""
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         await trio.lowlevel.checkpoint()
         raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "the place is out of reach")
 

@@ -4,7 +4,7 @@
 #   o OFFSET LENGTH     so many bytes of the journal `out`; `e` of `err`
 #   k                   still here
 #   s LENGTH            the status file; the last frame
-#   l REASON            lost; the last frame
+#   l REASON [unfinished]  lost; the last frame
 # Standard input carries the length of this text, the text, the command's stdin, and then line
 # feeds as a heartbeat. Its end means that nobody listens any more: all of this goes away.
 #
@@ -18,13 +18,16 @@ LC_ALL=C
 
 # attach SHELL FOLDER HOME INSTANCE OUT ERR START STDIN_BYTES TIMEOUT_S GRACE_S MAX_BYTES
 attach() {
-  D=$2 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
+  D=$2 WANTED=$4 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
   exec 2>/dev/null 3<&0
   proc_read $$ && LEADER=$P_PGRP
-  EXISTED=yes
-  [ -d "$D" ] || { EXISTED=; mkdir -p "$D"; }
-  cd "$D" || exit 1
   read_instance
+  if [ "$INSTANCE" = "$4" ]; then
+    [ -d "$D" ] || mkdir -p "$D"
+  else
+    make_anew
+  fi
+  cd "$D" || exit 1
   [ "$8" = 0 ] || receive_stdin "$8" || exit 1
   for FILE in out err; do printf '' >>"$FILE"; done
   [ -s bell ] || printf '.' >>bell
@@ -35,7 +38,7 @@ attach() {
     launch "$1" "$D/spec.$$" supervise "$1" "$$" "$D" "$3" "$4" "$9" "${10}" "${11}"
     LAUNCHED=yes
   else
-    forbid "$4"
+    forbid
   fi
   observe
 }
@@ -45,13 +48,25 @@ receive_stdin() {
   [ "$(stat -c %s "stdin.$$")" = "$1" ] || { rm -f "stdin.$$"; return 1; }
 }
 
-# forbid WANTED: never started is proven by making go/ first. A folder that went with another
-# instance of the place proves nothing.
+# Never started is proven by making go/ first.
 forbid() {
   mkdir go || return 0
   rm -f spec.* stdin.*
-  [ "$INSTANCE" = "$1" ] || [ -n "$EXISTED" ] || lost pod_gone
+  is_original || lost pod_gone
   lost not_started
+}
+
+# A folder that is made anew, perhaps in another instance than its attempt's, says so from the first.
+make_anew() {
+  [ ! -d "$D" ] || return 0
+  mkdir -p "$D.new.$$" && printf '%s\n' "$INSTANCE" >"$D.new.$$/made" && mv "$D.new.$$" "$D"
+}
+
+# Fails where the attempt's own folder went with its instance: what this one lacks proves nothing.
+is_original() {
+  MADE=$WANTED
+  [ ! -e made ] || read -r MADE <made
+  [ "$MADE" = "$WANTED" ]
 }
 
 # --- observing --------------------------------------------------------------------------------
@@ -151,6 +166,7 @@ check() {
 # go/ was made and `pid` is not written: by a starter that lives, that died, or by a refusal.
 check_starters() {
   STARTER=not_started
+  is_original || STARTER=pod_gone
   for FILE in pid.*; do
     [ -e "$FILE" ] || continue
     STARTER=supervisor_gone
@@ -162,8 +178,17 @@ check_starters() {
 
 lost() {
   [ -n "$HELLO" ] || printf 'h\n'
-  printf 'l %s\n' "$1"
+  LOST="l $1"
+  ! is_unfinished || LOST="$LOST unfinished"
+  printf '%s\n' "$LOST"
   quit
+}
+
+# Whether the attempt's processes went with its instance, and nothing says that it ended before, or
+# was being ended. go/ is there by now: it can never start any more.
+is_unfinished() {
+  [ "$INSTANCE" != "$WANTED" ] && [ ! -e status ] && [ ! -e ending ] && [ ! -e why ] &&
+    { ! read_pid || [ "$WHERE" != "$INSTANCE" ]; }
 }
 
 quit() {
@@ -219,14 +244,15 @@ watch_by_poll() {
 kill_command() {
   D=$2
   exec 2>/dev/null
-  mkdir -p "$D" && cd "$D" || exit 1
+  read_instance
+  make_anew
+  cd "$D" || exit 1
   if mkdir go; then
     rm -f spec.* stdin.*
     answer confirmed
   fi
   [ -d go ] || exit 1
   await_pid || answer confirmed
-  read_instance
   [ "$WHERE" = "$INSTANCE" ] || answer confirmed # nobody outlives an instance
   if [ -e kill ] || read_status; then
     end_all "$3"

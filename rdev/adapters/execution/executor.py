@@ -17,7 +17,7 @@ from rdev.adapters.execution.frames import ProtocolError, parse_kill
 from rdev.adapters.execution.transport import Streams, Transport, TransportError
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import KillReport, Offsets, Spec
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId, attempt_ids, command_of
 
 _VERB_S: Final = 30.0  # a verb that only touches a few files
 _BATCH_S: Final = 120.0  # a verb that deletes up to 1,000 folders
@@ -100,7 +100,7 @@ class ScriptExecutor:
     async def attach(
         self,
         project: ProjectId,
-        command: CommandId,
+        attempt: AttemptId,
         *,
         spec: Spec | None,
         instance: str,
@@ -109,7 +109,7 @@ class ScriptExecutor:
         """See `Executor.attach`. Errors: BAD_REQUEST for a spec no process can be given."""
         place, settings = self._place(project), self._settings
         env = {"PATH": settings.path, **settings.base_env}
-        become = script.become(spec, env, command) if spec else b""
+        become = script.become(spec, env, command_of(attempt)) if spec else b""
         rest = (
             *(int(spec is not None), len(spec.stdin) if spec else 0),
             *((spec.timeout_s, spec.grace_s) if spec else (0, 0)),
@@ -117,7 +117,7 @@ class ScriptExecutor:
         )
 
         def open_exec(at: Offsets) -> AbstractAsyncContextManager[Streams]:
-            where = (script.folder(place.commands, command), place.home, instance)
+            where = (script.folder(place.commands, attempt), place.home, instance)
             words = ("attach", settings.shell, *where, at.stdout, at.stderr, *rest)
             return self._transport.run(project, script.argv(settings.shell, settings.path, *words))
 
@@ -125,9 +125,9 @@ class ScriptExecutor:
         async with ScriptAttachment(open_exec, parts, offsets, settings.patience) as attachment:
             yield attachment
 
-    async def kill(self, project: ProjectId, command: CommandId, *, grace_s: int) -> KillReport:
+    async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         """See `Executor.kill`."""
-        folder = script.folder(self._place(project).commands, command)
+        folder = script.folder(self._place(project).commands, attempt)
         words = ("kill_command", self._settings.shell, folder, grace_s)
         answer = await self._ask(project, *words, within_s=grace_s + _KILL_MARGIN_S)
         try:
@@ -138,10 +138,10 @@ class ScriptExecutor:
             raise _unavailable("no report of the kill")
         return report
 
-    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[CommandId]:
+    async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         """See `Executor.tidy`."""
         answer = await self._ask_for_each(project, "tidy", commands)
-        return [CommandId(name) for name in answer.split()[1:]]
+        return [AttemptId(name) for name in answer.split()[1:]]
 
     async def remove(self, project: ProjectId, commands: Sequence[CommandId]) -> None:
         """See `Executor.remove`."""
@@ -151,7 +151,8 @@ class ScriptExecutor:
         self, project: ProjectId, verb: str, commands: Sequence[CommandId]
     ) -> str:
         """Run a verb that reads names of folders, up to an empty line."""
-        names = "".join(f"{command}\n" for command in commands) + "\n"
+        folders = [attempt for command in commands for attempt in attempt_ids(command)]
+        names = "".join(f"{folder}\n" for folder in folders) + "\n"
         place = self._place(project)
         return await self._ask(
             project, verb, place.commands, stdin=names.encode(), within_s=_BATCH_S

@@ -21,7 +21,9 @@ from rdev.domain.execution import (
 
 _MAX_HEADER_BYTES: Final = 64
 _MAX_STATUS_BYTES: Final = 8192
-_HEADER: Final = re.compile(rb"(?P<kind>[hkosel])(?: (?P<first>[a-z_]+|\d+)(?: (?P<second>\d+))?)?")
+_HEADER: Final = re.compile(
+    rb"(?P<kind>[hkosel])(?: (?P<first>[a-z_]+|\d+)(?: (?P<second>\d+|unfinished))?)?"
+)
 
 
 class ProtocolError(Exception):
@@ -92,8 +94,8 @@ class FrameDecoder:
                 return Hello()
             case b"k", None, None:
                 return Alive()
-            case b"l", reason, None if reason:
-                return Lost(reason=_reason(reason))
+            case b"l", reason, (None | b"unfinished") as mark if reason:
+                return Lost(reason=_reason(reason), unfinished=mark is not None)
             case b"s", length, None if length:
                 self._status_bytes = _number(length, _MAX_STATUS_BYTES)
                 return None

@@ -91,6 +91,6 @@ def _quote(what: str, text: str) -> bytes:
     return b"'" + raw.replace(b"'", b"'\\''") + b"'"
 
 
-def folder(commands_dir: str, command: str) -> str:
-    """A command's folder."""
-    return f"{commands_dir.rstrip('/')}/{command}"
+def folder(commands_dir: str, attempt: str) -> str:
+    """An attempt's folder."""
+    return f"{commands_dir.rstrip('/')}/{attempt}"

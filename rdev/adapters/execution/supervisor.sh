@@ -1,7 +1,8 @@
 # The supervisor: what stays with a command in its project when rdev is gone. POSIX sh (dash,
 # busybox, bash); one text with start.sh before and attach.sh behind it.
 #
-# A command's folder ($D, the working directory of all of this) holds
+# The folder of a command's attempt ($D, the working directory of all of this; its name is the
+# command's id, from the second attempt on with a dot and the number behind it) holds
 #   spec.*   this text with the command's secrets, gone before the command runs
 #   stdin.*  the command's standard input, open and gone before the command runs
 #   pid.*    who is about to start: pid, start time (command), pid, start time (supervisor), instance
@@ -14,6 +15,7 @@
 #   status   the outcome, by rename
 #   bell     one byte more for each event that is not output
 #   wake.*   the FIFO of an attach
+#   made     the instance in which the folder was made, where that may be another than the attempt's
 #
 # Redirections that may fail stand on `printf`, never on `:`: a failed one on a special builtin
 # ends the shell.
@@ -224,10 +226,10 @@ prune() {
 # descend from any of them. The supervisor's own helpers are those of the supervisor's session.
 # A pid that was taken by another process says nothing: its session and children are others'.
 scan() {
-  FOUND=" " MEMBERS= TABLE= GROUP=$C ADOPTER=none
+  FOUND=" " MEMBERS= TABLE= GROUP=$C ADOPTER=none MARKER=${D##*/}
   ! proc_read "$C" || [ "$P_START" = "$C_START" ] || GROUP=none
   ! alive "$S" "$S_START" || ADOPTER=$S
-  for FILE in $(grep -l -F "RDEV_COMMAND_ID=${D##*/}" /proc/[0-9]*/environ 2>/dev/null); do
+  for FILE in $(grep -l -F "RDEV_COMMAND_ID=${MARKER%%.*}" /proc/[0-9]*/environ 2>/dev/null); do
     FILE=${FILE#/proc/}
     FOUND="$FOUND${FILE%/environ} "
   done

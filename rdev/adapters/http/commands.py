@@ -178,6 +178,7 @@ def _shown(command: Command) -> dict[str, object]:
         "exit_code": command.exit_code,
         "signal": command.signal,
         "reason": command.reason,
+        "may_still_run": command.may_still_run,
         "created_at": command.created_at,
         "started_at": command.started_at,
         "finished_at": command.finished_at,

@@ -15,20 +15,23 @@ _SHOWN = frozenset({EventName.OUTPUT, EventName.GAP})
 async def output_bytes(
     commands: Commands, command: Command, source: Source, *, tail_bytes: int | None
 ) -> AsyncGenerator[bytes, None]:
-    """The exact bytes of one stream as far as it is stored now, or its last `tail_bytes`."""
+    """The exact bytes that the present attempt wrote to one stream, as far as they are stored now,
+    or the last `tail_bytes` of them."""
     if tail_bytes is not None:
         yield await _tail(commands, command, source, tail_bytes=tail_bytes)
         return
-    after = 0
+    after = command.attempt_seq
     while chunks := await commands.read_log(command.id, after=after):
         after = chunks[-1].last_seq
-        yield b"".join(_raw(chunk) for chunk in chunks if chunk.source is source)
+        # Another attempt may have begun since; what it writes is not this one's.
+        own = [chunk for chunk in chunks if chunk.first_seq <= command.last_seq]
+        yield b"".join(_raw(chunk) for chunk in own if chunk.source is source)
         if after >= command.last_seq:
             return
 
 
 async def output_lines(commands: Commands, command: Command) -> AsyncGenerator[bytes, None]:
-    """The output events and gaps of both streams, one JSON object a line."""
+    """The output events and gaps of both streams, of all attempts, one JSON object a line."""
     after = 0
     while chunks := await commands.read_log(command.id, after=after):
         after = chunks[-1].last_seq

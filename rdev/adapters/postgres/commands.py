@@ -117,10 +117,10 @@ with ended as (
     set status = 'cancelled', reason = 'cancelled', finished_at = now(), spec = null,
         last_seq = last_seq + 2, cancel_requested_at = now()
     where id = %(id)s and status = 'queued'
-    returning day, id, last_seq
+    returning day, id, last_seq, attempt
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
-    select day, id, last_seq - 1, last_seq, 0, 0, %(payload)s from ended
+    select day, id, last_seq - 1, last_seq, 0, 0, of_attempt(%(payload)b, attempt) from ended
 )
 select id from ended
 """
@@ -128,8 +128,18 @@ select id from ended
 _REQUEST_CANCEL = """
 update commands
 set cancel_requested_at = coalesce(cancel_requested_at, now())
-where id = %s and status = 'running'
+where id = %(id)s and status = 'running'
+returning id
 """
+
+# For the attempt 0; the statement says which it is.
+_CANCELLED_EVENTS = final_lines(
+    Outcome(status=Status.CANCELLED, reason="cancelled"),
+    attempt=0,
+    truncated=False,
+    stdout_bytes=0,
+    stderr_bytes=0,
+)
 
 # The stored form of a priority.
 LEVEL_PRIORITY = {priority.level: priority for priority in Priority}
@@ -199,18 +209,17 @@ class PostgresCommands:
         return row["queue_position"] or None if row is not None else None
 
     async def request_cancel(self, command: CommandId) -> CancelResult | None:
-        """See `CommandStore.request_cancel`."""
-        outcome = Outcome(status=Status.CANCELLED, reason="cancelled")
-        payload = final_lines(outcome, attempt=0, truncated=False, stdout_bytes=0, stderr_bytes=0)
-        ended = await self._one(_CANCEL, {"id": command_uuid(command), "payload": payload})
-        if ended is None:
-            with translate_errors():
-                async with self._pool.connection() as connection:
-                    await connection.execute(_REQUEST_CANCEL, (command_uuid(command),))
-        found = await self.get(command)
-        if found is None:
-            return None
-        return CancelResult(command=found, ended_now=ended is not None)
+        """See `CommandStore.request_cancel`. Between the two statements a running command may be
+        queued again: then it is asked again, as often as that may happen."""
+        values = {"id": command_uuid(command), "payload": _CANCELLED_EVENTS}
+        while True:
+            ended = await self._one(_CANCEL, values) is not None
+            asked = not ended and await self._one(_REQUEST_CANCEL, values) is not None
+            found = await self.get(command)
+            if found is None:
+                return None
+            if ended or asked or found.status.is_terminal:
+                return CancelResult(command=found, ended_now=ended)
 
     async def _one(self, statement: str, parameters: Parameters) -> DictRow | None:
         with translate_errors():
@@ -277,4 +286,5 @@ def to_command(row: DictRow) -> Command:
         usage=row["usage"],
         kill=None if row["kill"] is None else msgspec.convert(row["kill"], KillReport),
         last_seq=row["last_seq"],
+        attempt_seq=row["attempt_seq"],
     )

@@ -1,8 +1,9 @@
 """Lanes in PostgreSQL: which command is next, and claiming it.
 
-The statements are functions of `sql/0002_lanes.sql`, because each of their steps needs a snapshot
-of its own: what is read under a lane's lock must be newer than the lock. Their cost does not depend
-on how much is queued or blocked: `lanes_due` gives the lanes, `commands_queued` the head of each.
+The statements are functions of `sql/0002_lanes.sql` (`claim_commands` of `sql/0004_retry.sql`),
+because each of their steps needs a snapshot of its own: what is read under a lane's lock must be
+newer than the lock. Their cost does not depend on how much is queued or blocked: `lanes_due` gives
+the lanes, `commands_queued` the head of each.
 """
 
 from collections.abc import Collection
@@ -72,7 +73,7 @@ class PostgresLanes:
             "lease_s": self._lease_s,
             "age_step_s": AGE_STEP_S,
             "limit": limit,
-            "running_event": status_line(Status.RUNNING, attempt=1),
+            "running_event": status_line(Status.RUNNING, attempt=0),
             "expired_events": _EXPIRED_EVENTS,
         }
         with translate_errors():

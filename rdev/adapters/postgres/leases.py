@@ -6,7 +6,7 @@ from psycopg.rows import DictRow, dict_row
 
 from rdev.adapters.postgres.commands import decode_spec
 from rdev.adapters.postgres.pool import Pool, translate_errors
-from rdev.domain.commands import Claimed, Kind, Lease
+from rdev.domain.commands import Claimed, Kind, Lease, Retry
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import ProjectId, command_id, command_uuid
 from rdev.ports.commands import Beat
@@ -26,7 +26,7 @@ set lease_id = nextval('lease_ids'),
     holder = %(holder)s
 from expired
 where c.id = expired.id
-returning c.*
+returning c.*, extract(epoch from clock_timestamp() - c.started_at)::float8 as running_s
 """
 
 # Waits for rows that an append holds (milliseconds); id order, so two statements cannot deadlock.
@@ -150,11 +150,14 @@ def to_claimed(row: DictRow, *, take_over: bool) -> Claimed:
         project=ProjectId(row["project"]),
         kind=Kind(row["kind"]),
         spec=decode_spec(row["spec"]),
+        retry=Retry(row["retry"]),
         attempt=row["attempt"],
+        running_s=row["running_s"] if take_over else 0.0,
         take_over=take_over,
         instance=row["instance"],
         offsets=Offsets(stdout=row["out_offset"], stderr=row["err_offset"]),
         last_seq=row["last_seq"],
+        attempt_seq=row["attempt_seq"],
         dropped_bytes=row["dropped_bytes"],
         queue_wait_ms=int((row["started_at"] - row["created_at"]).total_seconds() * 1000),
         cancel_requested=row["cancel_requested_at"] is not None,

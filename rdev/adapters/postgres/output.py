@@ -42,6 +42,7 @@ with input as (
     select c.id
     from commands c join input i using (id)
     where c.lease_id = i.lease_id and c.status || '' = 'running'
+      and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
     order by c.id
     for update of c skip locked
 ), moved as (
@@ -50,8 +51,11 @@ with input as (
         out_offset = i.end_out,
         err_offset = i.end_err,
         status = coalesce(i.status, c.status),
-        finished_at = case when i.status is null then null else clock_timestamp() end,
-        spec = case when i.status is null then c.spec end,
+        finished_at = case when i.status <> 'queued' then clock_timestamp() end,
+        spec = case when coalesce(i.status, 'queued') = 'queued' then c.spec end,
+        attempt_seq = case when i.status = 'queued' then c.last_seq + i.events
+                           else c.attempt_seq end,
+        dropped_bytes = case when i.status = 'queued' then 0 else c.dropped_bytes end,
         exit_code = i.exit_code,
         signal = i.signal,
         reason = i.reason,
@@ -65,6 +69,7 @@ with input as (
       and c.lease_id = i.lease_id and c.status || '' = 'running'
       and c.out_offset = i.start_out and c.err_offset = i.start_err
       and c.last_seq = i.start_seq
+      and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
     returning c.day, c.id, i.start_seq as base
 ), stored as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
@@ -81,7 +86,8 @@ select id from moved
 
 # Why rows did not come back: read after the statement, outside of it.
 _LOOK_AGAIN = """
-select id, lease_id, status, out_offset, err_offset, last_seq
+select id, lease_id, status, out_offset, err_offset, last_seq,
+       cancel_requested_at is not null as cancel_requested
 from commands
 where id = any(%s)
 """
@@ -124,6 +130,7 @@ from (
         from output
         where day = (select day from commands where id = %(id)s)
           and command_id = %(id)s and source = %(source)s
+          and first_seq > (select attempt_seq from commands where id = %(id)s)
         order by first_seq desc
         limit %(tail_bytes)s::bigint + 1
     ) o
@@ -139,7 +146,7 @@ where day = (select day from commands where id = %(id)s) and command_id = %(id)s
 """
 
 _TRIM_FENCE = """
-select day from commands
+select day, attempt_seq from commands
 where id = %s and lease_id = %s and status = 'running'
 for update
 """
@@ -154,6 +161,7 @@ with placed as materialized (
            sum(raw_bytes) over () - sum(raw_bytes) over (order by first_seq) as behind
     from output
     where day = %(day)s and command_id = %(id)s and source = %(source)s
+      and first_seq > %(attempt_seq)s
 ), middle as materialized (
     select min(first_seq) as first, max(first_seq) as last
     from placed
@@ -228,7 +236,11 @@ class PostgresOutput:
                 if fence is None:
                     return 0
                 key = {"day": fence[0], "id": command, "source": source}
-                bounds = {"head_bytes": head_bytes, "tail_bytes": tail_bytes}
+                bounds = {
+                    "attempt_seq": fence[1],
+                    "head_bytes": head_bytes,
+                    "tail_bytes": tail_bytes,
+                }
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(_TRIM_DELETE, key | bounds)
                 gone = sorted(await cursor.fetchall(), key=lambda row: row["first_seq"])
@@ -283,8 +295,8 @@ def _result(
     append: Append, moved: Set[CommandId], again: Mapping[CommandId, DictRow]
 ) -> AppendResult:
     """1. It moved the row. 2. The lease is another's. 3. The log stands at its end: it was applied
-    before, and its reply was lost. 4. The log still stands at its start: the row was locked. 5.
-    Else the command went on without it."""
+    before, and its reply was lost. 4. The log still stands at its start: it is not queued again
+    because of a cancel, or the row was locked. 5. Else the command went on without it."""
     command = append.lease.command
     if command in moved:
         return _applied(append)
@@ -293,11 +305,13 @@ def _result(
         return AppendResult(command=command, state=AppendState.STALE)
     stands_at = Offsets(stdout=row["out_offset"], stderr=row["err_offset"])
     end_seq = append.start_seq + sum(chunk.events for chunk in append.chunks)
-    if (stands_at, row["last_seq"]) == (append.end, end_seq):
+    if (stands_at, row["last_seq"]) == (append.leaves_at, end_seq):
         return _applied(append)
     running = row["status"] == Status.RUNNING
     if running and (stands_at, row["last_seq"]) == (append.start, append.start_seq):
-        return AppendResult(command=command, state=AppendState.LOCKED)
+        refused = append.queues_again and row["cancel_requested"]
+        state = AppendState.REFUSED if refused else AppendState.LOCKED
+        return AppendResult(command=command, state=state)
     return AppendResult(command=command, state=AppendState.STALE)
 
 
@@ -348,8 +362,8 @@ def _append_row(append: Append) -> dict[str, object]:
         "start_out": append.start.stdout,
         "start_err": append.start.stderr,
         "start_seq": append.start_seq,
-        "end_out": append.end.stdout,
-        "end_err": append.end.stderr,
+        "end_out": append.leaves_at.stdout,
+        "end_err": append.leaves_at.stderr,
         "events": sum(chunk.events for chunk in append.chunks),
         "status": outcome.status if outcome else None,
         "exit_code": outcome.exit_code if outcome else None,

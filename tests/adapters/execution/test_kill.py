@@ -12,7 +12,7 @@ from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Lost, LostReason, Offsets, Why
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, attempt_id
 from tests.adapters.execution.observing import (
     NOWHERE,
     PROJECT,
@@ -95,22 +95,32 @@ async def test_without_a_subreaper_only_a_daemon_with_a_clean_environment_escape
         await _kill_with_escaper(executor, projects, ESCAPERS[how])
 
 
-async def _kill_with_escaper(executor: LocalExecutor, projects: Path, escaper: str) -> None:
-    command, instance = new_command(), await executor.instance(PROJECT)
+async def test_a_kill_of_a_later_attempt_knows_its_marker(projects: Path, tmp_path: Path) -> None:
+    """The marker is the command's; the folder has the attempt's name."""
+    with shell_path("busybox", tmp_path) as path:
+        executor = local(projects, path)
+        await executor.prepare(PROJECT)
+        await _kill_with_escaper(executor, projects, ESCAPERS["daemon"], number=2)
+
+
+async def _kill_with_escaper(
+    executor: LocalExecutor, projects: Path, escaper: str, *, number: int = 1
+) -> None:
+    attempt, instance = attempt_id(new_command(), number), await executor.instance(PROJECT)
 
     def sleepers() -> int:
         return sum("sleep 1000" in line for line in processes_in(projects).values())
 
     async with executor.attach(
         PROJECT,
-        command,
+        attempt,
         spec=sh(f"{escaper}\necho ready; exec sleep 1000"),
         instance=instance,
         offsets=Offsets(),
     ) as attachment:
         await read_until(attachment, b"ready\n")
         await until(lambda: sleepers() >= 2, "the escaper runs")
-        report = await executor.kill(PROJECT, command, grace_s=3)
+        report = await executor.kill(PROJECT, attempt, grace_s=3)
         rest = await read_to_end(attachment, Offsets(stdout=6))
     assert report.confirmed
     assert rest.exit.why is Why.CANCELLED
