@@ -242,6 +242,15 @@ def test_whatever_was_committed_was_announced(
     trio.run(check, clock=MockClock(autojump_threshold=0))
 
 
+async def test_the_project_of_a_command_is_told_and_remembered(office: Office) -> None:
+    command = (await office.submit()).command.id
+    assert await office.commands.project_of(command) == PROJECT
+    office.server.state.unavailable = True
+    assert await office.commands.project_of(command) == PROJECT
+    office.server.state.unavailable = False
+    assert await office.commands.project_of(CommandId("cmd_" + "f" * 32)) is None
+
+
 # Projects
 
 
