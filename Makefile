@@ -17,10 +17,10 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-faults coverage bench lock hooks docs-states clean
+.PHONY: help setup demo serve check test test-faults test-simulation coverage bench lock hooks docs-states clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
 
 setup: $(STAMP) ## make the virtual environment with its rdev, once
 
@@ -46,6 +46,9 @@ test: setup ## all tests but the minutes-long suites
 
 test-faults: setup ## crashes, cuts and kills at the worst moment
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one
+	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
 
 coverage: setup ## tests with branch coverage and a floor for each room
 	$(BIN)/coverage erase

@@ -19,6 +19,7 @@ import trio
 
 from bench.harness import Context, Figure, Measurement, Scenario, percentile, ratios
 from bench.peers.databases import Databases, open_databases
+from bench.peers.databases import cpu_s as database_cpu_s
 from bench.peers.installed import Peer, PeerError, install
 from bench.peers.load import BUSY, Work, fill, make_projects, project, takes_s
 from bench.peers.rig import RUNNING_MAX, NoopExecutor, Rig, open_rig
@@ -47,8 +48,13 @@ HELD_LONG_S = 60.0
 # What is judged is the end of the time, when most has piled up.
 HELD_JUDGED_S = 5.0
 
-# Peers get what rdev has by default: connections, and commands at once. graphile-worker's local
-# queue stays off: with it two commands of a project ran at once (4,080 times in one window).
+# Peers get what rdev has by default: connections, and commands at once. Each runs one command of a
+# project at a time, in the order of acceptance (what ran beside another is counted, `overlaps`):
+# procrastinate by its `lock`, graphile-worker by its `queue_name`, pgqueuer by an entrypoint for
+# each project with `concurrency_limit=1`, which its database enforces for all workers (a unique
+# index over its slots). Each batches as it does by default; all their tables are durable.
+# graphile-worker's local queue stays off: with it two commands of a project ran at once (4,080
+# times in one window).
 PEER_SETTINGS = {
     "warm_s": WARM_S,
     "window_s": WINDOW_S,
@@ -117,19 +123,22 @@ async def _rig_on(
 
 async def _drain(databases: Databases, work: Work) -> dict[str, float]:
     """Commands per second in the window, and how they came in batches."""
-    async with _rig_on(databases, work, NoopExecutor(takes_s=takes_s)) as (_, rig):
+    async with _rig_on(databases, work, NoopExecutor(takes_s=takes_s)) as (dsn, rig):
         await rig.until_finished(1)
         await trio.sleep(WARM_S)
         rig.lanes.forget()
+        theirs_s = await trio.to_thread.run_sync(database_cpu_s, dsn)
         before, batches = rig.queue.statistics().finished, rig.appender.statistics().batches
         began_s, cpu_s = time.perf_counter(), time.process_time()
         await trio.sleep(WINDOW_S)
         took_s, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
         done = rig.queue.statistics().finished - before
+        theirs_s = await trio.to_thread.run_sync(database_cpu_s, dsn) - theirs_s
         batches = rig.appender.statistics().batches - batches
         return {
             f"{work.name}_rdev": done / took_s,
             f"{work.name}_cpu": cpu_s / done * 1e6,
+            f"{work.name}_database_cpu": theirs_s / done * 1e6,
             f"{work.name}_per_claim": sum(rig.lanes.claims_found) / len(rig.lanes.claims_found),
             f"{work.name}_per_append": done / batches,
         }
@@ -296,6 +305,7 @@ SCENARIO = Scenario(
         Figure(name="serial_per_claim", unit="commands"),
         Figure(name="serial_per_append", unit="commands"),
         Figure(name="serial_cpu", unit="µs each"),
+        Figure(name="serial_database_cpu", unit="µs each"),
         _rate("behind_rdev", at_least=2_000),
         *(_rate(f"behind_{peer}") for peer in _PEERS),
         *(Figure(name=f"behind_to_{peer}", unit="×", at_least=1) for peer in _PEERS),

@@ -18,6 +18,7 @@ from pathlib import Path
 import trio
 import uuid_utils.compat
 
+from rdev import collector
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
@@ -65,6 +66,7 @@ from rdev.services.keys import Keys
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
+from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem, run_subsystems
 
 # Signals closer together than this are one.
@@ -135,8 +137,12 @@ async def _serve_until_stopped(
             requests=await stack.enter_async_context(
                 open_pool(connection, max_size=settings.database_pool_max)
             ),
-            heartbeats=await stack.enter_async_context(open_dedicated(connection, "heartbeat")),
-            appends=await stack.enter_async_context(open_dedicated(connection, "append")),
+            heartbeats=await stack.enter_async_context(
+                open_dedicated(connection, "heartbeat", by_key=True)
+            ),
+            appends=await stack.enter_async_context(
+                open_dedicated(connection, "append", by_key=True)
+            ),
             claims=await stack.enter_async_context(open_dedicated(connection, "claim")),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(connection, "housekeeping")
@@ -162,6 +168,7 @@ async def _serve_until_stopped(
             control.server = server
             url = server.http.bound[0]
             _write_address(settings.state_dir, url)
+            collector.calm()
             _log.info("serving", extra={"url": url})
             on_serving(url)
 
@@ -276,8 +283,15 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         "projects": projects.statistics,
     }.items():
         telemetry.watch(part, statistics)
-    subsystems = (notifier, listener, key_watch, housekeeper, fanout, queue, http)
-    return Server(subsystems=subsystems, readiness=readiness, queue=queue, http=http)
+    poll = StreamPoll(
+        log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
+    )
+    return Server(
+        subsystems=(notifier, listener, key_watch, housekeeper, fanout, poll, queue, http),
+        readiness=readiness,
+        queue=queue,
+        http=http,
+    )
 
 
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:

@@ -4,6 +4,7 @@ A database is filled once and copied for each repetition, so that all repetition
 """
 
 import itertools
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -63,6 +64,24 @@ class Databases:
 def _execute(dsn: str, query: sql.Composed) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute(query)
+
+
+def cpu_s(dsn: str) -> float:
+    """What the processes that serve this database have used, in seconds of CPU: those of its
+    present connections, without the one that asks. 0 where there is no /proc."""
+    query = "select pid from pg_stat_activity where datname = current_database()"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        found = connection.execute(f"{query} and pid <> pg_backend_pid()").fetchall()
+    return sum(_process_cpu_s(pid) for (pid,) in found)
+
+
+def _process_cpu_s(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0.0
+    fields = text.rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @asynccontextmanager

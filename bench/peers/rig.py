@@ -7,13 +7,14 @@ HTTP and processes. What is measured on the way is the time of each claim statem
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 import uuid_utils.compat
 
+from rdev import collector
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
@@ -29,6 +30,7 @@ from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.depths import DepthLimits
 from rdev.domain.execution import Exit, KillReport, Lost, Offsets, Piece, Spec
 from rdev.domain.ids import AttemptId, CommandId, ProjectId, command_of
+from rdev.domain.lanes import Lane
 from rdev.domain.requests import Common
 from rdev.ports.commands import Claims
 from rdev.services.appender import Appender
@@ -119,10 +121,20 @@ class TimedLanes(PostgresLanes):
         self.claims_ms: list[float] = []
         self.claims_found: list[int] = []
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         """See `Lanes.claim`."""
         began = time.perf_counter()
-        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+        found = await super().claim(
+            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+        )
         self.claims_ms.append((time.perf_counter() - began) * 1e3)
         self.claims_found.append(len(found.claimed))
         return found
@@ -165,8 +177,10 @@ async def open_rig(
     settings = ConnectionSettings(dsn=dsn)
     async with AsyncExitStack() as stack:
         requests = await stack.enter_async_context(open_pool(settings, max_size=POOL_MAX))
-        heartbeats = await stack.enter_async_context(open_dedicated(settings, "heartbeat"))
-        appends = await stack.enter_async_context(open_dedicated(settings, "append"))
+        heartbeats = await stack.enter_async_context(
+            open_dedicated(settings, "heartbeat", by_key=True)
+        )
+        appends = await stack.enter_async_context(open_dedicated(settings, "append", by_key=True))
         claims = await stack.enter_async_context(open_dedicated(settings, "claim"))
         notifier = Notifier(pool=requests, server="bench")
         log = PostgresOutput(pool=requests, appends=appends)
@@ -210,6 +224,7 @@ async def open_rig(
         async with trio.open_nursery() as nursery:
             for subsystem in (notifier, listener, queue):
                 await nursery.start(subsystem.run)
+            collector.calm()
             yield Rig(
                 queue=queue, appender=appender, lanes=lanes, commands=commands, nursery=nursery
             )

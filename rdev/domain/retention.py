@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import AttemptId, CommandId, ProjectId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +31,13 @@ class Retention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """A command that has ended, as the housekeeper needs to know it."""
+    """A command that has ended, as the housekeeper needs to know it.
+
+    `attempt` is its last one; the first, where none began.
+    """
 
     command: CommandId
+    attempt: AttemptId
     project: ProjectId
     ended_at: datetime
 

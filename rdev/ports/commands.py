@@ -117,9 +117,17 @@ class Lanes(Protocol):
         """
         ...
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
-        """Take up to `limit` (≥ 1) commands: heads of lanes of this reach, in the order of `due`; a
-        lane that gave one stands behind those that wait.
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
+        """Touch these lanes, then take up to `limit` (≥ 1) commands: heads of lanes of this reach,
+        in the order of `due`; a lane that gave one stands behind those that wait.
 
         Never more commands of a lane run than its cap, whoever claims at the same time; within a
         lane they are taken in order of rank. What has expired is ended on the way. A claim stores

@@ -17,7 +17,7 @@ class Attachment(Protocol):
         Pieces of each stream continue at the offset asked for, without hole or overlap, ≤ 1 MiB
         each. `Exit` comes only when both offsets equal the sizes in the status; after `Exit` or
         `Lost` nothing more may be asked.
-        Cancellation: nothing is lost; attach again at the offset after the last piece.
+        Cancellation: nothing is lost; ask again, or attach again behind the last piece.
         Blocks: until there is output or an end, however long that takes. Not asking is the
         back-pressure: the journal in the project is the buffer.
         """

@@ -114,6 +114,13 @@ class OutputLog(Protocol):
         """
         ...
 
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        """The last event's number of each of these commands that this holder does not hold;
+        unknown ones are left out. Errors: SERVICE_UNAVAILABLE."""
+        ...
+
     async def oldest_seq(self, command: CommandId) -> int | None:
         """The first number still stored; None when the command has no events any more."""
         ...

@@ -43,15 +43,24 @@ class PlaceDuties(Protocol):
 
     async def untidied(self, *, older_s: float, limit: int) -> list[Ended]:
         """Commands that were started, ended so long ago, and come after the last that was tidied;
-        in the order in which they ended."""
+        in the order in which they ended. Not those of `unkilled`, whose folders are needed."""
         ...
 
     async def mark_tidied(self, last: Ended) -> None:
         """Everything up to this one is tidied."""
         ...
 
+    async def unkilled(self, *, limit: int) -> list[Ended]:
+        """Commands that ended with a kill that left processes; their projects are `failed`."""
+        ...
+
+    async def confirm_kill(self, command: CommandId) -> None:
+        """Nothing is left of this one. With its last one a project is `ready` again."""
+        ...
+
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
-        """Commands that ended so long ago, in the order in which they ended."""
+        """Commands that ended so long ago, in the order in which they ended; not those of
+        `unkilled`."""
         ...
 
     async def forget(self, commands: Sequence[CommandId]) -> None:

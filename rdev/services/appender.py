@@ -101,12 +101,15 @@ class Writer:
         self._pending_bytes += len(chunk.payload)
         self._wake(self)
 
-    async def finish(self, outcome: Outcome, last: NewChunk) -> None:
-        """End the command with its last events; returns when that is committed and published.
+    def finish(self, outcome: Outcome, last: NewChunk) -> None:
+        """Hand over the end of the command, with its last events. Errors: LeaseLostError."""
+        self._end(outcome, last)
 
-        Errors: LeaseLostError.
-        """
-        await self._end(outcome, last)
+    async def finished(self) -> None:
+        """Wait until what was handed over is committed and published. Errors: LeaseLostError."""
+        while self._pending_bytes and self._failure is None and not self._refused:
+            await self._moved.park()
+        self._raise_failure()
 
     async def queue_again(self, last: NewChunk) -> bool:
         """End the attempt with its last event, and let the command wait for another one; returns
@@ -115,19 +118,17 @@ class Writer:
 
         Errors: LeaseLostError.
         """
-        await self._end(Outcome(status=Status.QUEUED), last)
+        self._end(Outcome(status=Status.QUEUED), last)
+        await self.finished()
         return not self._refused
 
-    async def _end(self, outcome: Outcome, last: NewChunk) -> None:
+    def _end(self, outcome: Outcome, last: NewChunk) -> None:
         self._raise_failure()
         self._refused = False
         self._chunks.append(last)
         self._pending_bytes += len(last.payload)
         self._outcome = outcome
         self._wake(self)
-        while self._pending_bytes and self._failure is None and not self._refused:
-            await self._moved.park()
-        self._raise_failure()
 
     def take(self) -> Append:
         """The pending output as one append; the same one again until it is settled."""

@@ -30,7 +30,7 @@ from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
 from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines, status_line
 from rdev.ports.commands import Leases
-from rdev.ports.execution import Executor
+from rdev.ports.execution import Attachment, Executor
 from rdev.ports.output import NewChunk, OutputLog
 from rdev.services.appender import SOURCE, LeaseLostError, Writer
 
@@ -93,17 +93,17 @@ class Attempt:
         self._show_at: dict[Stream, float] = {}
         self._hangs_at = float("inf")
         self._hung = False
-        self._cancel = trio.Event()
+        self._cancel_asked = claimed.cancel_requested
+        self._is_killing = False
         self._kill: KillReport | None = None
         self._killed = trio.Event()
-        self._cancel_asked = claimed.cancel_requested
-        if claimed.cancel_requested:
-            self._cancel.set()
+        # While `run` observes.
+        self._nursery: trio.Nursery | None = None
 
     def cancel(self) -> None:
         """End the command: TERM, grace, KILL. The attempt goes on until the end is read."""
         self._cancel_asked = True
-        self._cancel.set()
+        self._end_command()
 
     async def run(self) -> Finished:
         """Observe the command to its end and store the outcome.
@@ -115,11 +115,12 @@ class Attempt:
         """
         instance = await self._instance()
         await self._replay()
-        send, receive = trio.open_memory_channel[Piece | Exit | Lost](0)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._observe, instance, send)
-            nursery.start_soon(self._obey_cancel)
-            outcome = await self._store(receive)
+            self._nursery = nursery
+            if self._cancel_asked:
+                self._end_command()
+            outcome = await self._observe(instance)
+            self._nursery = None
             nursery.cancel_scope.cancel()
         return Finished(claimed=self.claimed, outcome=outcome)
 
@@ -147,10 +148,8 @@ class Attempt:
                     self._agent.replay(chunk.payload)
         self._watch_agent()
 
-    async def _observe(
-        self, instance: str, send: trio.MemorySendChannel[Piece | Exit | Lost]
-    ) -> None:
-        """Hand on what the attachment gives; a full channel is the back-pressure."""
+    async def _observe(self, instance: str) -> Outcome:
+        """Store what the attachment gives, to its end. Not asking it is the back-pressure."""
         attachment = self._executor.attach(
             self.claimed.project,
             self._id,
@@ -159,15 +158,32 @@ class Attempt:
             offsets=self.claimed.offsets,
         )
         async with attachment as attached:
-            while True:
-                item = await attached.receive()
-                await send.send(item)
-                if not isinstance(item, Piece):
-                    return
+            outcome = await self._hand_over(attached)
+        # Committed while the attachment was being closed.
+        await self._writer.finished()
+        return outcome
 
-    async def _obey_cancel(self) -> None:
+    async def _hand_over(self, attached: Attachment) -> Outcome:
+        """Everything that comes, and the outcome."""
+        while True:
+            item = await self._next(attached)
+            match item:
+                case Piece():
+                    await self._take(item)
+                case Exit() | Lost():
+                    return await self._finish(item)
+                case None:
+                    pass
+            await self._heed_clock()
+
+    def _end_command(self) -> None:
+        """Kill it beside the observation; once."""
+        if self._nursery is not None and not self._is_killing:
+            self._is_killing = True
+            self._nursery.start_soon(self._kill_it)
+
+    async def _kill_it(self) -> None:
         """A place that cannot be reached is asked again until the attempt ends."""
-        await self._cancel.wait()
         backoff = self._backoff()
         while True:
             try:
@@ -181,24 +197,13 @@ class Attempt:
                     raise
             await trio.sleep(backoff.next_s())
 
-    async def _store(self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]) -> Outcome:
-        while True:
-            item = await self._next(receive)
-            match item:
-                case Piece():
-                    await self._take(item)
-                case Exit() | Lost():
-                    return await self._finish(item)
-                case None:
-                    pass
-            await self._heed_clock()
-
-    async def _next(
-        self, receive: trio.MemoryReceiveChannel[Piece | Exit | Lost]
-    ) -> Piece | Exit | Lost | None:
+    async def _next(self, attached: Attachment) -> Piece | Exit | Lost | None:
         """The next item; None when something else is due before it."""
-        with trio.move_on_at(min([self._hangs_at, *self._show_at.values()])):
-            return await receive.receive()
+        due_at = min([self._hangs_at, *self._show_at.values()])
+        if due_at == float("inf"):
+            return await attached.receive()
+        with trio.move_on_at(due_at):
+            return await attached.receive()
         return None
 
     async def _heed_clock(self) -> None:
@@ -210,7 +215,7 @@ class Attempt:
         if self._hangs_at <= now:
             self._hangs_at = float("inf")
             self._hung = True
-            self._cancel.set()
+            self._end_command()
 
     def _watch_agent(self) -> None:
         """From its result on a CLI has half a minute to exit."""
@@ -244,8 +249,8 @@ class Attempt:
         for stream, splitter in self._splitters.items():
             await self._write(stream, splitter.flush())
         if _is_out_of_sight(end):
-            self._cancel.set()
-        if self._cancel.is_set():
+            self._end_command()
+        if self._is_killing:
             with trio.move_on_after(KILL_REPORT_S):
                 await self._killed.wait()
         elif isinstance(end, Lost) and self._may_run_again(end):
@@ -272,7 +277,7 @@ class Attempt:
             stderr_bytes=self._writer.end.stderr,
         )
         last = NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
-        await self._writer.finish(outcome, last)
+        self._writer.finish(outcome, last)
         return outcome
 
     def _may_run_again(self, end: Lost) -> bool:

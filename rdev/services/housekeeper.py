@@ -16,10 +16,13 @@ and of the places of this server's reach:
 |---|---|---|---|
 | folders of ended commands, all but `go/` | `TIDY_AGE_S` | 200, one exec a project | folders |
 | processes of ended commands: killed | with their folder | one by one | orphans |
+| processes that a kill left: killed again (2) | none | 200 | survivors |
 | ended commands, their folders | `retention.days` + 1 days | 200, one exec a project | commands |
 
 (1) And younger days, oldest first, while all output is over `retention.log_max_bytes`. Never
 today's, and none in which a command waits or runs.
+
+(2) Their project is `failed` and starts nothing until nothing is left of them.
 
 A command outlives its output by a day: until then its stream answers 410, after that 404. A place
 that cannot be reached is passed by; its rows go a day later than others. Rows go in batches that
@@ -101,6 +104,7 @@ class Housekeeper:
                 await self._keep_store(store)
         async with self._upkeep.place_turn(self._executor.reach) as places:
             if places is not None:
+                await self._kill_again(places)
                 await self._tidy(places)
                 await self._prune(places)
 
@@ -140,6 +144,22 @@ class Housekeeper:
                 return
             size.took(took_s)
             await trio.sleep(took_s)
+
+    async def _kill_again(self, places: PlaceDuties) -> None:
+        """End what kills have left; a project of which nothing is left serves again."""
+        for one in await places.unkilled(limit=FOLDERS_MAX):
+            try:
+                report = await self._executor.kill(one.project, one.attempt, grace_s=ORPHAN_GRACE_S)
+            except RdevError as error:
+                _passed_by(one.project, error)
+                continue
+            facts = {"command_id": one.command, "project": one.project}
+            if report.confirmed:
+                await places.confirm_kill(one.command)
+                self._telemetry.kept_house("survivors", 1)
+                _log.warning("survivors killed", extra=facts)
+            else:
+                _log.warning("survivors still run", extra=facts | {"pids": report.survivors})
 
     async def _tidy(self, places: PlaceDuties) -> None:
         """Clear the folders of what has ended, in the order in which it ended."""

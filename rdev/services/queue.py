@@ -2,14 +2,15 @@
 
 Woken by submissions here and on other replicas, by attempts that end, and by a tick each second,
 which also repairs lanes, ends what expired and takes over what others left. What happened in a lane
-here is told to the store after its commit (`touch`), many lanes in one statement. Bounds:
-`running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew all leases
-in one statement every third of a lease. At stop the leases are given back at once and the commands
-go on; `cancel_running` ends them instead.
+here is told to the store after its commit, with the next claim, many lanes in one statement.
+Bounds: `running_max` attempts in this process; the lanes' caps are the store's. Heartbeats renew
+all leases in one statement every third of a lease. At stop the leases are given back at once and
+the commands go on; `cancel_running` ends them instead.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -163,30 +164,31 @@ class CommandQueue:
         )
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
-        """Touch the lanes where something happened, then claim as many commands as there are
-        permits, at most one of each lane, and start their attempts. Returns how many were claimed
-        or had expired: 0 means that there is nothing more.
+        """Touch the lanes where something happened, claim as many commands as there are permits, at
+        most one of each lane, and start their attempts. Returns how many were claimed or had
+        expired: 0 means that there is nothing more.
 
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
-        await self._touch()
         limit = min(self._running_max - len(self._running), self._claim_max)
         if limit <= 0 or self._stop.is_set():
+            await self._touch()
             return 0
-        with commit_shield():
+        with self._to_touch() as touched, commit_shield():
             found = await self._lanes.claim(
                 reach=self._executor.reach,
                 instance=self._executor.standing_instance,
                 holder=self._holder,
                 limit=limit,
+                touched=touched,
             )
             for command in found.expired:
                 self._announce(command)
             for one in found.claimed:
                 self._announce(one.lease.command)
                 self._start(one, attempts)
-        if len(found.claimed) == limit:
-            # Others passed by the lanes that this claim held; what is left there is theirs.
+        if touched or len(found.claimed) == limit:
+            # Others passed by the lanes that this claim held, and some are not of this reach.
             self._wake_replicas()
         return len(found.claimed) + len(found.expired)
 
@@ -208,15 +210,19 @@ class CommandQueue:
 
     async def _touch(self) -> None:
         """Tell the store which lanes may be claimable, then the other replicas."""
-        if not self._touched:
-            return
-        lanes, self._touched = self._touched, set()
-        try:
-            with commit_shield():
-                await self._lanes.touch(lanes)
+        if self._touched:
+            with self._to_touch() as touched, commit_shield():
+                await self._lanes.touch(touched)
                 self._wake_replicas()
+
+    @contextmanager
+    def _to_touch(self) -> Iterator[set[Lane]]:
+        """The lanes that are to be touched in the block; they stay so when it fails."""
+        touched, self._touched = self._touched, set()
+        try:
+            yield touched
         except RdevError:
-            self._touched |= lanes
+            self._touched |= touched
             raise
 
     async def heartbeat_once(self) -> None:

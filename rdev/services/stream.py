@@ -8,7 +8,7 @@ once for all readers. At stop every stream is told `disconnecting` and ends.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -196,6 +196,10 @@ class Fanout:
         return FanoutStatistics(
             subscriptions=self._open, published=self._published, fell_back=self._fell_back
         )
+
+    def watched(self) -> Collection[CommandId]:
+        """The streams that somebody reads here."""
+        return self._readers.keys()
 
     def publish(self, chunk: Chunk) -> None:
         """Offer a committed chunk to the readers here and tell the other replicas. Never waits."""

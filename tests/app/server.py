@@ -43,6 +43,8 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
     # What starts it, and ends with it.
     within: tuple[str, ...] = ()
+    # What `python -m` runs as the server.
+    module: str = "rdev"
 
     @property
     def log(self) -> str:
@@ -90,7 +92,7 @@ class Server:
         (self.state_dir / "address").unlink(missing_ok=True)
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.within, sys.executable, "-m", "rdev", "serve"],
+                [*self.within, sys.executable, "-m", self.module, "serve"],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

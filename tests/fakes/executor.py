@@ -69,6 +69,8 @@ class FakeExecutor:
         self.started: list[AttemptId] = []
         # Projects that cannot be tidied now.
         self.unreachable: set[ProjectId] = set()
+        # Commands of which a kill always leaves something.
+        self.immortal: set[AttemptId] = set()
 
     @property
     def reach(self) -> str:
@@ -111,7 +113,7 @@ class FakeExecutor:
             run.why = Why.CANCELLED
             run.scope.cancel()
             await run.over.wait()
-        return KillReport(confirmed=True)
+        return KillReport(confirmed=attempt not in self.immortal)
 
     async def tidy(self, project: ProjectId, commands: Sequence[CommandId]) -> list[AttemptId]:
         await trio.lowlevel.checkpoint()

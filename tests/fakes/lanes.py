@@ -27,8 +27,19 @@ class FakeLanes:
                 self._place(lane)
         self._state.reply()
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         await self._state.step()
+        for lane in touched:
+            if lane in self._state.lanes:
+                self._place(lane)
         found = Claims(claimed=[], expired=[])
         while self._claim_in_order(reach, instance, holder, limit, found):
             pass

@@ -2,12 +2,14 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import date, timedelta
 
+from rdev.domain.execution import KillReport
 from rdev.domain.idempotency import IDEMPOTENCY_S
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, attempt_id
 from rdev.domain.retention import Ended, OutputDay
-from tests.fakes.store import Row, StoreState
+from tests.fakes.store import Row, StoreState, is_unkilled
 
 
 class FakeUpkeep:
@@ -84,7 +86,7 @@ class FakeUpkeep:
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         await self._state.step()
-        old = _ended(self._state, older_s)[:limit]
+        old = [row for row in _ended(self._state, older_s) if not is_unkilled(row)][:limit]
         for row in old:
             del self._state.rows[row.command.id]
         return len(old)
@@ -108,9 +110,23 @@ class FakePlaceDuties:
         await self._state.step()
         self._last = last
 
+    async def unkilled(self, *, limit: int) -> list[Ended]:
+        await self._state.step()
+        rows = [row for row in self._state.rows.values() if row.reach == self._reach]
+        return [_to_ended(row) for row in rows if is_unkilled(row)][:limit]
+
+    async def confirm_kill(self, command: CommandId) -> None:
+        await self._state.step()
+        row = self._state.rows[command]
+        row.command = replace(row.command, kill=KillReport(confirmed=True))
+
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
         await self._state.step()
-        rows = [row for row in _ended(self._state, older_s) if row.reach == self._reach]
+        rows = [
+            row
+            for row in _ended(self._state, older_s)
+            if row.reach == self._reach and not is_unkilled(row)
+        ]
         return sorted(map(_to_ended, rows), key=_order)[:limit]
 
     async def forget(self, commands: Sequence[CommandId]) -> None:
@@ -127,9 +143,13 @@ def _ended(state: StoreState, older_s: float) -> list[Row]:
 
 
 def _to_ended(row: Row) -> Ended:
-    assert row.command.finished_at is not None
+    command = row.command
+    assert command.finished_at is not None
     return Ended(
-        command=row.command.id, project=row.command.project, ended_at=row.command.finished_at
+        command=command.id,
+        attempt=attempt_id(command.id, max(1, command.attempt)),
+        project=command.project,
+        ended_at=command.finished_at,
     )
 
 

@@ -37,9 +37,12 @@ from rdev.ports.depths import QueueDepths
 from rdev.ports.output import Append, NewChunk, OutputLog
 from rdev.ports.projects import ProjectStore
 from rdev.ports.upkeep import Upkeep
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"
@@ -242,10 +245,10 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
             settings=settings,
             requests=await stack.enter_async_context(open_pool(settings, wait_s=60.0)),
             heartbeats=await stack.enter_async_context(
-                open_dedicated(settings, "heartbeat", wait_s=60.0)
+                open_dedicated(settings, "heartbeat", by_key=True, wait_s=60.0)
             ),
             appends=await stack.enter_async_context(
-                open_dedicated(settings, "append", wait_s=60.0)
+                open_dedicated(settings, "append", by_key=True, wait_s=60.0)
             ),
             housekeeping=await stack.enter_async_context(
                 open_dedicated(settings, "housekeeping", wait_s=60.0)

@@ -1,6 +1,7 @@
 """Every sentence of `ports/commands.py`, on the fake and on PostgreSQL."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import trio
@@ -314,8 +315,79 @@ async def test_a_row_held_by_another_connection_is_not_taken_over_now(world: Wor
 # Lanes
 
 
-async def _claim_once(world: World, limit: int = 100, *, reach: str = REACH) -> Claims:
-    return await world.lanes.claim(reach=reach, instance="boot-1", holder="one", limit=limit)
+async def _claim_once(
+    world: World, limit: int = 100, *, reach: str = REACH, touched: Sequence[str] = ()
+) -> Claims:
+    """`touched`: projects whose shells' lanes are touched with the claim."""
+    lanes = [Lane(project=ProjectId(name), lane_class=LaneClass.WORK) for name in touched]
+    return await world.lanes.claim(
+        reach=reach, instance="boot-1", holder="one", limit=limit, touched=lanes
+    )
+
+
+async def _untouched(world: World, project: str, priority: Priority = Priority.NORMAL) -> CommandId:
+    """A command of a new project, of which its lane was not told."""
+    await world.project(project)
+    new = world.new(project, priority=priority)
+    await world.commands.insert(new)
+    return new.id
+
+
+async def test_a_claim_touches_lanes_first(world: World) -> None:
+    ids = [await _untouched(world, name) for name in ("one", "two")]
+    assert (await _claim_once(world)).claimed == []
+    assert _ids((await _claim_once(world, touched=["two", "one"])).claimed) == ids
+    assert (await _claim_once(world, touched=["two", "one", "unknown"])).claimed == []
+
+
+async def test_a_touched_lane_waits_for_its_turn(world: World) -> None:
+    """What is left of the touched lanes stands where it would after a touch."""
+    await world.project("before")
+    before = await world.queued("before")
+    one, two = [await _untouched(world, name) for name in ("one", "two")]
+    assert _ids((await _claim_once(world, 1, touched=["two", "one"])).claimed) == [before]
+    assert _ids((await _claim_once(world, 1)).claimed) == [one]
+    assert _ids((await _claim_once(world, 1)).claimed) == [two]
+    assert (await _claim_once(world)).claimed == []
+
+
+async def test_a_touched_lane_does_not_overtake_those_behind_one_that_stood_too_early(
+    world: World,
+) -> None:
+    for name in ("cancelled", "waiting"):
+        await world.project(name)
+    head = await world.queued("cancelled", priority=Priority.HIGH)
+    waiting = await world.queued("waiting")
+    await world.commands.request_cancel(head)
+    touched = await _untouched(world, "touched")
+    assert _ids((await _claim_once(world, 1, touched=["touched"])).claimed) == [waiting]
+    assert _ids((await _claim_once(world, 1)).claimed) == [touched]
+
+
+async def test_a_touched_lane_of_another_reach_is_left_to_its_servers(world: World) -> None:
+    await world.project("far", reach="elsewhere")
+    new = world.new("far")
+    await world.commands.insert(new)
+    assert (await _claim_once(world, touched=["far"])).claimed == []
+    assert _ids((await _claim_once(world, reach="elsewhere")).claimed) == [new.id]
+
+
+async def test_a_touched_lane_is_served_behind_what_expired_in_it(world: World) -> None:
+    await world.project()
+    late, new = world.new(expires_in_s=0), world.new()
+    for one in (late, new):
+        await world.commands.insert(one)
+    found = await _claim_once(world, 1, touched=[PROJECT])
+    assert (found.expired, _ids(found.claimed)) == ([late.id], [new.id])
+
+
+async def test_a_touched_lane_that_is_full_is_parked(world: World) -> None:
+    await world.project()
+    for _ in range(5):
+        await world.queued()
+    assert len(await world.claim()) == 4
+    await world.lanes.touch([WORK])
+    assert (await _claim_once(world, touched=[PROJECT])).claimed == []
 
 
 async def test_what_nobody_touched_is_claimed_after_a_repair(world: World) -> None:

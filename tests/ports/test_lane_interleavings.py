@@ -122,6 +122,17 @@ async def claim(world: World, scene: Scene) -> None:
     scene.taken += found.claimed
 
 
+async def claim_touched(world: World, scene: Scene) -> None:
+    found = await world.lanes.claim(
+        reach=scene.reach,
+        instance="boot-1",
+        holder="two",
+        limit=2,
+        touched=[scene.lane(LaneClass.WORK), scene.lane(LaneClass.AGENT)],
+    )
+    scene.taken += found.claimed
+
+
 async def complete(world: World, scene: Scene) -> None:
     ends = [
         append_to(one, last_chunk(SUCCEEDED), outcome=SUCCEEDED)
@@ -179,6 +190,7 @@ OPERATIONS: tuple[Operation, ...] = (
     enqueue,
     touch,
     claim,
+    claim_touched,
     complete,
     append,
     cancel_queued,

@@ -182,13 +182,20 @@ async def test_postgresql_serves_what_the_domain_would(real: World, pools: Pools
         )
     await real.lanes.touch(LANES)
     served = 0
+    touched: list[Lane] = []
     while (expected := await _first(pools)) is not None:
-        found = await real.lanes.claim(reach=REACH, instance=None, holder="one", limit=1)
+        found = await real.lanes.claim(
+            reach=REACH, instance=None, holder="one", limit=1, touched=touched
+        )
         assert [one.lease.command for one in found.claimed] == [expected]
         served += 1
+        touched = []
         if served % 3 == 0 and (gone := await _first(pools)) is not None:
             await real.commands.request_cancel(gone)
-            await real.lanes.touch(LANES)
+            if served % 2:
+                await real.lanes.touch(LANES)
+            else:
+                touched = LANES
     assert served == len(PROJECTS) * sum(LANE_CAP.values())
     found = await real.lanes.claim(reach=REACH, instance=None, holder="one", limit=1)
     assert found.claimed == []

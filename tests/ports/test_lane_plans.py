@@ -1,5 +1,7 @@
 """What a claim, a touch and a repair look at, with much queued behind busy projects."""
 
+import re
+
 import psycopg
 import pytest
 
@@ -16,7 +18,10 @@ select gen_random_uuid(), 'busy-' || n %% 2, 'shell', 'work', 'queued', 1, %s, '
        '[]', n, 1
 from generate_series(1, %s) n
 """
-CLAIM = f"select * from claim_commands('{REACH}', 'one', null, 60, 30, 4, 'r', 'e')"
+CLAIM = f"""
+select * from claim_commands(
+    '{REACH}', 'one', null, 60, 30, 4, 'r', 'e', array['busy-0', 'free-1'], array['work', 'work'])
+"""
 TOUCH = "select touch_lanes(array['busy-0', 'free-1'], array['work', 'work'], 30)"
 REPAIR = f"select repair_lanes('{REACH}', 30)"
 EXPLAIN_NESTED = """
@@ -84,9 +89,16 @@ async def test_no_statement_of_the_lanes_scans_a_table(
             assert "Seq Scan" not in plan, plan
             assert "Bitmap" not in plan, plan
     claim = "\n".join(await _nested_plans(pools, CLAIM))
+    # Every join looks up by a key.
+    assert "Join Filter" not in claim
     assert "Index Scan using lanes_due on lanes" in claim
     assert "commands_queued on commands" in claim
-    assert "Sort" not in claim
+    # What is sorted is what was locked: the lanes that are touched, and those that may be served.
+    for key in re.findall("Sort Key: (.*)", claim):
+        assert key in (
+            "k.project, k.lane_class",
+            "(CASE WHEN s.is_touched THEN s.exact ELSE s.due END)",
+        )
     assert "commands_of_project" not in claim
 
 

@@ -315,6 +315,23 @@ async def test_the_oldest_number_is_the_first_of_the_log(world: World) -> None:
     assert await world.output.oldest_seq(claimed.lease.command) == 1
 
 
+async def test_heads_are_of_what_others_write(world: World) -> None:
+    claimed = await world.running()
+    command = claimed.lease.command
+    append = append_to(claimed, lines(3))
+    await world.output.append([append])
+    asked = [command, UNKNOWN]
+    heads = await world.output.heads(asked, written_by_others_than="two")
+    assert heads == {command: append.start_seq + 3}
+    assert await world.output.heads(asked, written_by_others_than="one") == {}
+
+
+async def test_a_queued_command_is_written_by_nobody_here(world: World) -> None:
+    await world.project()
+    command = await world.queued()
+    assert await world.output.heads([command], written_by_others_than="one") == {command: 1}
+
+
 # Trimming
 
 

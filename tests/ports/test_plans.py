@@ -1,10 +1,12 @@
 """How PostgreSQL runs the statements of every command, over a table with many of them."""
 
+import re
 from datetime import UTC, datetime
 
 import pytest
 
 from rdev.adapters.postgres import commands as commands_sql
+from rdev.adapters.postgres import leases as leases_sql
 from rdev.adapters.postgres import output as output_sql
 from rdev.domain.ids import CommandId, command_uuid
 from rdev.domain.stream import Source
@@ -68,6 +70,31 @@ async def test_no_statement_of_one_command_scans_the_table(real: World, pools: P
     for name, plan in plans.items():
         assert "Seq Scan on commands" not in plan, f"{name}:\n{plan}"
         assert f"Seq Scan on {today}" not in plan, f"{name}:\n{plan}"
+
+
+async def test_a_plan_that_is_made_for_an_empty_table_serves_a_full_one(
+    real: World, pools: Pools
+) -> None:
+    """It is kept while the table grows: it must look up by key, not read all there is."""
+    claimed = await real.running()
+    append = output_sql._append_parameters([append_to(claimed, lines(3)) for _ in range(2)])
+    ids = [command_uuid(claimed.lease.command)] * 2
+    leases: dict[str, object] = {"ids": ids, "leases": [claimed.lease.id] * 2, "lease_s": 30}
+    found = []
+    async with pools.appends.connection() as appends, pools.heartbeats.connection() as beats:
+        for connection, statement, given in (
+            (appends, output_sql._APPEND, append),
+            (beats, leases_sql._HEARTBEAT, leases),
+            (beats, leases_sql._RELEASE, leases),
+        ):
+            cursor = await connection.execute("explain " + statement, given)
+            found.append([row[0] for row in await cursor.fetchall()])
+    for plan in found:
+        scans = [at for at, line in enumerate(plan) if " on commands c" in line and "Scan" in line]
+        assert len(scans) == 2
+        for at in scans:
+            assert re.search("(Index|Recheck) Cond: .*id = ", plan[at + 1]), plan
+        assert set(re.findall(r"commands_\w+", "\n".join(plan))) == {"commands_pkey"}
 
 
 async def test_appends_and_heartbeats_are_heap_only_updates(real: World, pools: Pools) -> None:

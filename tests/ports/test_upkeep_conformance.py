@@ -6,9 +6,12 @@ from datetime import date
 import pytest
 import trio
 
-from rdev.domain.commands import Kind, Outcome, Status
+from rdev.domain.commands import Kind, LaneClass, Outcome, Status
+from rdev.domain.execution import KillReport
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
 from rdev.domain.ids import CommandId
+from rdev.domain.lanes import Lane
+from rdev.domain.projects import ProjectStatus
 from rdev.ports.upkeep import Upkeep
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
 
@@ -206,3 +209,85 @@ async def test_a_day_in_use_is_not_waited_for(real: World, pools: Pools) -> None
         assert await real.output.oldest_seq(command) == 1
         assert await store.drop_output(day)
     assert await real.output.oldest_seq(command) is None
+
+
+# Kills that left something
+
+
+async def unkilled(world: World) -> CommandId:
+    """A command whose kill left two processes."""
+    claimed = await world.running()
+    kill = KillReport(confirmed=False, survivors=(7, 8))
+    outcome = Outcome(status=Status.CANCELLED, reason="cancelled", kill=kill)
+    await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    return claimed.lease.command
+
+
+async def status_of_project(world: World) -> ProjectStatus:
+    project = await world.projects.get(PROJECT)
+    assert project is not None
+    return project.status
+
+
+async def survivors(world: World) -> list[CommandId]:
+    async with world.upkeep.place_turn(REACH) as places:
+        assert places is not None
+        return [one.command for one in await places.unkilled(limit=10)]
+
+
+async def confirm(world: World, command: CommandId) -> None:
+    async with world.upkeep.place_turn(REACH) as places:
+        assert places is not None
+        await places.confirm_kill(command)
+
+
+async def test_a_project_in_which_a_kill_left_something_starts_nothing(world: World) -> None:
+    command = await unkilled(world)
+    waiting = await world.queued()
+    assert await status_of_project(world) is ProjectStatus.FAILED
+    await world.lanes.touch([Lane(project=PROJECT, lane_class=lane) for lane in LaneClass])
+    await world.lanes.repair(reach=REACH)
+    assert await world.claim() == []
+    assert await survivors(world) == [command]
+    await confirm(world, command)
+    assert await status_of_project(world) is ProjectStatus.READY
+    assert await survivors(world) == []
+    await world.lanes.repair(reach=REACH)
+    assert [claimed.lease.command for claimed in await world.claim()] == [waiting]
+
+
+async def test_a_project_serves_again_when_nothing_is_left_of_all_its_kills(world: World) -> None:
+    first, second = await unkilled(world), None
+    assert await status_of_project(world) is ProjectStatus.FAILED
+    await confirm(world, first)
+    first = await unkilled(world)
+    await confirm(world, first)
+    running = [await world.running(), await world.running()]
+    kill = KillReport(confirmed=False)
+    outcome = Outcome(status=Status.TIMED_OUT, reason="timeout", kill=kill)
+    for claimed in running:
+        await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    first, second = (claimed.lease.command for claimed in running)
+    await confirm(world, first)
+    assert await status_of_project(world) is ProjectStatus.FAILED
+    await confirm(world, second)
+    assert await status_of_project(world) is ProjectStatus.READY
+
+
+async def test_a_kill_that_left_nothing_closes_nothing(world: World) -> None:
+    claimed = await world.running()
+    outcome = Outcome(status=Status.CANCELLED, kill=KillReport(confirmed=True))
+    await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    assert await status_of_project(world) is ProjectStatus.READY
+    assert await survivors(world) == []
+
+
+async def test_what_must_be_killed_again_is_neither_tidied_nor_pruned(world: World) -> None:
+    command = await unkilled(world)
+    await world.age(seconds=30 * DAY_S)
+    assert await untidied(world) == []
+    assert await prunable(world) == []
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        assert await store.forget_commands(older_s=0, limit=10) == 0
+    assert await survivors(world) == [command]

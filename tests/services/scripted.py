@@ -20,9 +20,12 @@ from rdev.services.attempts import Attempt
 from rdev.services.depths import QueueGate
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
+from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeExecutor, FakeRun, Program
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands, FakeOutput, FakeProjects, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 
 PROJECT = ProjectId("demo")
 LEASE_S = 30.0

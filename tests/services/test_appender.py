@@ -19,7 +19,7 @@ from rdev.services.appender import (
     LeaseLostError,
     Writer,
 )
-from tests.fakes.store import FakeOutput
+from tests.fakes.output import FakeOutput
 from tests.services.scripted import Server, backoff, make_project, submit
 
 KIB_64 = 65_536
@@ -87,7 +87,8 @@ async def _finish(writer: Writer) -> None:
     outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
     payload = final_lines(outcome, attempt=1, truncated=False, stdout_bytes=0, stderr_bytes=0)
     last = NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
-    await writer.finish(outcome, last)
+    writer.finish(outcome, last)
+    await writer.finished()
 
 
 async def test_output_is_appended_without_waiting_for_a_timer(

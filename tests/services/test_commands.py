@@ -21,8 +21,10 @@ from rdev.ports.commands import Accepted, CancelResult
 from rdev.services.commands import Caller, Commands
 from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
+from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
-from tests.fakes.store import FakeCommands, FakeProjects, StoreState
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.services.scripted import PROJECT, Place, Server, gate_of, make_project
 
 UNKNOWN = CommandId("cmd_" + "f" * 32)

@@ -10,9 +10,9 @@ import trio
 
 from rdev.domain.commands import Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import LostReason
+from rdev.domain.execution import KillReport, LostReason
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
-from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.ids import CommandId, ProjectId, attempt_id
 from rdev.domain.retention import Retention
 from rdev.ports.telemetry import Silence
 from rdev.ports.upkeep import StoreDuties
@@ -283,6 +283,21 @@ async def test_what_still_runs_although_it_ended_is_killed(house: House) -> None
     await house.keeper.run_once()
     assert not house.server.place.is_running(command)
     assert house.telemetry.kept["orphans"] == 1
+
+
+async def test_what_a_kill_left_is_killed_again_until_its_project_is_ready(house: House) -> None:
+    left = await house.ended()
+    row = house.server.state.rows[left]
+    row.command = replace(row.command, kill=KillReport(confirmed=False, survivors=(7,)))
+    waiting = await submit(house.server, "quick")
+    house.server.place.immortal.add(attempt_id(left, 1))
+    await house.keeper.run_once()
+    assert house.telemetry.kept["survivors"] == 0
+    assert house.server.state.is_failed(PROJECT)
+    house.server.place.immortal.remove(attempt_id(left, 1))
+    await house.keeper.run_once()
+    assert house.telemetry.kept["survivors"] == 1
+    assert await house.server.ended(waiting) is Status.SUCCEEDED
 
 
 async def test_a_place_that_cannot_be_reached_holds_up_no_other(house: House) -> None:

@@ -8,7 +8,8 @@ from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition
 from rdev.services.cached import TTL_S
 from rdev.services.projects import Projects
-from tests.fakes.store import FakeProjects, StoreState
+from tests.fakes.projects import FakeProjects
+from tests.fakes.store import StoreState
 from tests.services.scripted import Server
 
 

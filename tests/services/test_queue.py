@@ -1,6 +1,6 @@
 """The queue: claims, permits, heartbeats, take-overs, and what stop leaves behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -11,9 +11,9 @@ from rdev.domain.lanes import Lane
 from rdev.domain.stream import Chunk
 from rdev.ports.commands import Claims
 from rdev.services.queue import TICK_S
+from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeRun
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import FakeCommands
 from tests.services.scripted import LEASE_S, PROJECT, Server, make_project, submit
 
 LANE = Lane(project=PROJECT, lane_class=LaneClass.WORK)
@@ -214,9 +214,19 @@ class SlowClaims(FakeLanes):
         super().__init__(server.state, lease_s=LEASE_S)
         self.claiming = trio.Event()
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         self.claiming.set()
-        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+        found = await super().claim(
+            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+        )
         await trio.sleep(1)
         return found
 

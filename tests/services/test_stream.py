@@ -19,7 +19,8 @@ from rdev.domain.sse import split_events
 from rdev.domain.stream import Chunk, GapEvent, Source, final_lines, gap_line
 from rdev.services import stream as module
 from rdev.services.stream import BUFFER_BYTES, HEARTBEAT_S, Fanout, Frames, Signal
-from tests.fakes.store import FakeOutput, StoreState
+from tests.fakes.output import FakeOutput
+from tests.fakes.store import StoreState
 
 COMMAND = command_id(UUID(int=1))
 OTHER = command_id(UUID(int=2))

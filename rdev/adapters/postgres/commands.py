@@ -132,6 +132,8 @@ where id = %(id)s and status = 'running'
 returning id
 """
 
+_spec_decoder = msgspec.msgpack.Decoder(Spec)
+
 # For the attempt 0; the statement says which it is.
 _CANCELLED_EVENTS = final_lines(
     Outcome(status=Status.CANCELLED, reason="cancelled"),
@@ -255,7 +257,7 @@ def encode_spec(spec: Spec) -> bytes:
 
 def decode_spec(stored: bytes) -> Spec:
     """The inverse of `encode_spec`."""
-    return msgspec.msgpack.decode(stored, type=Spec)
+    return _spec_decoder.decode(stored)
 
 
 def to_command(row: DictRow) -> Command:

@@ -4,7 +4,8 @@ psycopg's protocol code is generators that yield "wait until the socket is reada
 this file answers them with trio and keeps everything else (cursors, adaptation, pipelines, COPY,
 the C speedups). What bounds it: a name look-up and each connection attempt by `connect_timeout_s`,
 a statement by `statement_timeout_ms` on the server, the clean-up after a cancelled statement by
-`CLEANUP_S`, a dead peer by TCP keepalive, work without waiting by `MAX_BUSY_S`.
+`CLEANUP_S`, a dead peer by TCP keepalive, one that still answers TCP by `SILENCE_MARGIN_S`, work
+without waiting by `MAX_BUSY_S`.
 
 A cancelled wait cancels the statement on the server and reads its end, so the connection can be
 used again; where that is impossible (COPY, `stream()`, no answer in time) the socket is closed and
@@ -16,6 +17,7 @@ Private names of psycopg used here and in `transaction.py`, the reason for the p
 `tests/adapters/postgres/test_{connection,cancellation}.py` are the contract an update must pass.
 """
 
+import math
 import os
 import random
 from collections.abc import AsyncIterator, Callable
@@ -50,6 +52,9 @@ from rdev.adapters.postgres.waiting import FreeLock, follow, wait_either
 CLEANUP_S = 5.0
 # A cancel that came between two statements of one call is lost; it is asked for again after this.
 CANCEL_AGAIN_S = 0.25
+# So much later than the server would end a statement, a silent connection is given up: between here
+# and there something may live that keeps it open (measured: a server that never worked again).
+SILENCE_MARGIN_S = 2.0
 # psycopg's own figure for asyncio: COPY and executemany hardly ever wait, other tasks must run.
 MAX_BUSY_S = 0.005
 # Reconnecting: first pause, and the pause it doubles up to (both before jitter).
@@ -75,6 +80,16 @@ class ConnectionSettings:
     connect_timeout_s: int = 5
     statement_timeout_ms: int = 4_000
     idle_in_transaction_timeout_ms: int = 10_000
+    # For statements that look rows up by key: no plan that was made while a table was small, and is
+    # kept while it grows, may scan it.
+    by_key: bool = False
+
+    @property
+    def silence_max_s(self) -> float:
+        """How long the server may say nothing while it owes a reply."""
+        if not self.statement_timeout_ms:
+            return math.inf
+        return self.statement_timeout_ms / 1_000 + SILENCE_MARGIN_S
 
     def named(self, purpose: str) -> "ConnectionSettings":
         """The same, recognisable in `pg_stat_activity` as `<application>/<purpose>`."""
@@ -91,6 +106,7 @@ class ConnectionSettings:
             "idle_in_transaction_session_timeout": str(self.idle_in_transaction_timeout_ms),
             "default_transaction_isolation": r"read\ committed",
             "timezone": "UTC",
+            **({"enable_seqscan": "off"} if self.by_key else {}),
         }
         options = [str(given.get("options") or ""), *(f"-c {k}={v}" for k, v in session.items())]
         # A peer that vanished is noticed within about 20 s, also while we only wait for a reply.
@@ -123,10 +139,12 @@ class TrioConnection(AsyncConnection[Row]):
     """psycopg's asynchronous connection, on trio. See psycopg for what it does.
 
     `cleanup_s`: how long a cancelled wait may take to end the statement on the server; 0 closes the
-    socket at once, for a connection that holds nothing worth the wait.
+    socket at once, for a connection that holds nothing worth the wait. `silence_max_s`: how long a
+    wait without a timeout of its own waits for the next bytes before the connection is closed.
     """
 
     cleanup_s: float = CLEANUP_S
+    silence_max_s: float = math.inf
 
     def __init__(
         self, pgconn: pq.abc.PGconn, row_factory: AsyncRowFactory[Row] | None = None
@@ -283,28 +301,38 @@ class TrioConnection(AsyncConnection[Row]):
         """Drive one of psycopg's generators to its end and return what it returns.
 
         `timeout` in seconds, 0 looks once; `interval` is psycopg's and unused.
-        Errors: `psycopg.errors._WaitTimeout`; `psycopg.OperationalError` when the socket is closed.
-        Cancellation: see the module. What is begun in a cancelled scope while something is in
-        flight is psycopg's own clean-up and is driven like any other.
+        Errors: `psycopg.errors._WaitTimeout`; `psycopg.OperationalError` when the socket is closed,
+        or was closed here after `silence_max_s`. Cancellation: see the module. What is begun in a
+        cancelled scope while something is in flight is psycopg's own clean-up and is driven like
+        any other.
         """
         if not self._in_flight:
             await trio.lowlevel.checkpoint_if_cancelled()
         if timeout is None:
-            return await self._run(gen)
+            return await self._run(gen, silence_max_s=self.silence_max_s)
         with trio.move_on_after(max(0.0, timeout)):
             return await self._run(gen, look_first=True)
         raise errors._WaitTimeout("wait timeout expired")
 
-    async def _run(self, gen: PQGen[RV], *, look_first: bool = False) -> RV:
+    async def _run(
+        self, gen: PQGen[RV], *, look_first: bool = False, silence_max_s: float = math.inf
+    ) -> RV:
         try:
-            return await self._drive(gen, None, look_first=look_first)
+            return await self._drive(gen, None, look_first=look_first, silence_max_s=silence_max_s)
         except (trio.Cancelled, KeyboardInterrupt, BaseExceptionGroup):
             # Around Cancelled because the server must be told; it is always raised again.
             if self._in_flight:
                 await self._settle(gen)  # noqa: ASYNC102  # _settle() shields itself
             raise
 
-    async def _drive(self, gen: PQGen[RV], wanted: Wait | None, *, look_first: bool = False) -> RV:
+    async def _drive(
+        self,
+        gen: PQGen[RV],
+        wanted: Wait | None,
+        *,
+        look_first: bool = False,
+        silence_max_s: float = math.inf,
+    ) -> RV:
         """Drive `gen` from its start, or from `wanted`, the wait it stands in."""
         fd = self.pgconn.socket
         waited = False
@@ -313,13 +341,20 @@ class TrioConnection(AsyncConnection[Row]):
                 wanted = next(gen)
             while True:
                 if wanted == Wait.R and not look_first:
-                    await trio.lowlevel.wait_readable(fd)
+                    with trio.move_on_after(silence_max_s) as patience:
+                        await trio.lowlevel.wait_readable(fd)
+                    if patience.cancelled_caught:
+                        raise self._given_up(gen)
                     waited = True
                     wanted = gen.send(Ready.R)
                 else:
                     ready = _ready(fd, wanted) if look_first else 0
                     look_first = False
-                    wanted = gen.send(ready or await self._ready_now_or_later(fd, wanted))
+                    with trio.move_on_after(silence_max_s) as patience:
+                        ready = ready or await self._ready_now_or_later(fd, wanted)
+                    if patience.cancelled_caught:
+                        raise self._given_up(gen)
+                    wanted = gen.send(ready)
         except StopIteration as end:
             if not waited and self._is_hogging:
                 # What is done is reported, not cancelled: psycopg counts on it.
@@ -329,6 +364,18 @@ class TrioConnection(AsyncConnection[Row]):
             return result
         except (trio.ClosedResourceError, OSError) as error:
             raise psycopg.OperationalError("connection socket closed") from error
+
+    def _given_up(self, gen: PQGen[RV]) -> psycopg.OperationalError:
+        """Close a connection that is silent; the error that says so."""
+        self._close_amid(gen)
+        return psycopg.OperationalError("the database is silent")
+
+    def _close_amid(self, gen: PQGen[RV]) -> None:
+        self.abort()
+        try:
+            gen.close()
+        except psycopg.Error:
+            pass  # it tried to read on from what was just closed
 
     async def _ready_now_or_later(self, fd: int, wanted: Wait) -> int:
         # A socket is nearly always writable: asking the kernel is cheaper than the scheduler.
@@ -357,11 +404,7 @@ class TrioConnection(AsyncConnection[Row]):
                 pass
         # A pipeline has an end of its own, which follows; COPY and stream() are not at an end.
         if scope.cancelled_caught or (self._in_flight and self._pipeline is None):
-            self.abort()
-            try:
-                gen.close()
-            except psycopg.Error:
-                pass  # it tried to read on from what was just closed
+            self._close_amid(gen)
 
     async def _cancel_and_resume(self, gen: PQGen[RV]) -> bool:
         """One round; False when the generator is not at its end after it: the request failed, or
@@ -385,7 +428,9 @@ async def open_connection(settings: ConnectionSettings) -> TrioConnection[TupleR
 
     Errors: `psycopg.OperationalError`. Blocks: `connect_timeout_s` per address at most.
     """
-    return await TrioConnection[TupleRow].connect(settings.conninfo(), autocommit=True)
+    connection = await TrioConnection[TupleRow].connect(settings.conninfo(), autocommit=True)
+    connection.silence_max_s = settings.silence_max_s
+    return connection
 
 
 def retry_delay_s(failures: int, random_fraction: Callable[[], float] = random.random) -> float:

@@ -1,16 +1,14 @@
 """Lanes in PostgreSQL: which command is next, and claiming it.
 
-The statements are functions of `sql/0002_lanes.sql` (`claim_commands` of `sql/0004_retry.sql`),
-because each of their steps needs a snapshot of its own: what is read under a lane's lock must be
-newer than the lock. Their cost does not depend on how much is queued or blocked: `lanes_due` gives
-the lanes, `commands_queued` the head of each.
+The statements are functions of `sql/0002_lanes.sql` and `sql/0005_claim_batches.sql`, because each
+of their steps needs a snapshot of its own: what is read under a lane's lock must be newer than the
+lock. Their cost does not depend on how much is queued or blocked: `lanes_due` gives the lanes,
+`commands_queued` the head of each.
 """
 
 from collections.abc import Collection
 
-from psycopg.rows import dict_row
-
-from rdev.adapters.postgres.leases import to_claimed
+from rdev.adapters.postgres.leases import CLAIMED_COLUMNS, to_claimed
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import Outcome, Status
 from rdev.domain.ids import CommandId, command_id
@@ -20,11 +18,12 @@ from rdev.ports.commands import Claims
 
 _TOUCH = "select touch_lanes(%s, %s, %s)"
 
-_CLAIM = """
-select * from claim_commands(
+_CLAIM = f"""
+select c.status, {CLAIMED_COLUMNS}
+from claim_commands(
     %(reach)s, %(holder)s, %(instance)s, %(lease_s)s, %(age_step_s)s, %(limit)s,
-    %(running_event)s, %(expired_events)s)
-"""
+    %(running_event)s, %(expired_events)s, %(touched_projects)s, %(touched_classes)s) c
+"""  # noqa: S608  # a constant of ours
 
 _REPAIR = "select repair_lanes(%s, %s)"
 
@@ -64,7 +63,15 @@ class PostgresLanes:
             async with self._pool.connection() as connection:
                 await connection.execute(_TOUCH, (projects, lane_classes, AGE_STEP_S))
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         """See `Lanes.claim`."""
         parameters = {
             "reach": reach,
@@ -75,17 +82,17 @@ class PostgresLanes:
             "limit": limit,
             "running_event": status_line(Status.RUNNING, attempt=0),
             "expired_events": _EXPIRED_EVENTS,
+            "touched_projects": [lane.project for lane in touched],
+            "touched_classes": [lane.lane_class for lane in touched],
         }
         with translate_errors():
             async with self._pool.connection() as connection:
-                cursor = connection.cursor(row_factory=dict_row)
+                cursor = connection.cursor(binary=True)
                 await cursor.execute(_CLAIM, parameters)
                 rows = await cursor.fetchall()
-        running = [row for row in rows if row["status"] == Status.RUNNING]
-        expired = [row for row in rows if row["status"] == Status.EXPIRED]
         return Claims(
-            claimed=[to_claimed(row, take_over=False) for row in running],
-            expired=[command_id(row["id"]) for row in expired],
+            claimed=[to_claimed(*row, take_over=False) for status, *row in rows if _runs(status)],
+            expired=[command_id(id) for status, id, *_ in rows if not _runs(status)],
         )
 
     async def repair(self, *, reach: str) -> int:
@@ -102,3 +109,8 @@ class PostgresLanes:
             async with self._pool.connection() as connection:
                 cursor = await connection.execute(_EXPIRE, parameters)
                 return [command_id(row[0]) for row in await cursor.fetchall()]
+
+
+def _runs(status: str) -> bool:
+    """A claimed command; the others have expired."""
+    return status == Status.RUNNING

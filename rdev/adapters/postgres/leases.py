@@ -1,8 +1,10 @@
 """Leases in PostgreSQL: heartbeat, take-over, release. All times are the database's."""
 
 from collections.abc import Sequence
+from functools import partial
+from uuid import UUID
 
-from psycopg.rows import DictRow, dict_row
+from psycopg.rows import args_row
 
 from rdev.adapters.postgres.commands import decode_spec
 from rdev.adapters.postgres.pool import Pool, translate_errors
@@ -11,8 +13,17 @@ from rdev.domain.execution import Offsets
 from rdev.domain.ids import ProjectId, command_id, command_uuid
 from rdev.ports.commands import Beat
 
+# What `to_claimed` takes, of a row `c`. Not the whole row: most of its columns are for readers.
+CLAIMED_COLUMNS = """
+    c.id, c.lease_id, c.project, c.kind, c.spec, c.retry, c.attempt,
+    extract(epoch from clock_timestamp() - c.started_at)::float8,
+    c.instance, c.out_offset, c.err_offset, c.last_seq, c.attempt_seq, c.dropped_bytes,
+    trunc(extract(epoch from c.started_at - c.created_at) * 1000)::bigint,
+    c.cancel_requested_at is not null
+"""
+
 # Each command whose lease has run out once, whoever looks: the row's lock decides.
-_TAKE_OVER = """
+_TAKE_OVER = f"""
 with expired as (
     select id from commands
     where reach = %(reach)s and status = 'running' and lease_until < clock_timestamp()
@@ -26,23 +37,28 @@ set lease_id = nextval('lease_ids'),
     holder = %(holder)s
 from expired
 where c.id = expired.id
-returning c.*, extract(epoch from clock_timestamp() - c.started_at)::float8 as running_s
-"""
+returning {CLAIMED_COLUMNS}
+"""  # noqa: S608  # a constant of ours
 
 # Waits for rows that an append holds (milliseconds); id order, so two statements cannot deadlock.
+# By the primary key whatever the planner thinks of the table: see `_APPEND` in `output.py`.
 _HEARTBEAT = """
 with mine as (
     select c.id
-    from commands c
-    join unnest(%(ids)s::uuid[], %(leases)s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.status = 'running'
-    order by c.id
-    for update of c
+    from (
+        select * from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) h (id, lease_id) order by id
+    ) held
+    cross join lateral (
+        select c.id
+        from commands c
+        where c.id = held.id and c.lease_id = held.lease_id and c.status || '' = 'running'
+        for update
+    ) c
 )
 update commands c
 set lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
 from mine
-where c.id = mine.id
+where c.id = any(%(ids)s::uuid[]) and c.id = mine.id
 returning c.id, c.lease_id, c.cancel_requested_at is not null as cancel_requested
 """
 
@@ -58,16 +74,20 @@ where id = %(id)s and lease_id = %(lease_id)s and status = 'running'
 _RELEASE = """
 with mine as (
     select c.id
-    from commands c
-    join unnest(%s::uuid[], %s::bigint[]) as held (id, lease_id) using (id, lease_id)
-    where c.status = 'running'
-    order by c.id
-    for update of c
+    from (
+        select * from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) h (id, lease_id) order by id
+    ) held
+    cross join lateral (
+        select c.id
+        from commands c
+        where c.id = held.id and c.lease_id = held.lease_id and c.status || '' = 'running'
+        for update
+    ) c
 )
 update commands c
 set lease_until = clock_timestamp() - interval '1 second'
 from mine
-where c.id = mine.id
+where c.id = any(%(ids)s::uuid[]) and c.id = mine.id
 """
 
 _RELEASE_HOLDER = """
@@ -98,9 +118,10 @@ class PostgresLeases:
         parameters = {"reach": reach, "holder": holder, "limit": limit, "lease_s": self._lease_s}
         with translate_errors():
             async with self._pool.connection() as connection:
-                cursor = connection.cursor(row_factory=dict_row)
+                make = args_row(partial(to_claimed, take_over=True))
+                cursor = connection.cursor(binary=True, row_factory=make)
                 await cursor.execute(_TAKE_OVER, parameters)
-                return [to_claimed(row, take_over=True) for row in await cursor.fetchall()]
+                return await cursor.fetchall()
 
     async def heartbeat(self, leases: Sequence[Lease]) -> Beat:
         """See `Leases.heartbeat`."""
@@ -129,7 +150,10 @@ class PostgresLeases:
 
     async def release(self, leases: Sequence[Lease]) -> None:
         """See `Leases.release`."""
-        values = ([command_uuid(lease.command) for lease in leases], [lease.id for lease in leases])
+        values = {
+            "ids": [command_uuid(lease.command) for lease in leases],
+            "leases": [lease.id for lease in leases],
+        }
         with translate_errors():
             async with self._heartbeats.connection() as connection:
                 await connection.execute(_RELEASE, values)
@@ -142,23 +166,41 @@ class PostgresLeases:
                 return cursor.rowcount
 
 
-def to_claimed(row: DictRow, *, take_over: bool) -> Claimed:
-    """A row of `commands` under a fresh lease."""
-    command = command_id(row["id"])
+def to_claimed(
+    uuid: UUID,
+    lease_id: int,
+    project: str,
+    kind: str,
+    spec: bytes,
+    retry: str,
+    attempt: int,
+    running_s: float,
+    instance: str | None,
+    out_offset: int,
+    err_offset: int,
+    last_seq: int,
+    attempt_seq: int,
+    dropped_bytes: int,
+    queue_wait_ms: int,
+    cancel_requested: bool,
+    *,
+    take_over: bool,
+) -> Claimed:
+    """The CLAIMED_COLUMNS of a command under a fresh lease."""
     return Claimed(
-        lease=Lease(command=command, id=row["lease_id"]),
-        project=ProjectId(row["project"]),
-        kind=Kind(row["kind"]),
-        spec=decode_spec(row["spec"]),
-        retry=Retry(row["retry"]),
-        attempt=row["attempt"],
-        running_s=row["running_s"] if take_over else 0.0,
+        lease=Lease(command=command_id(uuid), id=lease_id),
+        project=ProjectId(project),
+        kind=Kind(kind),
+        spec=decode_spec(spec),
+        retry=Retry(retry),
+        attempt=attempt,
+        running_s=running_s if take_over else 0.0,
         take_over=take_over,
-        instance=row["instance"],
-        offsets=Offsets(stdout=row["out_offset"], stderr=row["err_offset"]),
-        last_seq=row["last_seq"],
-        attempt_seq=row["attempt_seq"],
-        dropped_bytes=row["dropped_bytes"],
-        queue_wait_ms=int((row["started_at"] - row["created_at"]).total_seconds() * 1000),
-        cancel_requested=row["cancel_requested_at"] is not None,
+        instance=instance,
+        offsets=Offsets(stdout=out_offset, stderr=err_offset),
+        last_seq=last_seq,
+        attempt_seq=attempt_seq,
+        dropped_bytes=dropped_bytes,
+        queue_wait_ms=queue_wait_ms,
+        cancel_requested=cancel_requested,
     )

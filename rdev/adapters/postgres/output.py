@@ -23,9 +23,11 @@ from rdev.domain.stream import Chunk, GapEvent, Source, gap_line
 from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
 
 # Rows are locked in id order; one that another statement holds is skipped and comes in the next
-# batch. A row that was changed in between is judged again in its newest version. The primary key
-# serves it; `status || ''` keeps the planner from the index of running commands, through which it
-# would read all that ever ran while some transaction holds a snapshot.
+# batch. A row that was changed in between is judged again in its newest version; its status, under
+# the lock. The primary key serves it, one look-up for each row (`lateral` with a lock, `id = any`):
+# a join may be planned as a walk over the whole key while the table is small, and that plan is kept
+# while it grows. `status || ''` keeps the planner from the index of running commands, through which
+# it would read all that ever ran while some transaction holds a snapshot.
 _APPEND = """
 with input as (
     select *
@@ -39,12 +41,15 @@ with input as (
     ) as i (id, lease_id, start_out, start_err, start_seq, end_out, end_err, events,
             status, exit_code, signal, reason, duration_ms, late_bytes, kill, session_id, usage)
 ), locked as (
-    select c.id
-    from commands c join input i using (id)
-    where c.lease_id = i.lease_id and c.status || '' = 'running'
-      and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
-    order by c.id
-    for update of c skip locked
+    select i.*
+    from (select * from input order by id) i
+    cross join lateral (
+        select
+        from commands c
+        where c.id = i.id and c.lease_id = i.lease_id and c.status || '' = 'running'
+          and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
+        for update skip locked
+    ) c
 ), moved as (
     update commands c
     set last_seq = c.last_seq + i.events,
@@ -64,12 +69,11 @@ with input as (
         kill = i.kill,
         session_id = coalesce(i.session_id, c.session_id),
         usage = coalesce(i.usage, c.usage)
-    from input i, locked l
-    where c.id = i.id and l.id = i.id
-      and c.lease_id = i.lease_id and c.status || '' = 'running'
+    from locked i
+    where c.id = any(%(id)s::uuid[]) and c.id = i.id
+      and c.lease_id = i.lease_id
       and c.out_offset = i.start_out and c.err_offset = i.start_err
       and c.last_seq = i.start_seq
-      and (i.status is distinct from 'queued' or c.cancel_requested_at is null)
     returning c.day, c.id, i.start_seq as base
 ), stored as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
@@ -137,6 +141,13 @@ from (
 ) tail
 where bytes_behind < %(tail_bytes)s
 order by first_seq
+"""
+
+# The primary key serves it.
+_HEADS = """
+select id, last_seq
+from commands
+where id = any(%s) and holder is distinct from %s
 """
 
 _OLDEST = """
@@ -250,6 +261,16 @@ class PostgresOutput:
                 dropped = sum(row["raw_bytes"] for row in gone if not row["is_gap"])
                 await connection.execute(_TRIM_COUNT, (dropped, command))
                 return sum(row["raw_bytes"] for row in gone)
+
+    async def heads(
+        self, commands: Sequence[CommandId], *, written_by_others_than: str
+    ) -> dict[CommandId, int]:
+        """See `OutputLog.heads`."""
+        values = ([command_uuid(command) for command in commands], written_by_others_than)
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_HEADS, values)
+                return {command_id(row[0]): row[1] for row in await cursor.fetchall()}
 
     async def oldest_seq(self, command: CommandId) -> int | None:
         """See `OutputLog.oldest_seq`."""

@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import psycopg
@@ -266,10 +266,11 @@ async def open_pool(
 
 @asynccontextmanager
 async def open_dedicated(
-    settings: ConnectionSettings, purpose: str, *, wait_s: float = 5.0
+    settings: ConnectionSettings, purpose: str, *, by_key: bool = False, wait_s: float = 5.0
 ) -> AsyncIterator[Pool]:
     """One connection kept for one purpose and replaced when it is lost; used like a pool."""
-    async with open_pool(settings.named(purpose), min_size=1, max_size=1, wait_s=wait_s) as pool:
+    own = replace(settings.named(purpose), by_key=by_key)
+    async with open_pool(own, min_size=1, max_size=1, wait_s=wait_s) as pool:
         yield pool
 
 

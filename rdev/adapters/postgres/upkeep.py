@@ -16,7 +16,7 @@ from psycopg.rows import DictRow, TupleRow, dict_row
 from rdev.adapters.postgres.connection import TrioConnection
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.idempotency import IDEMPOTENCY_S
-from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
+from rdev.domain.ids import CommandId, ProjectId, attempt_id, command_id, command_uuid
 from rdev.domain.retention import Ended, OutputDay
 
 _TAKE_TURN = "select pg_try_advisory_lock(hashtextextended(%s, 0))"
@@ -75,6 +75,7 @@ with recursive reaches as (
     cross join lateral (
         select c.id from commands c
         where c.reach = r.reach and c.finished_at < now() - make_interval(secs => %(older_s)s)
+          and c.kill ->> 'confirmed' is distinct from 'false'
         order by c.reach, c.finished_at
         limit %(limit)s
     ) o
@@ -84,7 +85,7 @@ delete from commands where id in (select id from old)
 """
 
 _UNTIDIED = """
-select c.id, c.project, c.finished_at
+select c.id, c.project, c.attempt, c.finished_at
 from commands c
 where c.reach = %(reach)s
   and c.finished_at < now() - make_interval(secs => %(older_s)s)
@@ -93,6 +94,7 @@ where c.reach = %(reach)s
       (select (until, command) from tidied where reach = %(reach)s),
       ('-infinity'::timestamptz, '00000000-0000-0000-0000-000000000000'::uuid))
   and c.started_at is not null
+  and c.kill ->> 'confirmed' is distinct from 'false'
 order by c.reach, c.finished_at, c.id
 limit %(limit)s
 """
@@ -104,11 +106,28 @@ on conflict (reach) do update set until = excluded.until, command = excluded.com
 """
 
 _PRUNABLE = """
-select id, project, finished_at
+select id, project, attempt, finished_at
 from commands
 where reach = %(reach)s and finished_at < now() - make_interval(secs => %(older_s)s)
+  and kill ->> 'confirmed' is distinct from 'false'
 order by reach, finished_at
 limit %(limit)s
+"""
+
+# `commands_unkilled` serves it.
+_UNKILLED = """
+select id, project, attempt, finished_at
+from commands
+where reach = %(reach)s and kill ->> 'confirmed' = 'false' and finished_at is not null
+order by reach, id
+limit %(limit)s
+"""
+
+# What follows for the project is `heed_kill`'s (`sql/0006_closed_projects.sql`).
+_CONFIRM_KILL = """
+update commands
+set kill = '{"confirmed": true, "survivors": []}'
+where id = %s and kill ->> 'confirmed' = 'false'
 """
 
 _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
@@ -226,6 +245,15 @@ class PostgresPlaceDuties:
         with translate_errors():
             await self._connection.execute(_MARK_TIDIED, values)
 
+    async def unkilled(self, *, limit: int) -> list[Ended]:
+        """See `PlaceDuties.unkilled`."""
+        return await self._ended(_UNKILLED, 0, limit)
+
+    async def confirm_kill(self, command: CommandId) -> None:
+        """See `PlaceDuties.confirm_kill`."""
+        with translate_errors():
+            await self._connection.execute(_CONFIRM_KILL, (command_uuid(command),))
+
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.prunable`."""
         return await self._ended(_PRUNABLE, older_s, limit)
@@ -244,8 +272,10 @@ class PostgresPlaceDuties:
 
 
 def _to_ended(row: DictRow) -> Ended:
+    command = command_id(row["id"])
     return Ended(
-        command=command_id(row["id"]),
+        command=command,
+        attempt=attempt_id(command, max(1, row["attempt"])),
         project=ProjectId(row["project"]),
         ended_at=row["finished_at"],
     )

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache
 
 import trio
 from prometheus_client import (
@@ -97,18 +98,18 @@ class PrometheusTelemetry:
 
     def command_started(self, project: ProjectId, kind: str) -> None:
         """See the port."""
-        self._commands.active.labels(self._counted.label(project), kind).inc()
+        self._commands.active(self._counted.label(project), kind).inc()
 
     def command_finished(
         self, project: ProjectId, kind: str, status: str, duration_s: float | None
     ) -> None:
         """See the port."""
         label = self._counted.label(project)
-        self._commands.total.labels(label, kind, status).inc()
+        self._commands.total(label, kind, status).inc()
         if duration_s is not None:
-            self._commands.active.labels(label, kind).dec()
+            self._commands.active(label, kind).dec()
             timed = self._timed.label(project)
-            self._commands.duration.labels(timed, kind, status).observe(duration_s)
+            self._commands.duration(timed, kind, status).observe(duration_s)
 
     @contextmanager
     def stream(self, project: ProjectId) -> Iterator[None]:
@@ -208,23 +209,27 @@ class _HttpMetrics:
 
 
 class _CommandMetrics:
-    """What the queue tells."""
+    """What the queue tells. Told for every command, so the series are looked up only once; their
+    number is bounded, as the labels are."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("project", "type", "status")
-        self.total = Counter(
+        total = Counter(
             "rdev_commands_total", "Commands that reached an end", labels, registry=registry
         )
-        self.active = Gauge(
+        active = Gauge(
             "rdev_commands_active", "Commands running now", ("project", "type"), registry=registry
         )
-        self.duration = Histogram(
+        duration = Histogram(
             "rdev_command_duration_seconds",
             "Run time of commands",
             labels,
             buckets=_COMMAND_BUCKETS_S,
             registry=registry,
         )
+        self.total = cache(total.labels)
+        self.active = cache(active.labels)
+        self.duration = cache(duration.labels)
 
 
 class _StreamMetrics:

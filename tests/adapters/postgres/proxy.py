@@ -3,6 +3,9 @@
 import trio
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+# Of a connection's first bytes so many are kept, of both directions: its startup packet is there.
+FIRST_BYTES = 1_024
+
 
 class TcpProxy:
     """Forwards 127.0.0.1:`port` to the database; `dsn` is the way through it."""
@@ -13,6 +16,8 @@ class TcpProxy:
         self._heard.set()
         self.accepted = 0
         self.refusing = False  # hang up on whoever connects
+        # Whose first words hold this gets no answer any more, while it is set.
+        self.silenced: bytes | None = None
         self.port = 0
 
     @property
@@ -43,8 +48,9 @@ class TcpProxy:
         heard = self._heard
         await heard.wait()
         async with client, await self._connect() as server, trio.open_nursery() as nursery:
-            nursery.start_soon(self._pump, client, server, heard)
-            nursery.start_soon(self._pump, server, client, heard)
+            said = bytearray()
+            nursery.start_soon(self._pump, client, server, heard, said)
+            nursery.start_soon(self._pump, server, client, heard, said)
 
     async def _connect(self) -> trio.SocketStream:
         host = str(self._target.get("host") or "127.0.0.1")
@@ -54,13 +60,20 @@ class TcpProxy:
         return await trio.open_tcp_stream(host, port)
 
     async def _pump(
-        self, source: trio.SocketStream, sink: trio.SocketStream, heard: trio.Event
+        self,
+        source: trio.SocketStream,
+        sink: trio.SocketStream,
+        heard: trio.Event,
+        said: bytearray,
     ) -> None:
         try:
             async for data in source:
                 if heard is not self._heard:
                     await trio.sleep_forever()
-                await sink.send_all(data)
+                if len(said) < FIRST_BYTES:
+                    said += data
+                if self.silenced is None or self.silenced not in said:
+                    await sink.send_all(data)
             if heard is not self._heard:
                 await trio.sleep_forever()
             await sink.aclose()

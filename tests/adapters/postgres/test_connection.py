@@ -1,5 +1,6 @@
 """What works on the trio connection, row by row: the contract an update of psycopg must pass."""
 
+import math
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ from psycopg.waiting import Wait
 from rdev.adapters.postgres.connection import (
     FIRST_RETRY_S,
     LAST_RETRY_S,
+    SILENCE_MARGIN_S,
     ConnectionSettings,
     TrioConnection,
     open_connection,
@@ -469,3 +471,35 @@ async def test_class_rows_are_typed_by_the_cursor(connection):
     await cursor.execute("select 1 as a, 'x' as b")
     pair = await cursor.fetchone()
     assert (pair.a, pair.b) == (1, "x")
+
+
+async def test_a_connection_that_stays_open_and_says_nothing_is_given_up(proxy):
+    connection = await open_connection(ConnectionSettings(dsn=proxy.dsn))
+    connection.silence_max_s = 0.2
+    proxy.black_hole()
+    with trio.fail_after(30), pytest.raises(psycopg.OperationalError, match="silent"):
+        await connection.execute("select 1")
+    assert connection.closed
+
+
+async def test_what_is_larger_than_every_buffer_is_given_up_too(proxy):
+    connection = await open_connection(ConnectionSettings(dsn=proxy.dsn))
+    connection.silence_max_s = 0.2
+    proxy.black_hole()
+    with trio.fail_after(30), pytest.raises(psycopg.OperationalError, match="silent"):
+        await connection.execute("select length(%s::text)", ("x" * 30_000_000,))
+    assert connection.closed
+
+
+async def test_a_server_may_be_silent_for_longer_than_a_statement_may_take(proxy):
+    settings = ConnectionSettings(dsn=proxy.dsn, statement_timeout_ms=300)
+    connection = await open_connection(settings)
+    assert connection.silence_max_s == 0.3 + SILENCE_MARGIN_S
+    with pytest.raises(psycopg.errors.QueryCanceled):
+        await connection.execute("select pg_sleep(60)")
+    assert connection.at_rest
+    connection.abort()
+
+
+async def test_without_a_statement_timeout_a_server_may_be_silent_for_ever():
+    assert ConnectionSettings(dsn="", statement_timeout_ms=0).silence_max_s == math.inf

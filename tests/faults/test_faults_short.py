@@ -1,0 +1,29 @@
+"""Some of each fault in half a minute; the long runs are in `test_campaign.py`."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults import faults
+from tests.faults.arena import open_arena
+from tests.faults.ledger import Tally
+
+POINTS = ("insert.committed", "append.uncommitted", "finish.committed", "attach.before")
+
+
+@pytest.mark.slow
+async def test_kills_freezes_and_a_crashed_database_lose_and_double_nothing(
+    quick_place: Path, session_tally: Tally
+) -> None:
+    seed = random.randrange(1 << 30)
+    async with open_arena(quick_place, seed=seed) as arena:
+        arena.begin(workers=4)
+        for point in POINTS:
+            await faults.kill_at(arena, point)
+        await faults.freeze(arena)
+        await faults.restart_database(arena)
+        await faults.terminate_storm(arena)
+        await arena.settle()
+        session_tally.add(arena.tally)
+        arena.check()
