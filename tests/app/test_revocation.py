@@ -27,7 +27,11 @@ class DeafProxy(TcpProxy):
         self.swallowed = 0
 
     async def _pump(
-        self, source: trio.SocketStream, sink: trio.SocketStream, heard: trio.Event
+        self,
+        source: trio.SocketStream,
+        sink: trio.SocketStream,
+        heard: trio.Event,
+        said: bytearray,
     ) -> None:
         try:
             async for data in source:
