@@ -44,7 +44,7 @@ check: setup ## format, lint, trio rules, types, import rules
 test: setup ## all tests but the minutes-long suites
 	$(BIN)/python -m pytest -q -m 'not full' $(ARGS)
 
-test-faults: setup ## crashes, cuts and kills at the worst moment
+test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minutes, with a ledger
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
 
 test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one

@@ -15,7 +15,12 @@ import bench
 from bench.harness import Context, Measurement, Row, Scenario, run, table, write
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = frozenset({"__main__", "client", "harness", "peers", "server"})
+PARTS = frozenset(
+    {
+        "__main__", "client", "fanout_server", "harness", "line_writer", "peers", "server",
+        "sse_load",
+    }
+)  # fmt: skip
 
 
 def scenario_names() -> list[str]:

@@ -63,8 +63,9 @@ def open_state_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_server(state_dir: Path) -> Iterator[Server]:
-    """A ready server while the block runs; stopped by SIGTERM, and it must end with status 0.
+def open_server(state_dir: Path, **settings: str) -> Iterator[Server]:
+    """A ready server while the block runs, with further settings; stopped by SIGTERM, and it must
+    end with status 0.
 
     Errors: RuntimeError with the end of the server's log when it does not start or stop.
     """
@@ -76,7 +77,7 @@ def open_server(state_dir: Path) -> Iterator[Server]:
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "rdev", "serve"],
-            env=_environment(state_dir, key),
+            env=_environment(state_dir, key) | settings,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,

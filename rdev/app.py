@@ -74,6 +74,9 @@ ONE_SIGNAL_S = 0.3
 
 _log = logging.getLogger("rdev")
 
+# Of the grace, for telling very many streams one after the other that they end.
+_CLOSING_SHARE = 0.7
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pools:
@@ -188,7 +191,12 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         base_env=base_env(),
     )
 
-    fanout = Fanout(log=log, tell_replicas=notifier.stream_changed)
+    fanout = Fanout(
+        log=log,
+        tell_replicas=notifier.stream_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
@@ -248,10 +256,10 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             project_routes(projects),
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
-            stream_routes(commands, fanout, telemetry),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
         ],
+        plain=stream_routes(commands, fanout, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,

@@ -27,6 +27,7 @@ from pydantic_settings import (
 )
 
 from rdev.domain.addresses import parse_network
+from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
 ADMIN_KEY_CHARACTERS_MIN = 32
@@ -72,7 +73,7 @@ def _words(text: str) -> str:
     return text
 
 
-def _networks(value: object) -> object:
+def _proxies(value: object) -> object:
     """CIDRs as a list, or with commas between; every one that is none is told."""
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list | tuple):
@@ -88,6 +89,18 @@ def _networks(value: object) -> object:
     return tuple(found)
 
 
+def _networks(text: str) -> str:
+    parse_networks(text)
+    return text
+
+
+def _ports(text: str) -> str:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 65_535 for part in parts):
+        raise ValueError("must be ports from 1 to 65535, separated by commas")
+    return text
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -98,7 +111,7 @@ class Settings(BaseSettings):
     bind: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8080"
     state_dir: Path = Path(".rdev")
     trusted_proxies: Annotated[
-        tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_networks)
+        tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_proxies)
     ] = ()
     database_dsn: SecretStr | None = None
     database_pool_max: int = Field(default=12, ge=2, le=200)
@@ -116,10 +129,17 @@ class Settings(BaseSettings):
     retention_days: int = Field(default=7, ge=1, le=3_650)
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
+    stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
+    webhook_ports: Annotated[str, AfterValidator(_ports)] = "443,8443"
+    webhook_allow_nets: Annotated[str, AfterValidator(_networks)] = ""
+    webhook_deny_nets: Annotated[str, AfterValidator(_networks)] = ""
+    webhook_ca_file: Path | None = None
+    webhook_connect_s: float = Field(default=5, gt=0, le=60)
+    webhook_total_s: float = Field(default=15, gt=0, le=600)
     log_level: Literal["debug", "info", "warn", "error"] = "info"
 
     @model_validator(mode="after")
@@ -149,6 +169,15 @@ class Settings(BaseSettings):
     def claude_argv(self) -> tuple[str, ...]:
         """The agent's command with its leading arguments, as a shell would split it."""
         return tuple(shlex.split(self.claude_command))
+
+    @property
+    def webhook_rules(self) -> TargetRules:
+        """Where webhooks may go."""
+        return TargetRules(
+            ports=frozenset(int(port) for port in self.webhook_ports.split(",")),
+            allow_nets=parse_networks(self.webhook_allow_nets),
+            deny_nets=parse_networks(self.webhook_deny_nets),
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -85,27 +85,30 @@ begin
             select s.*, case when s.is_touched then s.exact else s.due end as stands_at
             from (
                 select l.ctid as place, l.project, l.lane_class, l.reach, l.due, p.is_touched,
-                       h.id as head, h.expires_at <= clock_timestamp() as is_late,
+                       first.id as head,
+                       r.running < l.cap and first.expires_at <= clock_timestamp() as is_late,
                        r.running + 1 < l.cap as has_more_room,
-                       lane_due(h.rank, l.last_start, h.level, age_step_s) as exact
+                       case when r.running < l.cap
+                            then lane_due(first.rank, l.last_start, first.level, age_step_s)
+                       end as exact
                 from (
                     select unnest(touched) as place, true as is_touched
                     union all
                     select unnest(places), false
                 ) p
                 join lanes l on l.ctid = p.place
-                cross join lateral (
-                    select count(*) as running from commands c
-                    where c.project = l.project and c.lane_class = l.lane_class
-                      and c.status = 'running'
-                ) r
                 left join lateral (
                     select c.id, c.rank, c.level, c.expires_at from commands c
                     where c.project = l.project and c.lane_class = l.lane_class
-                      and c.status = 'queued' and r.running < l.cap
+                      and c.status = 'queued'
                     order by c.rank, c.id
                     limit 1
-                ) h on true
+                ) first on true
+                cross join lateral (
+                    select count(*) as running from commands c
+                    where c.project = l.project and c.lane_class = l.lane_class
+                      and c.status = 'running' and first.id is not null
+                ) r
             ) s
             order by stands_at
         loop

@@ -80,6 +80,13 @@ def test_imports_run_one_way() -> None:
         ("services/intruder.py", "import psycopg", "services and ports know no vendor"),
         ("adapters/http/intruder.py", "import psycopg", "psycopg only in adapters.postgres"),
         ("adapters/http/intruder.py", "import rdev.adapters.postgres", "adapters are independent"),
+        ("adapters/webhooks/intruder.py", "import rdev.adapters.http", "adapters are independent"),
+        ("domain/intruder.py", "import cryptography", "the domain is pure"),
+        (
+            "adapters/http/intruder.py",
+            "import httpcore2",
+            "connections to receivers only in adapters.webhooks",
+        ),
     ],
 )
 def test_a_broken_import_rule_is_caught(

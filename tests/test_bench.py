@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 
 import pytest
 
 from bench.__main__ import load, main, scenario_names
 from bench.client import Dechunker
+from bench.fanout import SCENARIO as FANOUT
+from bench.fanout import SMALL, once
 from bench.harness import Context, Figure, Scenario, percentile, ratios, run, table, write
 from bench.output_throughput import _sha256_of_lines
+from bench.sse_load import Client, Load, Plan
 from tests.coverage_floors import FLOORS_PERCENT, rooms
 
 SLOWEST = Figure(name="slowest", unit="ms", at_most=30)
@@ -122,3 +126,26 @@ def test_each_room_has_its_floor_of_coverage() -> None:
         (97, 100, True),
         (196, 200, True),
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_every_row_of_the_fan_out_is_measured_and_every_id_is_looked_at() -> None:
+    found = once(SMALL, peers=[])
+
+    ratios_and_peers = ("_to_", "nchan", "starlette")
+    for figure in FANOUT.figures:
+        if not any(part in figure.name for part in ratios_and_peers):
+            assert found[figure.name] >= 0, figure.name
+    assert found["lines_delivered"] == SMALL.commands * SMALL.readers_each * SMALL.lines
+
+
+def test_a_load_client_sees_a_hole_and_a_double() -> None:
+    load = Load(Plan(port=0, paths=["/"], clients=1, events=3))
+    here, there = socket.socketpair()
+    with here, there:
+        for numbers in ((1, 3, 4), (1, 2, 2), (1, 2)):
+            text = b"".join(b"\nid: %d\n" % number for number in numbers)
+            load._clients = {1: Client(socket=here, path="/", received=[text[:5], text[5:]])}
+            with pytest.raises(RuntimeError, match=r"holes or doubles|of 3 events"):
+                load.check()

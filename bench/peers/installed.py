@@ -73,13 +73,13 @@ def install(folder: Path) -> list[Peer]:
 
 
 def _procrastinate(folder: Path) -> Peer:
-    python = _venv(folder / "procrastinate", "procrastinate", "psycopg[binary,pool]")
+    python = venv(folder / "procrastinate", "procrastinate", "psycopg[binary,pool]")
     script = str(HERE / "on_procrastinate.py")
     return Peer(name="procrastinate", argv=(python, script), env={})
 
 
 def _pgqueuer(folder: Path) -> Peer:
-    python = _venv(folder / "pgqueuer", "pgqueuer", "asyncpg")
+    python = venv(folder / "pgqueuer", "pgqueuer", "asyncpg")
     return Peer(name="pgqueuer", argv=(python, str(HERE / "on_pgqueuer.py")), env={})
 
 
@@ -92,7 +92,8 @@ def _graphile(folder: Path) -> Peer:
     return Peer(name="graphile_worker", argv=argv, env={"NODE_PREFIX": str(prefix)})
 
 
-def _venv(folder: Path, *packages: str) -> str:
+def venv(folder: Path, *packages: str) -> str:
+    """A virtual environment with the packages, made once; its interpreter."""
     python = str(folder / "bin" / "python")
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)

@@ -1,224 +1,145 @@
 """SUBSYSTEM Fanout: the hub between the log and everybody who watches.
 
 The log is the truth; the hub only saves a reader the trip. A reader subscribes first, then reads
-the log, then joins what is published, with the sequence number as the guard against doubles. The
-hub waits for nobody: publishing offers a chunk to bounded buffers (256 KiB of frames each); a
-reader whose buffer is full, or who sees a hole, goes back to reading the log. Chunks are framed
-once for all readers. At stop every stream is told `disconnecting` and ends.
+the log, then joins what is published, with the sequence number as the guard against doubles.
+Publishing marks the stream and waits for nobody; the delivery loop writes to the readers that wait
+and yields at least every 2 ms. Bounds: 256 KiB of newest events for each stream (whoever is further
+behind reads the log, one read for all who stand at the same place); how many subscriptions there
+are is bounded by the HTTP edge. At stop every stream is told `disconnecting`: a hundred at once,
+more of them spread over the time given.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
 import trio
 
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
-from rdev.domain.sse import frames
 from rdev.domain.stream import Chunk
 from rdev.ports.output import OutputLog
+from rdev.services.stream_pages import Pages
+from rdev.services.stream_reader import HEARTBEAT_S, Signal, Subscription, Topic
+from rdev.services.stream_tail import Frames
+
+__all__ = ["BUFFER_BYTES", "HEARTBEAT_S", "Fanout", "Frames", "Signal", "Subscription"]
 
 BUFFER_BYTES = 262_144
-READ_BYTES = 1_048_576
-HEARTBEAT_S = 15.0
-
-
-class Signal(StrEnum):
-    """What a subscription can say besides frames."""
-
-    HEARTBEAT = "heartbeat"
-    DRAINING = "draining"
-    END = "end"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frames:
-    """Encoded SSE frames of the events up to `last_seq`; `counts` by type of event."""
-
-    data: bytes
-    first_seq: int
-    last_seq: int
-    is_final: bool
-    counts: Mapping[str, int]
+# So long the delivery loop works at most before others run; it looks at the clock this often.
+YIELD_S = 0.002
+_READERS_A_LOOK = 16
+# Reads of the log at once for streams that other servers append to; the pool has more connections.
+LOOKS_AT_ONCE = 4
+# After a look that failed, and between two looks of a server that drains and is told nothing more.
+LOOK_PAUSE_S = 1.0
+# So many streams are closed at once; with more, their clients come back over a while.
+CLOSE_AT_ONCE = 100
+_SWEEP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FanoutStatistics:
-    """Counters since the start, and what is open now."""
+    """Counters since the start, and what is open now. `written`: by the hub itself."""
 
     subscriptions: int
     published: int
+    written: int
     fell_back: int
-
-
-@dataclass(slots=True, kw_only=True)
-class _Buffer:
-    """Live frames that a reader has not taken. `behind`: the log must be read first."""
-
-    behind: bool = True
-    waiting: deque[Frames] = field(default_factory=deque)
-    size_bytes: int = 0
-    news: trio.Event = field(default_factory=trio.Event)
-
-    def offer(self, live: Frames) -> bool:
-        """Keep the frames, or drop all and fall back to the log when there is no room."""
-        fits = self.size_bytes + len(live.data) <= BUFFER_BYTES
-        if fits:
-            self.waiting.append(live)
-            self.size_bytes += len(live.data)
-        else:
-            self.fall_back()
-        self.news.set()
-        return fits
-
-    def fall_back(self) -> None:
-        self.waiting.clear()
-        self.size_bytes = 0
-        self.behind = True
-        self.news.set()
-
-    def take(self) -> list[Frames]:
-        taken = list(self.waiting)
-        self.waiting.clear()
-        self.size_bytes = 0
-        return taken
-
-
-class Subscription:
-    """One reader of one command's stream. `position` is the last event it has taken."""
-
-    def __init__(self, *, command: CommandId, after: int, log: OutputLog, hub: "Fanout") -> None:
-        self.command = command
-        self.position = after
-        self.buffer = _Buffer()
-        self._log = log
-        self._hub = hub
-        self._ended = False
-
-    async def receive(self) -> Frames | Signal:
-        """The next frames, in order, without a hole or a double; or a signal.
-
-        END after the final frames; DRAINING once when the server stops; HEARTBEAT after 15 s of
-        silence. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume later).
-        Cancellation: nothing is lost; the position is that of the last frames given.
-        """
-        while True:
-            if self._ended:
-                return Signal.END
-            if self._hub.draining:
-                return Signal.DRAINING
-            if self.buffer.behind:
-                found = await self._from_log()
-            else:
-                found = self._from_buffer()
-            if found is not None:
-                self.position = found.last_seq
-                self._ended = found.is_final
-                return found
-            # `stop` may have come while the log was read.
-            if self.buffer.behind or self._hub.draining:
-                continue
-            if not await self._news():
-                # A lost wake-up costs this much at most: the next call looks at the log.
-                self.buffer.behind = True
-                return Signal.HEARTBEAT
-
-    async def _from_log(self) -> Frames | None:
-        """One page of the log. `behind` is cleared first: what is published during the read is
-        kept in the buffer, and the position guards against doubles."""
-        self.buffer.behind = False
-        try:
-            chunks = await self._log.read(self.command, after=self.position, limit_bytes=READ_BYTES)
-        except BaseException:
-            self.buffer.behind = True
-            raise
-        if not chunks:
-            return None
-        self.buffer.behind = True
-        return _join([_framed(chunk, after=self.position) for chunk in chunks])
-
-    def _from_buffer(self) -> Frames | None:
-        """1. Already seen: skip. 2. Continues the position: take. 3. A hole: read the log."""
-        fresh: list[Frames] = []
-        position = self.position
-        for live in self.buffer.take():
-            if live.last_seq <= position:
-                continue
-            if live.first_seq != position + 1:
-                self.buffer.fall_back()
-                break
-            fresh.append(live)
-            position = live.last_seq
-        return _join(fresh) if fresh else None
-
-    async def _news(self) -> bool:
-        """Wait for a publication; False after 15 s of silence."""
-        if self.buffer.waiting or self._hub.draining:
-            return True  # a stop that came while the log was read set the event of then
-        self.buffer.news = trio.Event()
-        with trio.move_on_after(HEARTBEAT_S) as scope:
-            await self.buffer.news.wait()
-        return not scope.cancelled_caught
+    log_reads: int
 
 
 class Fanout:
-    """The hub. The HTTP edge bounds how many subscriptions there are."""
+    """The hub. Readers that take by themselves need no running loop."""
 
     name = "stream"
 
-    def __init__(self, *, log: OutputLog, tell_replicas: Callable[[CommandId], None]) -> None:
-        """`tell_replicas` says to the others that a stream has news; it never waits."""
+    def __init__(
+        self,
+        *,
+        log: OutputLog,
+        tell_replicas: Callable[[CommandId], None],
+        buffer_bytes: int = BUFFER_BYTES,
+        drain_s: float = 0.0,
+    ) -> None:
+        """`tell_replicas` says to the others that a stream has news; it never waits. `drain_s` is
+        how long the closing of very many streams may take."""
         self.draining = False
-        self._log = log
+        self.fell_back = 0
+        self.pages = Pages(log)
         self._tell_replicas = tell_replicas
-        self._readers: dict[CommandId, set[Subscription]] = {}
+        self._buffer_bytes = buffer_bytes
+        self._drain_s = drain_s
+        self._topics: dict[CommandId, Topic] = {}
         self._ends: dict[CommandId, list[trio.Event]] = {}
+        self._marked: dict[Topic, None] = {}
+        self._work = trio.Event()
         self._stop = trio.Event()
-        self._open = self._published = self._fell_back = 0
+        self._nursery: trio.Nursery | None = None
+        self._looks = trio.CapacityLimiter(LOOKS_AT_ONCE)
+        self._is_writing = False
+        self._open = self._published = self._written = 0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serve until `stop`; readers are told by then and leave by themselves."""
-        task_status.started()
-        await self._stop.wait()
+        """Deliver until `stop`, then until every reader was told to leave.
+
+        Survives a database that is gone: the streams are silent, then go on.
+        """
+        try:
+            async with trio.open_nursery() as self._nursery:
+                self._nursery.start_soon(self._deliver)
+                self._nursery.start_soon(self._sweep)
+                task_status.started()
+                await self._stop.wait()
+                await self._dismiss_all()
+                self._nursery.cancel_scope.cancel()
+        finally:
+            self._nursery = None
 
     def stop(self) -> None:
-        """Tell every reader `disconnecting`. Idempotent."""
+        """Tell every reader `disconnecting`, at once where they are few. Idempotent."""
         self.draining = True
         self._stop.set()
-        for readers in self._readers.values():
-            for reader in readers:
-                reader.buffer.news.set()
+        if self._nursery is None or self._open <= CLOSE_AT_ONCE:
+            for reader in self._readers():
+                reader.dismiss()
 
     def statistics(self) -> FanoutStatistics:
         """What is open and what was done."""
         return FanoutStatistics(
-            subscriptions=self._open, published=self._published, fell_back=self._fell_back
+            subscriptions=self._open,
+            published=self._published,
+            written=self._written,
+            fell_back=self.fell_back,
+            log_reads=self.pages.reads,
         )
 
     def watched(self) -> Collection[CommandId]:
         """The streams that somebody reads here."""
-        return self._readers.keys()
+        return self._topics.keys()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the loop has written everything that was marked."""
+        return not self._marked and not self._is_writing
 
     def publish(self, chunk: Chunk) -> None:
-        """Offer a committed chunk to the readers here and tell the other replicas. Never waits."""
+        """Hand a committed chunk to the readers here and tell the other replicas. Never waits."""
         self._published += 1
         self._tell_replicas(chunk.command)
         if chunk.is_final:
             self._end(chunk.command)
-        readers = self._readers.get(chunk.command)
-        if not readers:
-            return
-        live = _framed(chunk, after=chunk.first_seq - 1)
-        for reader in readers:
-            if not reader.buffer.behind:
-                self._fell_back += not reader.buffer.offer(live)
+        topic = self._topics.get(chunk.command)
+        if topic is not None:
+            topic.tail.append(chunk)
+            self.mark(topic)
 
     def wake(self, command: CommandId) -> None:
         """Another replica appended: the readers here look at the log."""
-        for reader in self._readers.get(command, ()):
-            reader.buffer.fall_back()
+        topic = self._topics.get(command)
+        if topic is not None:
+            topic.is_stale = True
+            self.mark(topic)
         self._end(command)
 
     def wake_each(self, commands: Iterable[CommandId]) -> None:
@@ -233,23 +154,27 @@ class Fanout:
 
     def wake_all(self) -> None:
         """Wake-ups may have been missed: everybody looks at the log."""
-        for command in {*self._readers, *self._ends}:
+        for command in {*self._topics, *self._ends}:
             self.wake(command)
 
     @contextmanager
     def subscribe(self, command: CommandId, *, after: int) -> Iterator[Subscription]:
-        """A subscription for the length of the block; leaving it is synchronous."""
-        subscription = Subscription(command=command, after=after, log=self._log, hub=self)
-        self._readers.setdefault(command, set()).add(subscription)
+        """A reader for the length of the block; leaving it is synchronous."""
+        topic = self._topics.get(command)
+        if topic is None:
+            topic = self._topics[command] = Topic(command, limit_bytes=self._buffer_bytes)
+        reader = Subscription(topic, self, after=after)
+        topic.readers.add(reader)
         self._open += 1
         try:
-            yield subscription
+            yield reader
         finally:
             self._open -= 1
-            readers = self._readers[command]
-            readers.discard(subscription)
-            if not readers:
-                del self._readers[command]
+            topic.readers.discard(reader)
+            topic.waiting.pop(reader, None)
+            if not topic.readers:
+                del self._topics[command]
+                self._marked.pop(topic, None)
 
     @contextmanager
     def end_of(self, command: CommandId) -> Iterator[trio.Event]:
@@ -264,31 +189,126 @@ class Fanout:
             if not waiters:
                 self._ends.pop(command, None)
 
+    def mark(self, topic: Topic) -> None:
+        """The topic has something for its readers. Never waits."""
+        if self._nursery is None:
+            for reader in tuple(topic.waiting):
+                reader.wake()
+        else:
+            self._marked[topic] = None
+            self._work.set()
+
+    async def look(self, topic: Topic) -> None:
+        """Bring into the tail what somebody else appended; where the loop runs, it does that.
+
+        Errors: as `OutputLog.read`; the next one looks again.
+        """
+        if self._nursery is None:
+            await self._look(topic)
+        elif not topic.is_looking:
+            self.mark(topic)
+
+    async def _deliver(self) -> None:
+        """Write what is marked, stream by stream, a write for each reader at a time."""
+        yield_at_s = 0.0
+        while True:
+            while not self._marked:
+                self._work = trio.Event()
+                await self._work.wait()
+                yield_at_s = trio.current_time() + YIELD_S
+            topic = next(iter(self._marked))
+            del self._marked[topic]
+            self._is_writing = True
+            yield_at_s = await self._deliver_to(topic, yield_at_s)
+            self._is_writing = False
+
+    async def _deliver_to(self, topic: Topic, yield_at_s: float) -> float:
+        """One write to each reader of a stream that waits; returns when to yield again."""
+        self._start_look(topic)
+        last: Frames | None = None
+        position = count = 0
+        for number, reader in enumerate(tuple(topic.waiting), 1):
+            # Most readers stand at the same place: the same frames, and no question asked.
+            if last is not None and reader.position == position and reader.takes(last):
+                count += 1
+            else:
+                self._count(topic, last, count)
+                position, last = reader.position, reader.give()
+                count = 1
+            if not number % _READERS_A_LOOK and trio.current_time() >= yield_at_s:
+                await trio.lowlevel.checkpoint()
+                yield_at_s = trio.current_time() + YIELD_S
+        self._count(topic, last, count)
+        if any(reader.position < topic.tail.last_seq for reader in topic.waiting):
+            self._marked[topic] = None
+        elif len(topic.waiting) == len(topic.readers):
+            topic.tail.forget(topic.tail.last_seq)
+        return yield_at_s
+
+    def _count(self, topic: Topic, given: Frames | None, readers: int) -> None:
+        if given is None:
+            return
+        topic.written_at_s = trio.current_time()
+        self._written += readers
+        if topic.tally is not None:
+            for event_type, events in given.counts.items():
+                topic.tally(event_type, events * readers)
+
+    def _start_look(self, topic: Topic) -> None:
+        if self._nursery is None or topic.is_looking or not topic.is_stale:
+            return
+        # While all of them still replay, the log after the tail is what they read anyway.
+        if not all(reader.replays for reader in topic.readers):
+            topic.is_looking = True
+            self._nursery.start_soon(self._look_for_all, topic)
+
+    async def _look_for_all(self, topic: Topic) -> None:
+        """One look for all readers of a stream; after one that failed, another."""
+        try:
+            while topic.is_stale and topic.readers:
+                try:
+                    async with self._looks:
+                        await self._look(topic)
+                except RdevError as error:
+                    if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                        raise
+                    await trio.sleep(LOOK_PAUSE_S)
+        finally:
+            topic.is_looking = False
+
+    async def _look(self, topic: Topic) -> None:
+        topic.is_stale = False
+        topic.looked_at_s = trio.current_time()
+        try:
+            while page := await self.pages.after(topic.command, topic.tail.last_seq):
+                topic.tail.append_page(page)
+                self.mark(topic)
+        except BaseException:
+            topic.is_stale = True
+            self.mark(topic)
+            raise
+
+    async def _sweep(self) -> None:
+        """Let go of what all have; a draining server is told nothing more, so it looks."""
+        while True:
+            await trio.sleep(_SWEEP_S)
+            for topic in tuple(self._topics.values()):
+                topic.forget_taken()
+            if self.draining:
+                self.wake_all()
+
+    async def _dismiss_all(self) -> None:
+        """A hundred at once, the others evenly over the time given."""
+        readers = self._readers()
+        pause_s = self._drain_s / max(1, len(readers) - CLOSE_AT_ONCE)
+        for number, reader in enumerate(readers):
+            if number >= CLOSE_AT_ONCE:
+                await trio.sleep(pause_s)
+            reader.dismiss()
+
+    def _readers(self) -> list[Subscription]:
+        return [reader for topic in self._topics.values() for reader in topic.readers]
+
     def _end(self, command: CommandId) -> None:
         for event in self._ends.get(command, ()):
             event.set()
-
-
-def _framed(chunk: Chunk, *, after: int) -> Frames:
-    return Frames(
-        data=frames(chunk.payload, chunk.first_seq, chunk.last_seq, after=after),
-        first_seq=chunk.first_seq,
-        last_seq=chunk.last_seq,
-        is_final=chunk.is_final,
-        counts=chunk.event_counts,
-    )
-
-
-def _join(parts: list[Frames]) -> Frames:
-    if len(parts) == 1:
-        return parts[0]
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.counts)
-    return Frames(
-        data=b"".join(part.data for part in parts),
-        first_seq=parts[0].first_seq,
-        last_seq=parts[-1].last_seq,
-        is_final=parts[-1].is_final,
-        counts=counts,
-    )

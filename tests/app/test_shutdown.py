@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
@@ -21,6 +22,7 @@ from tests.app.server import (
     probe,
     seqs_of,
     until,
+    until_async,
 )
 
 # Numbered lines with the ledger of starts; ends when the gate is there.
@@ -214,3 +216,38 @@ async def test_a_database_that_outlived_its_server_is_adopted(own: Server) -> No
     assert {pid for pid, argv in own.processes().items() if " -D " in argv} == pids
     async with open_api(own) as api:
         assert (await api.get("/projects/before")).status_code == 200
+
+
+async def test_ready_fails_before_the_streams_end_and_clients_come_back_apart(
+    quick_place: Path,
+) -> None:
+    with open_state(quick_place, RDEV_DRAIN_DELAY_S="2") as server:
+        server.start()
+        streams: list[list[Event]] = [[] for _ in range(5)]
+        async with open_api(server) as api:
+            await api.project()
+            gate = server.state_dir / "gate"
+            command = await api.submit(f"while [ ! -e {gate} ]; do sleep 0.05; done")
+            await api.running(command)
+
+            async def follow(into: list[Event]) -> None:
+                async with api.stream(command) as events:
+                    async for event in events:
+                        into.append(event)
+
+            with trio.fail_after(DEADLINE_S):
+                async with trio.open_nursery() as nursery:
+                    for into in streams:
+                        nursery.start_soon(follow, into)
+                    await until_async(lambda: all(len(s) > 1 for s in streams), "all watch")
+                    server.signal(SIGTERM)
+                    ready = partial(trio.to_thread.run_sync, probe, server.url + "/ready")
+                    while await ready() != 503:
+                        await trio.sleep(0.01)
+                    # Whoever balances load knows before any client is sent away.
+                    assert not any(e.name == "disconnecting" for s in streams for e in s)
+        assert server.wait() == 0
+        gate.touch()
+    ends = [stream[-1] for stream in streams]
+    assert {(end.name, end.data["reason"]) for end in ends} == {("disconnecting", "draining")}
+    assert len({end.retry_ms for end in ends}) == len(ends)

@@ -36,6 +36,8 @@ WITNESS = Path(__file__).with_name("witness.sql").read_text()
 # A lane of four, full for as long as the arena stands: what is sent there waits.
 FULL_PROJECT = "full"
 FULL_LANE = 4
+# The event that says that a command runs; what follows is its output.
+RUNNING_SEQ = 2
 PROJECTS = ("p1", "p2", "p3")
 WORK = {
     Work.QUICK: 8,
@@ -140,6 +142,23 @@ class Arena:
         """Count a fault."""
         self.tally.injections[kind] += count
 
+    async def open(self) -> None:
+        """Start both servers and make the projects."""
+        for node in self.nodes:
+            await node.start()
+        for node in self.nodes:
+            await node.ready()
+        for project in (FULL_PROJECT, *PROJECTS):
+            await self._ask("POST", "/projects", (200, 201), json={"id": project})
+
+    async def close(self) -> None:
+        """End both servers as Ctrl-C does."""
+        for node in self.nodes:
+            if node.lives:
+                node.signal(SIGINT)
+        for node in self.nodes:
+            await node.ended()
+
     # --- the load ---------------------------------------------------------------------------------
 
     def begin(self, *, workers: int) -> None:
@@ -162,8 +181,13 @@ class Arena:
         self.nursery.start_soon(self.carry_out, record)
 
     async def _keep_busy(self, number: int) -> None:
-        # The full lane must be full first.
-        await trio.sleep(0.5)
+        # The full lane must be full first, or what waits behind it would run.
+        full = [record for record in self.records if record.work is Work.ENDLESS]
+        await wait_until(
+            lambda: all(len(record.events) > RUNNING_SEQ for record in full),
+            "the full lane is full",
+            PATIENCE_S,
+        )
         while not self._closing:
             (work,) = self.chance.choices(list(WORK), list(WORK.values()))
             await self.carry_out(self.new_record(work))
@@ -242,7 +266,10 @@ class Arena:
             async with api.wire(path, {"Last-Event-ID": str(last)}) as wire:
                 if wire.status == 503:
                     return
-                assert wire.status == 200, wire.status
+                if wire.status != 200:
+                    body = b"".join([part async for part in wire.body()])
+                    told = f"{api.http.base_url}{path}: {wire.status} {body[:500]!r}"
+                    raise AssertionError(f"seed {self.seed}: {record.name}: {told}")
                 async with contextlib.aclosing(read_events(wire)) as events:
                     async for event in events:
                         # A frozen server is left after a while, as a client would.
@@ -364,28 +391,19 @@ async def open_arena(
                     seed=seed,
                     nursery=nursery,
                 )
-                for node in nodes:
-                    await node.start()
-                for node in nodes:
-                    await node.ready()
-                for project in (FULL_PROJECT, *PROJECTS):
-                    await arena._ask("POST", "/projects", (200, 201), json={"id": project})
+                await arena.open()
                 yield arena
-                for node in nodes:
-                    if node.lives:
-                        node.signal(SIGINT)
-                for node in nodes:
-                    await node.ended()
+                await arena.close()
                 nursery.cancel_scope.cancel()
     finally:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-            for node in nodes:
-                await node.forget_client()
-        _clear(folder, nodes)
+        await _clear(nodes, folder)
 
 
-def _clear(folder: Path, nodes: list[Node]) -> None:
-    """Whatever became of the arena: its processes and its folder go."""
+async def _clear(nodes: list[Node], folder: Path) -> None:
+    """Leave nothing, also of an arena that failed."""
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+        for node in nodes:
+            await node.forget_client()
     for node in nodes:
         if node.lives:
             node.signal(SIGCONT)
@@ -414,7 +432,8 @@ def _new_node(name: str, folder: Path, database: Database, proxy: TcpProxy | Non
     server = Server(
         state_dir=state_dir,
         settings=settings,
-        key="faults-" + "k" * 40,
+        # An arena's own: whoever finds a dead server's port taken by another's must not be let in.
+        key=f"faults-{folder.name}-" + "k" * 32,
         module="tests.faults.server_with_points",
     )
     return Node(name=name, server=server, points=Points(folder=state_dir), proxy=proxy)

@@ -44,6 +44,7 @@ async def kill_at(arena: Arena, point: str) -> None:
         node.signal(SIGKILL)
         arena.injected("kill")
         await node.ended()
+        await node.forget_client()
         node.points.arm(point)
         node.server.spawn()
     else:
@@ -114,6 +115,26 @@ async def freeze_at(arena: Arena, point: str) -> None:
     await wait_until(lambda: len(node.points.fired) > fired, f"it stops at {point}", PATIENCE_S)
     await _freeze(arena, node, lambda: None)
     arena.injected(f"freeze_at {point}")
+
+
+async def overtake(arena: Arena) -> None:
+    """One stands still with an append in hand, the other takes over and stands still before it has
+    appended anything: the first one's append fits the log, and only the lease tells that it is
+    stale."""
+    node = arena.chance.choice(arena.nodes)
+    other = arena.other(node)
+    node.points.arm("append.before", action=SIGSTOP)
+    await wait_until(lambda: not node.points.armed, "it stops with an append", PATIENCE_S)
+    # Ticks before the lease is over take nothing over.
+    while await arena.held_by(node):
+        other.points.arm("take_over.committed", action=SIGSTOP)
+        other.signal(SIGCONT)
+        await wait_until(lambda: not other.points.armed, "it stops", PATIENCE_S)
+    node.signal(SIGCONT)
+    await trio.sleep(1)
+    other.signal(SIGCONT)
+    arena.injected("overtake", 2)
+    await _goes_on(arena)
 
 
 async def _freeze(arena: Arena, node: Node, stop: Callable[[], None]) -> None:

@@ -85,7 +85,7 @@ async def test_dead_and_frozen_servers_lose_and_double_nothing(
 ) -> None:
     """kill -9 at every named point and anywhere, SIGSTOP past the lease; several arenas at once."""
     plan: list[Fault] = [partial(faults.kill_at, point=point) for point in POINTS] * ROUNDS
-    plan += [faults.kill] * (4 * ROUNDS) + [faults.freeze] * (2 * ROUNDS)
+    plan += [faults.kill] * (4 * ROUNDS) + [faults.freeze, faults.overtake] * (2 * ROUNDS)
     plan += [partial(faults.freeze_at, point=point) for point in FREEZE_POINTS] * (ROUNDS // 2)
     await run_in_arenas(plan, quick_place, session_tally, arenas=ARENAS)
 

@@ -1,10 +1,6 @@
 """The hub: what a reader saw is the log, whatever happens in between."""
 
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from uuid import UUID
+from dataclasses import dataclass
 
 import pytest
 import trio
@@ -12,109 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from rdev.domain.commands import Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.ids import CommandId, command_id
-from rdev.domain.sse import split_events
-from rdev.domain.stream import Chunk, GapEvent, Source, final_lines, gap_line
-from rdev.services import stream as module
-from rdev.services.stream import BUFFER_BYTES, HEARTBEAT_S, Fanout, Frames, Signal
-from tests.fakes.output import FakeOutput
+from rdev.domain.stream import Chunk, GapEvent, Source, gap_line
+from rdev.services.stream import (
+    BUFFER_BYTES,
+    HEARTBEAT_S,
+    Frames,
+    Signal,
+)
 from tests.fakes.store import StoreState
-
-COMMAND = command_id(UUID(int=1))
-OTHER = command_id(UUID(int=2))
-_FRAME = re.compile(rb"id: (\d+)\nevent: (\w+)\ndata: (.*)")
-
-Event = tuple[int, str, bytes]
-
-
-class SlowLog(FakeOutput):
-    """Reads take time before and after the moment they look at."""
-
-    def __init__(self, state: StoreState, before_s: float = 0.0, after_s: float = 0.0) -> None:
-        super().__init__(state)
-        self.before_s, self.after_s = before_s, after_s
-        self.reads = 0
-
-    async def read(self, command: CommandId, *, after: int, limit_bytes: int) -> list[Chunk]:
-        self.reads += 1
-        await trio.sleep(self.before_s)
-        page = await super().read(command, after=after, limit_bytes=limit_bytes)
-        await trio.sleep(self.after_s)
-        return page
-
-
-@dataclass
-class Hub:
-    """A hub over a log that tests write directly."""
-
-    log: SlowLog = field(default_factory=lambda: SlowLog(StoreState()))
-    told: list[CommandId] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.fanout = Fanout(log=self.log, tell_replicas=self.told.append)
-
-    @property
-    def chunks(self) -> list[Chunk]:
-        return self.log._state.chunks.setdefault(COMMAND, [])
-
-    @property
-    def events(self) -> list[Event]:
-        return [
-            event
-            for chunk in self.chunks
-            for event in split_events(chunk.payload, chunk.first_seq, chunk.last_seq)
-        ]
-
-    def commit(self, events: int = 1, *, size_bytes: int = 30, final: bool = False) -> Chunk:
-        """A chunk in the log that nobody is told of."""
-        last = self.chunks[-1].last_seq if self.chunks else 0
-        lines = [b'{"line":"%d"}' % (last + n + 1) for n in range(events)]
-        lines[-1] = lines[-1][:-1] + b" " * max(0, size_bytes - 20) + b"}"
-        payload = b"\n".join(lines)
-        if final:
-            events = 2
-            outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
-            payload = final_lines(
-                outcome, attempt=1, truncated=False, stdout_bytes=0, stderr_bytes=0
-            )
-        chunk = Chunk(
-            command=COMMAND,
-            first_seq=last + 1,
-            last_seq=last + events,
-            source=Source.LIFE if final else Source.STDOUT,
-            raw_bytes=events,
-            payload=payload,
-        )
-        self.chunks.append(chunk)
-        return chunk
-
-    def publish(self, events: int = 1, *, size_bytes: int = 30, final: bool = False) -> None:
-        """A chunk that is committed and then published."""
-        self.fanout.publish(self.commit(events, size_bytes=size_bytes, final=final))
-
-
-def events_of(frames: Frames) -> list[Event]:
-    """What a client reads out of the bytes."""
-    return [
-        (int(found[1]), found[2].decode(), found[3])
-        for frame in frames.data.split(b"\n\n")
-        if (found := _FRAME.fullmatch(frame))
-    ]
-
-
-async def read_all(hub: Hub, *, after: int = 0, pause_s: float = 0.0) -> list[Event]:
-    """Read to the end of the stream."""
-    seen: list[Event] = []
-    with hub.fanout.subscribe(COMMAND, after=after) as reader:
-        while True:
-            item = await reader.receive()
-            if item is Signal.END:
-                return seen
-            if isinstance(item, Frames):
-                seen += events_of(item)
-                await trio.sleep(pause_s)
+from tests.services.hub import COMMAND, OTHER, Client, Event, Hub, SlowLog, events_of, read_all
 
 
 @pytest.fixture
@@ -130,6 +33,8 @@ class Reading:
     """How a reader behaves: how long it pauses, and when it comes back from how far behind."""
 
     pause_ms: int
+    # Frames that its client takes at once when the hub writes; None: it takes by itself.
+    room: int | None
     stays: tuple[int, ...]
     backs: tuple[int, ...]
 
@@ -146,19 +51,10 @@ STEPS = st.lists(
 READINGS = st.builds(
     Reading,
     pause_ms=st.sampled_from([0, 1, 7, 50]),
+    room=st.sampled_from([None, 0, 1, 1_000]),
     stays=st.lists(st.integers(1, 120), max_size=4).map(tuple),
     backs=st.lists(st.integers(0, 5), min_size=4, max_size=4).map(tuple),
 )
-
-
-@contextmanager
-def small_buffers(size_bytes: int) -> Iterator[None]:
-    """Buffers that overflow soon."""
-    module.BUFFER_BYTES = size_bytes
-    try:
-        yield
-    finally:
-        module.BUFFER_BYTES = BUFFER_BYTES
 
 
 async def _write(hub: Hub, steps: list[tuple[str, int, int, int]]) -> None:
@@ -194,14 +90,13 @@ async def _connection(hub: Hub, reading: Reading, into: list[Event]) -> None:
     if into and into[-1][1] == "complete":
         return  # the HTTP edge answers this one: there is nothing more
     after = into[-1][0] if into else 0
+    client = Client(
+        room=reading.room if reading.room is not None else 0,
+        pause_s=reading.pause_ms / 1_000,
+        seen=into,
+    )
     with hub.fanout.subscribe(COMMAND, after=after) as reader:
-        while True:
-            item = await reader.receive()
-            if item is Signal.END:
-                return
-            if isinstance(item, Frames):
-                into += events_of(item)
-                await trio.sleep(reading.pause_ms / 1_000)
+        await client.follow(reader, offering=reading.room is not None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -209,27 +104,39 @@ async def _connection(hub: Hub, reading: Reading, into: list[Event]) -> None:
     steps=STEPS,
     readings=st.lists(READINGS, min_size=1, max_size=3),
     log_ms=st.tuples(st.sampled_from([0, 1, 9]), st.sampled_from([0, 1, 9])),
+    runs=st.booleans(),
 )
 def test_what_a_reader_saw_is_the_log(
-    steps: list[tuple[str, int, int, int]], readings: list[Reading], log_ms: tuple[int, int]
+    steps: list[tuple[str, int, int, int]],
+    readings: list[Reading],
+    log_ms: tuple[int, int],
+    runs: bool,
 ) -> None:
-    trio.run(_compare, steps, readings, log_ms, clock=MockClock(autojump_threshold=0))
+    trio.run(_compare, steps, readings, log_ms, runs, clock=MockClock(autojump_threshold=0))
 
 
 async def _compare(
-    steps: list[tuple[str, int, int, int]], readings: list[Reading], log_ms: tuple[int, int]
+    steps: list[tuple[str, int, int, int]],
+    readings: list[Reading],
+    log_ms: tuple[int, int],
+    runs: bool,
 ) -> None:
-    hub = Hub(log=SlowLog(StoreState(), log_ms[0] / 1_000, log_ms[1] / 1_000))
+    log = SlowLog(StoreState(), log_ms[0] / 1_000, log_ms[1] / 1_000)
+    hub = Hub(log=log, buffer_bytes=1_500)
     seen: list[list[Event]] = [[] for _ in readings]
-    with small_buffers(1_500):
-        with trio.fail_after(3_600):
+    with trio.fail_after(300):
+        async with trio.open_nursery() as loop:
+            if runs:
+                await loop.start(hub.fanout.run)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_write, hub, steps)
                 for reading, into in zip(readings, seen, strict=True):
                     nursery.start_soon(_follow, hub, reading, into)
+            loop.cancel_scope.cancel()
     for into in seen:
         assert into == hub.events
     assert hub.fanout.statistics().subscriptions == 0
+    assert not hub.fanout._topics
 
 
 # Each promise by itself
@@ -279,7 +186,7 @@ async def test_a_gap_is_seen_by_whoever_resumes_inside_it(hub: Hub) -> None:
     assert [(seq, name) for seq, name, _ in seen] == [(8, "gap"), (9, "status"), (10, "complete")]
 
 
-async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub, nursery: trio.Nursery) -> None:
+async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub) -> None:
     with hub.fanout.subscribe(COMMAND, after=0) as reader:
         hub.publish()
         assert isinstance(await reader.receive(), Frames)
@@ -287,14 +194,13 @@ async def test_a_buffer_that_is_full_falls_back_to_the_log(hub: Hub, nursery: tr
             await reader.receive()
         for _ in range(3 * BUFFER_BYTES // 60_000):
             hub.publish(size_bytes=60_000)
-            assert reader.buffer.size_bytes <= BUFFER_BYTES
-        assert hub.fanout.statistics().fell_back == 1
-        assert reader.buffer.behind
+            assert reader.topic.tail.size_bytes <= BUFFER_BYTES
         seen: list[Event] = []
         while len(seen) < len(hub.events) - 1:
             item = await reader.receive()
             assert isinstance(item, Frames)
             seen += events_of(item)
+        assert hub.fanout.statistics().fell_back == 1
     assert seen == hub.events[1:]
 
 
@@ -450,5 +356,5 @@ async def test_leaving_a_subscription_leaves_nothing_behind(hub: Hub) -> None:
     with hub.fanout.subscribe(COMMAND, after=0), hub.fanout.subscribe(COMMAND, after=0):
         assert hub.fanout.statistics().subscriptions == 2
     assert hub.fanout.statistics().subscriptions == 0
-    assert hub.fanout._readers == {}
+    assert hub.fanout._topics == {}
     hub.publish()

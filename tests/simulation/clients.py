@@ -21,7 +21,7 @@ from tests.simulation.history import Answered, Awaited, Closed, History, Opened,
 from tests.simulation.link import Weather
 from tests.simulation.places import Plan, Programs
 from tests.simulation.servers import GoneError, Life
-from tests.simulation.streams import follow, parse
+from tests.simulation.streams import Socket, follow, parse
 
 PATIENCE_S = 10.0
 FOR_EVER_S = 86_400.0
@@ -192,12 +192,8 @@ class Connection:
         )
         self._is_open = True
 
-        async def deliver(data: bytes) -> None:
-            await life.link.cross()
-            for seq, event, body in parse(data) if self._is_open else ():
-                self._saw(seq, event, body)
-
-        ended = await follow(life.commands, life.fanout, self._command, self.last_seq, deliver)
+        socket = Socket(life.link, self._receive)
+        ended = await follow(life.commands, life.fanout, self._command, self.last_seq, socket)
         return ended or None
 
     def close(self) -> None:
@@ -206,11 +202,12 @@ class Connection:
             self._is_open = False
             self._history.events.append(Closed(trio.current_time(), self._number))
 
-    def _saw(self, seq: int, event: str, data: bytes) -> None:
-        self.last_seq = seq
-        self._history.events.append(
-            Saw(trio.current_time(), self._number, self._command, seq, event, data)
-        )
+    def _receive(self, frames: bytes) -> None:
+        now = trio.current_time()
+        for seq, event, data in parse(frames) if self._is_open else ():
+            self.last_seq = seq
+            saw = Saw(now, self._number, self._command, seq, event, data)
+            self._history.events.append(saw)
 
 
 def draw_plan(chance: Chance, shape: Shape) -> Plan:

@@ -5,14 +5,14 @@ product has no switch for them.
 """
 
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from rdev.domain.commands import Claimed, Lease, NewCommand
 from rdev.domain.execution import Exit, LostReason, Offsets, Spec, Stream
 from rdev.domain.ids import CommandId, ProjectId
-from rdev.domain.lanes import AGE_STEP_S
+from rdev.domain.lanes import AGE_STEP_S, Lane
 from rdev.domain.stream import Chunk
 from rdev.ports.commands import Accepted, Beat, Claims
 from rdev.ports.output import Append, AppendResult
@@ -116,12 +116,22 @@ class LanesWithoutRepair(FakeLanes):
 class LanesWithoutCap(FakeLanes):
     """A lane takes one more than it may."""
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
         lanes = self._state.lanes.values()
         for lane in lanes:
             lane.cap += 1
         try:
-            return await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+            return await super().claim(
+                reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+            )
         finally:
             for lane in lanes:
                 lane.cap -= 1
@@ -130,8 +140,18 @@ class LanesWithoutCap(FakeLanes):
 class LanesWithoutTurns(FakeLanes):
     """Forgets that a lane was served: the oldest command of all is next."""
 
-    async def claim(self, *, reach: str, instance: str | None, holder: str, limit: int) -> Claims:
-        found = await super().claim(reach=reach, instance=instance, holder=holder, limit=limit)
+    async def claim(
+        self,
+        *,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        touched: Collection[Lane] = (),
+    ) -> Claims:
+        found = await super().claim(
+            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+        )
         for lane, row in self._state.lanes.items():
             row.last_start = 0.0
             self._place(lane)

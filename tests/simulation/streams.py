@@ -3,31 +3,71 @@
 What the hub promises its readers may be given in another form; what a client sees may not.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from rdev.domain.ids import CommandId
+from rdev.domain.stream import Chunk
 from rdev.services.commands import Commands
-from rdev.services.stream import Fanout, Frames, Signal, Subscription
+from rdev.services.stream import Fanout, Frames, Signal
+from tests.simulation.link import Link
 
-Deliver = Callable[[bytes], Awaitable[None]]
+# How often a client takes at once what the hub writes.
+QUICK = 0.7
+
+
+class Socket:
+    """A server's end of a client's connection. The hub writes to it while it takes everything."""
+
+    def __init__(self, link: Link, receive: Callable[[bytes], None]) -> None:
+        self._link = link
+        self._receive = receive
+        self._kept: list[bytes] = []
+
+    def offer(self, frames: Frames) -> bool:
+        """As the hub wants it: whether everything left at once."""
+        self._kept.append(frames.data)
+        if self._link.is_paused or self._link.is_cut or not self._is_quick():
+            return False
+        self._send()
+        return True
+
+    async def write(self, data: bytes) -> None:
+        """Behind what was kept."""
+        self._kept.append(data)
+        await self.flush()
+
+    async def flush(self) -> None:
+        """As soon as the server moves."""
+        await self._link.cross()
+        self._send()
+
+    def _is_quick(self) -> bool:
+        return self._link.weather.chance.odds(QUICK)
+
+    def _send(self) -> None:
+        kept, self._kept = self._kept, []
+        for data in kept:
+            self._receive(data)
 
 
 async def follow(
-    commands: Commands, fanout: Fanout, command: CommandId, after: int, deliver: Deliver
+    commands: Commands, fanout: Fanout, command: CommandId, after: int, socket: Socket
 ) -> bool:
-    """Hand on the frames after `after` until the stream ends; whether its end was reached.
+    """Write the frames after `after` until the stream ends; whether its end was reached.
 
     Errors: those of `Commands.get` and of the hub.
     """
-    found = await commands.get(command)
-    if found.status.is_terminal and after >= found.last_seq:
-        return True
     with fanout.subscribe(command, after=after) as reader:
+        found = await commands.get(command)
+        if found.status.is_terminal and after >= found.last_seq:
+            return True
+        reader.log_ends(found.last_seq)
         while True:
-            match await reader.receive():
+            match await reader.receive(socket.offer):
                 case Frames(data=data):
-                    await deliver(data)
+                    await socket.write(data)
+                case Signal.BLOCKED:
+                    await socket.flush()
                 case Signal.HEARTBEAT:
                     pass
                 case Signal.END:
@@ -46,24 +86,14 @@ def parse(data: bytes) -> list[tuple[int, str, bytes]]:
     return events
 
 
-class ReplayThenSubscribe(Subscription):
-    """A bug to plant: reads the log, and takes part in what is published only then."""
-
-    async def _from_log(self) -> Frames | None:
-        found = await super()._from_log()
-        if found is None:
-            # What was published during the read is missed.
-            self.buffer.waiting.clear()
-            self.buffer.size_bytes = 0
-            self.buffer.behind = False
-        return found
-
-
 class LateReaders(Fanout):
-    """Makes such subscriptions."""
+    """A bug to plant: a reader takes part in what is published only when it has read the log."""
 
-    @contextmanager
-    def subscribe(self, command: CommandId, *, after: int) -> Iterator[Subscription]:
-        with super().subscribe(command, after=after) as subscription:
-            subscription.__class__ = ReplayThenSubscribe
-            yield subscription
+    def publish(self, chunk: Chunk) -> None:
+        topic = self._topics.get(chunk.command)
+        if topic is not None and any(reader.replays for reader in topic.readers):
+            del self._topics[chunk.command]
+            super().publish(chunk)
+            self._topics[chunk.command] = topic
+        else:
+            super().publish(chunk)

@@ -1,9 +1,9 @@
 """The shell around all routes: what happens to every request, whatever it asks for.
 
 In order: request id and trace (taken or made), the limit of requests in work, the body limit, then
-Quart: route, authentication, the route table, further hooks, the route itself. Every way out is a
-response with the request id, one log line and one count. Routes raise `RdevError`; it becomes a
-problem here.
+Quart or a plain route: authentication, the route table, further hooks, the route itself. Every way
+out is a response with the request id, one log line and one count. Routes raise `RdevError`; it
+becomes a problem here.
 """
 
 import logging
@@ -11,11 +11,12 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 
 import trio
 from hypercorn.typing import (
+    ASGIFramework,
     ASGIReceiveCallable,
     ASGISendCallable,
     ASGISendEvent,
@@ -39,6 +40,7 @@ from rdev.adapters.http.exchange import (
 )
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
+from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
 from rdev.domain.addresses import Network
 from rdev.domain.errors import ErrorCode, RdevError
@@ -88,6 +90,7 @@ def build_app(
     telemetry: Telemetry,
     now: Callable[[], datetime],
     new_request_id: Callable[[], str],
+    plain: Sequence[PlainRoute] = (),
     access: Mapping[Route, Access] = ACCESS,
     hooks: Sequence[Hook] = (),
     trusted_proxies: Sequence[Network] = (),
@@ -97,13 +100,16 @@ def build_app(
     """The ASGI app of the server.
 
     `public_paths` are templates of routes that need no credential; all others do, and what `access`
-    says of them. Errors: UndeclaredRouteError for a route that is in neither.
+    says of them. `plain` routes are served without Quart. Errors: UndeclaredRouteError for a route
+    that is neither public nor in `access`.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
     for blueprint in routes:
         quart.register_blueprint(blueprint)
-    check_declared(declared_routes(quart), access, public_paths)
+    declared = [*_routes_of(quart), *(("GET", route.template) for route in plain)]
+    check_declared(declared, access, public_paths)
+    refusals = _Refusals(telemetry)
     gate = _Gate(
         authenticate=authenticate,
         project_of=project_of,
@@ -113,11 +119,11 @@ def build_app(
         hooks=hooks,
     )
     quart.before_request(gate.enter)
-    quart.register_error_handler(RdevError, _Refusals(telemetry).answer)
+    quart.register_error_handler(RdevError, refusals.answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
     quart.register_error_handler(Exception, _on_fault)
     return Shell(
-        quart=quart,
+        app=_Routes(quart, plain, gate, refusals),
         telemetry=telemetry,
         now=now,
         new_request_id=new_request_id,
@@ -132,7 +138,7 @@ class Shell:
     def __init__(
         self,
         *,
-        quart: QuartTrio,
+        app: ASGIFramework,
         telemetry: Telemetry,
         now: Callable[[], datetime],
         new_request_id: Callable[[], str],
@@ -143,8 +149,8 @@ class Shell:
         self.admission = Admission(
             max_in_flight=limits.max_in_flight, max_held=limits.max_held, telemetry=telemetry
         )
-        self._quart = quart
-        self._guarded = BodyLimit(quart, limit_bytes=limits.body_bytes, telemetry=telemetry)
+        self._app = app
+        self._guarded = BodyLimit(app, limit_bytes=limits.body_bytes, telemetry=telemetry)
         self._telemetry = telemetry
         self._now = now
         self._new_request_id = new_request_id
@@ -157,7 +163,7 @@ class Shell:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1000, "reason": None})
         elif scope["type"] == "lifespan":
-            await self._quart(scope, receive, send)
+            await self._app(scope, receive, send)
         else:
             await self._serve(scope, receive, send)
 
@@ -170,7 +176,7 @@ class Shell:
         try:
             error = self._refusal(this)
             if error is None:
-                error = await self._enter_quart(scope, receive, answer)
+                error = await self._enter(scope, receive, answer)
             if error is not None and this.status is None:
                 await refuse(answer, error)
             # Quart returns without an answer when the client left.
@@ -181,10 +187,10 @@ class Shell:
             _count(this, self._telemetry)
             _log_request(this)
 
-    async def _enter_quart(
+    async def _enter(
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> RdevError | None:
-        """Let Quart answer. Returns what it refuses outside of its own error handling: Quart 0.22
+        """Let the routes answer. Returns what Quart refuses outside of its own error handling: 0.22
         raises for a broken `Host` before it has a request to handle."""
         found: RdevError | None = None
         try:
@@ -231,6 +237,31 @@ class Shell:
         return None
 
 
+class _Routes:
+    """Gives a request to its plain route, or to Quart."""
+
+    def __init__(
+        self, quart: QuartTrio, plain: Sequence[PlainRoute], gate: "_Gate", refusals: "_Refusals"
+    ) -> None:
+        self._quart = quart
+        self._plain = plain
+        self._gate = gate
+        self._refusals = refusals
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        if scope["type"] == "http":
+            for route in self._plain:
+                fields = route.fields(scope["path"])
+                if fields is not None:
+                    asked = Asked(scope=scope, receive=receive, send=send, fields=fields)
+                    enter = partial(self._gate.admit, fields=fields)
+                    await answer(route, asked, enter=enter, refused=self._refusals.count)
+                    return
+        await self._quart(scope, receive, send)
+
+
 class _Answer:
     """`send` of one exchange: adds the headers every answer has, and takes down its status."""
 
@@ -272,20 +303,24 @@ class _Gate:
 
     async def enter(self) -> None:
         """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
-        this = exchange()
         rule = request.url_rule
-        if rule is None:
-            return  # no such route or method: Quart answers that, whoever asks
-        this.route = _template(rule.rule)
+        if rule is not None:  # else no such route or method: Quart answers that, whoever asks
+            await self.admit(_template(rule.rule), fields=request.view_args or {})
+            g.principal = exchange().principal
+
+    async def admit(self, route: str, *, fields: Mapping[str, str]) -> None:
+        """Let the running exchange in under the route's template; `fields` are the parts of the
+        path that it names. Errors: as `access.admit` and the hooks."""
+        this = exchange()
+        this.route = route
         this.is_counted = True
         self._telemetry.request_started(this.method_label, this.route)
         if this.route in self._public_paths:
             return
-        g.principal = this.principal = await self._checked(this)
+        this.principal = principal = await self._checked(this)
         if this.method != "OPTIONS":
             method = "GET" if this.method == "HEAD" else this.method
-            access = self._access[method, this.route]
-            await admit(this.principal, access, request.view_args or {}, self._project_of)
+            await admit(principal, self._access[method, route], fields, self._project_of)
         for hook in self._hooks:
             await hook()
 
@@ -320,9 +355,12 @@ class _Refusals:
         self._telemetry = telemetry
 
     async def answer(self, error: RdevError) -> Response:
+        self.count(error)
+        return _problem_response(error)
+
+    def count(self, error: RdevError) -> None:
         for limit in {fault.limit for fault in error.faults if fault.limit is not None}:
             self._telemetry.limit_checked(limit, refused=True)
-        return _problem_response(error)
 
 
 async def _on_http_exception(error: HTTPException) -> Response:
@@ -403,7 +441,7 @@ def _credential(headers: dict[bytes, str]) -> str | None:
     return key.encode("latin-1").decode("utf-8", "replace") or None
 
 
-def declared_routes(quart: QuartTrio) -> Iterator[Route]:
+def _routes_of(quart: QuartTrio) -> Iterator[Route]:
     """Every route as the route table names it."""
     for rule in quart.url_map.iter_rules():
         for method in (rule.methods or set()) - _METHODS_OF_HTTP:

@@ -5,7 +5,9 @@ regression test in tests/adapters/http/test_connection.py. Bounds: seconds idle,
 request's head is complete, seconds for each piece that is written.
 """
 
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from math import inf
 
 import trio
@@ -29,6 +31,9 @@ _WRITE_PIECE_BYTES = 1 << 16
 
 _HTTP_1 = ("1.0", "1.1")
 
+# Where a request finds its connection, if that lends its socket (`Connection.take`).
+EXTENSION = "rdev.connection"
+
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
 
@@ -49,13 +54,20 @@ class Connection(TCPServer):
         *,
         header_timeout_s: float,
         write_timeout_s: float,
+        plain: socket.socket | None = None,
     ) -> None:
-        """Serve `app` on `stream`; the idle time is `config.keep_alive_timeout`."""
+        """Serve `app` on `stream`; the idle time is `config.keep_alive_timeout`.
+
+        `plain` is the socket object under a stream without TLS.
+        """
         # hypercorn says SSLStream and takes both.
         super().__init__(self._answer, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
         self._asgi = app
         self._write_timeout_s = write_timeout_s
+        self._plain = plain
+        self._is_taken = self._has_left = False
+        self._on_left: Callable[[], None] | None = None
         self._joined: list[bytes] | None = None
         self._writing: trio.CancelScope | None = None
         self._idle = _IdleTimer(
@@ -77,9 +89,34 @@ class Connection(TCPServer):
             soon = trio.current_time() + self._write_timeout_s
             self._writing.deadline = min(self._writing.deadline, soon)
 
+    def take(self, on_left: Callable[[], None]) -> socket.socket:
+        """Lend the socket object to the response under way, whose head and first bytes are out.
+
+        From here on the taker is the only one who writes; when the response ends, the connection
+        is closed. `on_left` is called when the client has gone.
+        """
+        assert self._plain is not None, "a connection without the extension lends nothing"
+        self._is_taken = True
+        self._on_left = on_left
+        if self._has_left:
+            on_left()
+        return self._plain
+
+    @contextmanager
+    def patience(self) -> Iterator[trio.CancelScope]:
+        """The time that the client has for one piece; `hurry` shortens it."""
+        with trio.move_on_after(self._write_timeout_s) as scope:
+            self._writing = scope
+            try:
+                yield scope
+            finally:
+                self._writing = None
+
     async def protocol_send(self, event: Event) -> None:
         """Write what hypercorn's protocols have to say."""
         if isinstance(event, RawData):
+            if self._is_taken:
+                return  # not between the taker's bytes: the connection is closed after them
             if self._joined is not None:
                 self._joined.append(event.data)
             elif event.data:
@@ -99,6 +136,8 @@ class Connection(TCPServer):
     ) -> None:
         """Run the app for one request."""
         if scope["type"] == "http":
+            if self._plain is not None and scope["http_version"] == "1.1":
+                scope["extensions"][EXTENSION] = {"connection": self}
             send = _Response(self, send, is_joined=scope["http_version"] in _HTTP_1)
         await self._asgi(scope, receive, send)
 
@@ -141,10 +180,9 @@ class Connection(TCPServer):
         """Write piece by piece; a piece that is not taken in its time aborts the connection."""
         for start in range(0, len(data), _WRITE_PIECE_BYTES):
             piece = data[start : start + _WRITE_PIECE_BYTES]
-            with trio.move_on_after(self._write_timeout_s) as self._writing:
+            with self.patience() as patience:
                 await self.stream.send_all(piece)
-            was_late, self._writing = self._writing.cancelled_caught, None
-            if was_late:
+            if patience.cancelled_caught:
                 self.abort()
                 raise trio.BrokenResourceError("the client does not read")
 
@@ -156,10 +194,15 @@ class Connection(TCPServer):
         """
         try:
             while data := await self._received():
+                if self._is_taken:
+                    continue  # no further request is answered here; only the end is heard
                 requests = self._idle.requests
                 await self.protocol.handle(RawData(data))
                 if self._idle.requests == requests:
                     self._idle.shorten()
+            self._has_left = True
+            if self._on_left is not None:
+                self._on_left()
             await self.protocol.handle(Closed())
         finally:
             self._idle.expire()

@@ -24,10 +24,18 @@ _LINGER_S = 2.0
 _LINGER_LIMITS = 16
 
 
-async def refuse(send: ASGISendCallable, error: RdevError, *, more_body: bool = False) -> None:
+async def refuse(
+    send: ASGISendCallable,
+    error: RdevError,
+    *,
+    more_body: bool = False,
+    status: int | None = None,
+) -> None:
     """Answer the running exchange with the error's problem document."""
     this = exchange()
-    told = problem(error, request_id=this.request_id, instance=this.path, now=this.now())
+    told = problem(
+        error, request_id=this.request_id, instance=this.path, now=this.now(), status=status
+    )
     headers = [(name.lower().encode(), value.encode()) for name, value in told.headers]
     headers.append((b"content-length", b"%d" % len(told.body)))
     await send({"type": "http.response.start", "status": told.status, "headers": headers})
@@ -52,7 +60,7 @@ class BodyLimit:
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
         """Serve one request."""
-        length, has_body = _announced(scope)
+        length, has_body = announced(scope)
         if not has_body:
             await self._app(scope, receive, send)
             return
@@ -69,7 +77,7 @@ class BodyLimit:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _announced(scope: HTTPScope) -> tuple[int | None, bool]:
+def announced(scope: HTTPScope) -> tuple[int | None, bool]:
     """The length the client announced, and whether there can be a body at all."""
     has_body = scope["http_version"] not in ("1.0", "1.1")
     for name, value in scope["headers"]:

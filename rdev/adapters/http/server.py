@@ -5,6 +5,7 @@ on listeners of its own, because hypercorn's own loop (`hypercorn.trio.serve`) w
 client that stopped reading and gives no hold on its connections.
 """
 
+import errno
 import logging
 import os
 import resource
@@ -16,7 +17,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from time import CLOCK_REALTIME, clock_gettime
-from typing import TypeAlias
 
 import trio
 from hypercorn.config import Config
@@ -37,7 +37,9 @@ _TLS_HANDSHAKE_TIMEOUT_S = 10.0
 _WRITE_AT_STOP_S = 2.0
 _UNIX = "unix:"
 
-Listener: TypeAlias = trio.SocketListener | trio.SSLListener[trio.SocketStream]
+# Accepting fails for these until something is closed.
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_ACCEPT_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +123,10 @@ class HttpServer:
             async with trio.open_nursery() as connections:
                 try:
                     with self._accepting:
-                        task_status.started()
-                        await trio.serve_listeners(
-                            self._serve, listeners, handler_nursery=connections
-                        )
+                        async with trio.open_nursery() as accepting:
+                            for listener in listeners:
+                                accepting.start_soon(self._accept, listener, connections)
+                            task_status.started()
                     await self._finish()
                     connections.cancel_scope.cancel()
                 finally:
@@ -147,21 +149,56 @@ class HttpServer:
         if self._open:
             _log.warning("connections closed by force", extra={"connections": len(self._open)})
 
-    async def _serve(self, stream: Stream) -> None:
-        """One connection, for its whole life. Its faults are its own: logged, nobody else's."""
+    async def _accept(self, listener: socket.socket, connections: trio.Nursery) -> None:
+        """Accept until cancelled. Our own, because the socket object itself is needed
+        (`Connection.take`), which trio's listeners hide."""
+        tls = _tls_context(self._config)
+        with listener:
+            while True:
+                try:
+                    accepted, _ = listener.accept()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_readable(listener)
+                except OSError as error:
+                    # Nothing left to accept with; or that client has gone already.
+                    is_short = error.errno in _OUT_OF_RESOURCES
+                    if is_short:
+                        _log.warning("cannot accept", extra={"error": error.strerror})
+                    await trio.sleep(_ACCEPT_PAUSE_S if is_short else 0)
+                else:
+                    self._begin(accepted, tls, connections)
+                    await trio.lowlevel.checkpoint()
+
+    def _begin(
+        self, accepted: socket.socket, tls: ssl.SSLContext | None, connections: trio.Nursery
+    ) -> None:
+        """Serve a connection, or close it where there are too many."""
         if len(self._open) >= self._max_connections:
             self._telemetry.limit_checked("connections", refused=True)
-            await trio.aclose_forcefully(stream)
+            accepted.close()
             return
-        connection = Connection(
+        accepted.setblocking(False)
+        connection = self._connection(accepted, tls)
+        self._open.add(connection)
+        connections.start_soon(self._serve, connection)
+
+    def _connection(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> Connection:
+        plain = trio.SocketStream(trio.socket.from_stdlib_socket(accepted))
+        stream: Stream = plain
+        if tls is not None:
+            stream = trio.SSLStream(plain, tls, server_side=True, https_compatible=True)
+        return Connection(
             self._app,
             self._config,
             self._context,
             stream,
             header_timeout_s=self._times.header_s,
             write_timeout_s=self._times.write_s,
+            plain=accepted if tls is None else None,
         )
-        self._open.add(connection)
+
+    async def _serve(self, connection: Connection) -> None:
+        """One connection, for its whole life. Its faults are its own: logged, nobody else's."""
         try:
             await connection.run()
         except Exception:  # noqa: BLE001  # one client's fault must not end all others
@@ -172,20 +209,17 @@ class HttpServer:
             self._open.discard(connection)
             self._one_closed.set()
 
-    def _listen(self, cleanup: ExitStack) -> list[Listener]:
+    def _listen(self, cleanup: ExitStack) -> list[socket.socket]:
         """Open all listeners; `cleanup` closes them, also where the second cannot be opened."""
-        context = _tls_context(self._config)
-        scheme = "https" if context else "http"
-        listeners: list[Listener] = []
+        scheme = "https" if _tls_context(self._config) else "http"
+        listeners: list[socket.socket] = []
         bound = []
         for bind in self._bind:
             opened = cleanup.enter_context(_opened(bind, self._times.write_s))
             if opened.family is socket.AF_UNIX:
                 cleanup.callback(_unlink, bind.removeprefix(_UNIX))
             bound.append(f"{scheme}://{repr_socket_addr(opened.family, opened.getsockname())}")
-            plain = trio.SocketListener(trio.socket.from_stdlib_socket(opened))
-            tls = context and trio.SSLListener(plain, context, https_compatible=True)
-            listeners.append(tls or plain)
+            listeners.append(opened)
         self._bound = tuple(bound)
         return listeners
 

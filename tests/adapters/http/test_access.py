@@ -6,6 +6,7 @@ from quart import Blueprint
 from rdev.adapters.http.access import Access, UndeclaredRouteError, Where
 from rdev.adapters.http.app import build_app
 from rdev.adapters.http.envelope import success
+from rdev.adapters.http.plain import Asked, PlainRoute
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, KeyId, ProjectId
 from rdev.domain.keys import Grant, Principal, Scope
@@ -127,6 +128,39 @@ async def test_a_project_is_found_in_the_path_or_through_the_command(serve, path
     )
 
     assert (await site.request("GET", path)).status == status
+
+
+async def plainly(asked: Asked) -> None:
+    await asked.send({"type": "http.response.start", "status": 204, "headers": []})
+    await asked.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+PLAIN = PlainRoute("/commands/{command}/plainly", plainly)
+OF_COMMAND = Access(scopes=(Scope.PROJECTS_READ,), project=Where.COMMAND)
+
+
+@pytest.mark.parametrize(
+    ("scope", "project", "status"),
+    [
+        (Scope.PROJECTS_READ, "a", 204),
+        (Scope.PROJECTS_READ, "b", 404),
+        (Scope.AUDIT_READ, "a", 403),
+    ],
+)
+async def test_a_plain_route_passes_the_same_table(serve, scope, project, status):
+    site = await serve(
+        plain=[PLAIN],
+        access={("GET", PLAIN.template): OF_COMMAND},
+        authenticate=holding(scope, projects=(project,)),
+        project_of=project_a,
+    )
+
+    assert (await site.request("GET", f"/commands/{COMMAND}/plainly")).status == status
+
+
+async def test_a_plain_route_that_declares_nothing_is_not_built_either(serve):
+    with pytest.raises(UndeclaredRouteError, match="plainly"):
+        await serve(plain=[PLAIN], access={})
 
 
 async def test_what_cannot_be_looked_up_is_unavailable_and_never_open(serve):
