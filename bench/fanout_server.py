@@ -20,10 +20,12 @@ from rdev.adapters.http.server import HttpServer
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.commands import Command, Kind, Lease, Priority, Status
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId, command_id
+from rdev.domain.keys import ADMIN, Principal
 from rdev.domain.stream import Chunk, Source
+from rdev.ports.authentication import Authenticate
 from rdev.ports.output import Append, AppendResult
-from rdev.services.keys import Keys
 from rdev.services.stream import Fanout
 
 COMMAND = command_id(UUID(int=1))
@@ -63,6 +65,9 @@ class Memory:
         await trio.lowlevel.checkpoint()
         return self.command
 
+    async def project_of(self, command: CommandId) -> ProjectId | None:
+        return self.command.project
+
     async def oldest_seq(self, command: CommandId) -> int | None:
         await trio.lowlevel.checkpoint()
         return 1
@@ -89,13 +94,25 @@ class Memory:
         raise NotImplementedError
 
 
+def _only(key: str) -> Authenticate:
+    """Lets in whoever has the key."""
+
+    async def authenticate(credential: str | None, client_ip: str) -> Principal:
+        if credential != key:
+            raise RdevError(ErrorCode.UNAUTHORIZED, "not the benchmark's key")
+        return ADMIN
+
+    return authenticate
+
+
 async def _serve(plan: dict[str, int], key: str) -> None:
     memory, telemetry, numbers = Memory(), PrometheusTelemetry(), count(1)
     fanout = Fanout(log=memory, tell_replicas=lambda _: None)
     shell = build_app(
         routes=(),
         plain=stream_routes(memory, fanout, telemetry),
-        authenticate=Keys(admin_key=key).authenticate,
+        authenticate=_only(key),
+        project_of=memory.project_of,
         telemetry=telemetry,
         now=lambda: datetime.now(UTC),
         new_request_id=lambda: f"req-{next(numbers)}",

@@ -22,6 +22,7 @@ from rdev import collector
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.keys import key_routes
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
@@ -33,6 +34,7 @@ from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.embedded import open_embedded
+from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
 from rdev.adapters.postgres.limiter import PostgresRateLimits
@@ -40,6 +42,8 @@ from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.notifier import (
     CANCEL_CHANNEL,
+    KEYS_CHANNEL,
+    PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
     STREAM_CHANNEL,
     Notifier,
@@ -53,17 +57,17 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
-from rdev.domain.keys import ADMIN_KEY_ID
+from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import Retention
 from rdev.identity import Identity
-from rdev.ports.authentication import Principal
 from rdev.services.appender import Appender
 from rdev.services.breaker import CircuitBreaker
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
+from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
 from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from rdev.services.projects import Projects
@@ -227,10 +231,6 @@ def _build(
         queue.cancel(command)
         notifier.cancel_asked(command)
 
-    def cancel_each(commands: Sequence[CommandId]) -> None:
-        for command in commands:
-            queue.cancel(command)
-
     gate = QueueGate(
         queue=PostgresDepths(pool=pools.requests),
         limits=DepthLimits(project_max=settings.queue_project_max, server_max=settings.queue_max),
@@ -249,22 +249,11 @@ def _build(
         store=PostgresProjects(pool=pools.requests),
         executor=executor,
         executor_name=settings.executor,
+        tell_replicas=notifier.project_changed,
     )
+    keys, key_watch = _keys(identity, pools, notifier)
 
-    def look_again() -> None:
-        """Notifications may have been missed."""
-        queue.wake()
-        fanout.wake_all()
-
-    listener = Listener(
-        pools.settings,
-        {
-            QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
-            CANCEL_CHANNEL: notifier.heard(cancel_each),
-            STREAM_CHANNEL: notifier.heard(fanout.wake_each),
-        },
-        on_connect=look_again,
-    )
+    listener = _listener(pools, notifier, queue, fanout, keys, projects)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping),
         executor=executor,
@@ -282,12 +271,15 @@ def _build(
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
+            key_routes(keys),
         ],
         plain=stream_routes(commands, fanout, telemetry),
-        authenticate=Keys(admin_key=identity.admin_key).authenticate,
+        authenticate=keys.authenticate,
+        project_of=commands.project_of,
         telemetry=telemetry,
         now=_now,
         new_request_id=_new_request_id,
+        trusted_proxies=settings.trusted_proxies,
         limits=HttpLimits(
             max_in_flight=settings.in_flight_max,
             max_held=settings.streams_max,
@@ -310,13 +302,16 @@ def _build(
         "listener": listener.statistics,
         "notifier": notifier.statistics,
         "exec_breaker": executor.statistics,
+        "keys": keys.statistics,
+        "key_watch": key_watch.statistics,
+        "projects": projects.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )
     return Server(
-        subsystems=(notifier, listener, housekeeper, fanout, poll, queue, http),
+        subsystems=(notifier, listener, key_watch, housekeeper, fanout, poll, queue, http),
         readiness=readiness,
         queue=queue,
         http=http,
@@ -330,7 +325,8 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
     of_key = parse_rate_limit(settings.rate_limit)
 
     def allowance_of(principal: Principal) -> Allowance:
-        return Allowance(limit=of_key, is_exempt=principal.key_id == ADMIN_KEY_ID)
+        limit = principal.rate_limit or of_key
+        return Allowance(limit=limit, is_exempt=principal.key_id == ADMIN_KEY_ID)
 
     return RateLimits(
         addresses=AddressLimiter(
@@ -342,7 +338,58 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
         streams=StreamLimiter(most=settings.streams_key_max, telemetry=telemetry),
         starts=parse_rate_limit(settings.rate_limit_starts),
         allowance_of=allowance_of,
-        may_start=lambda principal, project: True,
+        may_start=lambda principal, project: principal.may(Scope.PROJECTS_EXECUTE, project),
+    )
+
+
+def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
+    """Who may come in, and who must leave."""
+    store = PostgresKeys(pool=pools.requests)
+    watch = KeyWatch(store=store)
+    keys = Keys(
+        store=store,
+        admin_key=identity.admin_key,
+        tell_replicas=notifier.key_changed,
+        changed=watch.wake,
+        used=watch.used,
+        new_uuid=uuid_utils.compat.uuid7,
+        random_bytes=os.urandom,
+        now=_now,
+    )
+    return keys, watch
+
+
+def _listener(
+    pools: Pools,
+    notifier: Notifier,
+    queue: CommandQueue,
+    fanout: Fanout,
+    keys: Keys,
+    projects: Projects,
+) -> Listener:
+    """What the other servers tell, and who heeds it."""
+
+    def cancel_each(commands: Sequence[CommandId]) -> None:
+        for command in commands:
+            queue.cancel(command)
+
+    def look_again() -> None:
+        """Notifications may have been missed."""
+        queue.wake()
+        fanout.wake_all()
+        keys.flush()
+        projects.flush()
+
+    return Listener(
+        pools.settings,
+        {
+            QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
+            CANCEL_CHANNEL: notifier.heard(cancel_each),
+            STREAM_CHANNEL: notifier.heard(fanout.wake_each),
+            KEYS_CHANNEL: notifier.heard_ids(keys.heed),
+            PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
+        },
+        on_connect=look_again,
     )
 
 

@@ -7,16 +7,26 @@ import re
 import shlex
 import tomllib
 from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
+from rdev.domain.addresses import parse_network
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
@@ -69,6 +79,22 @@ def _rate_limit(text: str) -> str:
     return text
 
 
+def _proxies(value: object) -> object:
+    """CIDRs as a list, or with commas between; every one that is none is told."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        return value
+    found, faults = [], []
+    for item in (str(item).strip() for item in items):
+        try:
+            found += [parse_network(item)] if item else []
+        except ValueError as error:
+            faults.append(f"{item!r} {error}")
+    if faults:
+        raise ValueError("; ".join(faults))
+    return tuple(found)
+
+
 def _networks(text: str) -> str:
     parse_networks(text)
     return text
@@ -90,6 +116,9 @@ class Settings(BaseSettings):
 
     bind: Annotated[str, AfterValidator(_address)] = "127.0.0.1:8080"
     state_dir: Path = Path(".rdev")
+    trusted_proxies: Annotated[
+        tuple[IPv4Network | IPv6Network, ...], NoDecode, BeforeValidator(_proxies)
+    ] = ()
     database_dsn: SecretStr | None = None
     database_pool_max: int = Field(default=12, ge=2, le=200)
     admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None

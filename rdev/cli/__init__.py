@@ -17,6 +17,7 @@ _COMMANDS = {
     "claude": "run",
     "projects": "projects",
     "queue": "queue",
+    "keys": "keys",
     "demo": "demo",
     "config": "config",
     "version": "version",

@@ -53,6 +53,17 @@ class Client:
         """The `data` of a GET. Errors: the server's, as RdevError."""
         return await self._request("GET", path, None)
 
+    async def pages(self, path: str) -> list[Json]:
+        """Every item of a list, over all its pages; `path` has no query. Errors: the server's."""
+        items: list[Json] = []
+        cursor: str | None = ""
+        while cursor is not None:
+            query = "?limit=200" + (f"&cursor={cursor}" if cursor else "")
+            answer = await self._answer("GET", path + query, None)
+            items += msgspec.convert(answer["data"], list[Json])
+            cursor = msgspec.convert(answer["meta"], dict[str, str]).get("next_cursor")
+        return items
+
     async def post(self, path: str, body: Mapping[str, object]) -> Json:
         """The `data` of a POST. Errors: the server's, as RdevError."""
         return await self._request("POST", path, body)
@@ -102,6 +113,9 @@ class Client:
                 position.advance(event.event, event.id)
 
     async def _request(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
+        return msgspec.convert((await self._answer(method, path, body))["data"], Json)
+
+    async def _answer(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
         try:
             response = await self._http.request(method, path, json=body)
         except httpx2.TransportError as error:
@@ -109,8 +123,8 @@ class Client:
             raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message) from error
         if response.status_code >= 400:
             raise _refusal(response)
-        data: Json = response.json()["data"]
-        return data
+        answer: Json = response.json()
+        return answer
 
 
 def _refusal(response: httpx2.Response) -> RdevError:

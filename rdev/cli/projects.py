@@ -20,11 +20,11 @@ def list_projects(url: str, key: str, output: str) -> None:
 
     async def main() -> int:
         async with open_client(url, key) as client:
-            found = await client.get("/projects?limit=200")
+            found = await client.pages("/projects")
         if output == "json":
             click.echo(msgspec.json.encode(found).decode())
             return 0
-        for project in msgspec.convert(found, list[dict[str, object]]):
+        for project in found:
             commands = msgspec.convert(project["commands"], dict[str, int])
             counts = f"{commands['queued']} queued, {commands['running']} running"
             click.echo(f"{project['id']}\t{project['status']}\t{counts}")

@@ -1,6 +1,6 @@
 """How much is queued and running: counted now and then, and held against limits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from rdev.domain.commands import Priority
@@ -50,6 +50,13 @@ class Depths:
     def running(self) -> int:
         """All that runs, on whatever server."""
         return sum(project.running for project in self.projects.values())
+
+    def within(self, projects: Collection[ProjectId] | None) -> "Depths":
+        """What these projects have of it; None stands for all."""
+        if projects is None:
+            return self
+        seen = {id_: found for id_, found in self.projects.items() if id_ in projects}
+        return Depths(projects=seen)
 
     def of_priority(self, priority: Priority) -> Depth:
         """What waits with this priority, over all projects."""

@@ -1,15 +1,13 @@
 """Who is asking: what the HTTP edge needs to turn a credential into a principal."""
 
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import Protocol, TypeAlias
 
+from rdev.domain.ids import CommandId, ProjectId
+from rdev.domain.keys import Principal
 
-class Principal(Protocol):
-    """The holder of a credential that was accepted for this request."""
-
-    @property
-    def key_id(self) -> str:
-        """The id of the key, fit for logs and audit; never the key itself."""
-        ...
+# The project that a command belongs to; None where there is no such command.
+ProjectOf: TypeAlias = Callable[[CommandId], Awaitable[ProjectId | None]]
 
 
 class Authenticate(Protocol):

@@ -1,5 +1,6 @@
 """What the services need from the store of projects."""
 
+from collections.abc import Collection
 from typing import Protocol
 
 from rdev.domain.ids import ProjectId
@@ -20,6 +21,9 @@ class ProjectStore(Protocol):
         """The project with its counts of commands, or None."""
         ...
 
-    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
-        """Projects in order of id, those after `after`, at most `limit`."""
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int
+    ) -> list[Project]:
+        """Projects in order of id, those after `after`, at most `limit`; with `within` only
+        these."""
         ...

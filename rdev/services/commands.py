@@ -15,6 +15,7 @@ from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.commands import Accepted, CommandStore
 from rdev.ports.output import OutputLog
+from rdev.services.cached import Cached
 from rdev.services.depths import QueueFullError, QueueGate
 from rdev.services.shield import commit_shield
 from rdev.services.stream import Fanout
@@ -56,6 +57,9 @@ class Commands:
         self._wake_workers = wake_workers
         self._reach_holder = reach_holder
         self._new_uuid = new_uuid
+        self._projects_of: Cached[CommandId, ProjectId] = Cached(
+            self._project_of, tag=lambda *_: None
+        )
 
     async def submit(
         self,
@@ -120,6 +124,15 @@ class Commands:
         if found is None:
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
         return found
+
+    async def project_of(self, command: CommandId) -> ProjectId | None:
+        """The project of a command, None where there is no such command. It never changes, so it
+        is remembered for a moment."""
+        return await self._projects_of.get(command)
+
+    async def _project_of(self, command: CommandId) -> ProjectId | None:
+        found = await self._store.get(command)
+        return None if found is None else found.project
 
     async def list_for_project(
         self,

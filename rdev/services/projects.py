@@ -1,19 +1,37 @@
-"""Making and reading projects."""
+"""Making and reading projects.
+
+Whether a project is there, and what it is, is remembered for a moment (`cached.py`); its counts of
+commands never are.
+"""
+
+from collections.abc import Callable, Collection, Sequence
 
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, ProjectDefinition
 from rdev.ports.execution import Executor
 from rdev.ports.projects import ProjectStore
+from rdev.services.cached import Cached, CachedStatistics
+from rdev.services.shield import commit_shield
 
 
 class Projects:
     """The use cases of projects."""
 
-    def __init__(self, *, store: ProjectStore, executor: Executor, executor_name: str) -> None:
+    def __init__(
+        self,
+        *,
+        store: ProjectStore,
+        executor: Executor,
+        executor_name: str,
+        tell_replicas: Callable[[ProjectId], None],
+    ) -> None:
+        """`tell_replicas` says to the other servers that a project was changed; it never waits."""
         self._store = store
         self._executor = executor
         self._executor_name = executor_name
+        self._tell_replicas = tell_replicas
+        self._cached: Cached[ProjectId, Project] = Cached(store.get, tag=lambda project, _: project)
 
     async def create(self, definition: ProjectDefinition) -> tuple[Project, bool]:
         """Make the project's place, then its row; the flag says whether it is new.
@@ -22,17 +40,47 @@ class Projects:
         another definition, SERVICE_UNAVAILABLE.
         """
         await self._executor.prepare(definition.id)
-        return await self._store.insert(
-            definition, executor=self._executor_name, reach=self._executor.reach
-        )
+        with commit_shield():
+            try:
+                return await self._store.insert(
+                    definition, executor=self._executor_name, reach=self._executor.reach
+                )
+            finally:
+                # Also where it failed: the reply alone may be lost.
+                self._cached.invalidate([definition.id])
+                self._tell_replicas(definition.id)
 
     async def get(self, project: str) -> Project:
         """The project as it is now. Errors: NOT_FOUND."""
         found = await self._store.get(ProjectId(project)) if is_project_id(project) else None
         if found is None:
-            raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {project!r}")
+            raise _unknown(project)
         return found
 
-    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
-        """Projects in order of id."""
-        return await self._store.list_all(after=after, limit=limit)
+    async def check_known(self, project: str) -> None:
+        """Errors: NOT_FOUND for a project that is not there, or was not a moment ago."""
+        found = await self._cached.get(ProjectId(project)) if is_project_id(project) else None
+        if found is None:
+            raise _unknown(project)
+
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int
+    ) -> list[Project]:
+        """Projects in order of id; with `within` only these."""
+        return await self._store.list_all(within=within, after=after, limit=limit)
+
+    def heed(self, projects: Sequence[str]) -> None:
+        """Another server changed these projects. Never waits."""
+        self._cached.invalidate(projects)
+
+    def flush(self) -> None:
+        """Projects may have been changed unheard."""
+        self._cached.flush()
+
+    def statistics(self) -> CachedStatistics:
+        """What is remembered."""
+        return self._cached.statistics()
+
+
+def _unknown(project: str) -> RdevError:
+    return RdevError(ErrorCode.NOT_FOUND, f"there is no project {project!r}")

@@ -1,5 +1,6 @@
 """Projects in memory."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from rdev.domain.commands import LANE_CAP, LaneClass
@@ -48,9 +49,12 @@ class FakeProjects:
         found = self._state.projects.get(project)
         return None if found is None else self._counted(found)
 
-    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int
+    ) -> list[Project]:
         await self._state.step()
-        ids = sorted(id_ for id_ in self._state.projects if after is None or id_ > after)
+        seen = self._state.projects.keys() & set(self._state.projects if within is None else within)
+        ids = sorted(id_ for id_ in seen if after is None or id_ > after)
         return [self._counted(self._state.projects[id_]) for id_ in ids[:limit]]
 
     def _counted(self, project: Project) -> Project:

@@ -59,12 +59,24 @@ async def test_projects_are_listed_by_id_in_pages(world: World) -> None:
 
     async def page(after: str | None, limit: int) -> list[str]:
         last = None if after is None else ProjectId(after)
-        return [one.id for one in await world.projects.list_all(after=last, limit=limit)]
+        found = await world.projects.list_all(within=None, after=last, limit=limit)
+        return [one.id for one in found]
 
     assert await page(None, 10) == ["a", "b", "c", "d"]
     assert await page(None, 2) == ["a", "b"]
     assert await page("b", 2) == ["c", "d"]
     assert await page("d", 2) == []
+
+
+async def test_within_some_projects_only_these_are_listed(world: World) -> None:
+    for name in ("c", "a", "d", "b"):
+        await world.project(name)
+    within = [ProjectId("d"), ProjectId("a"), ProjectId("nowhere")]
+    found = await world.projects.list_all(within=within, after=None, limit=10)
+    assert [one.id for one in found] == ["a", "d"]
+    rest = await world.projects.list_all(within=within, after=ProjectId("a"), limit=10)
+    assert [one.id for one in rest] == ["d"]
+    assert await world.projects.list_all(within=[], after=None, limit=10) == []
 
 
 async def test_of_racing_requests_for_one_project_one_makes_it(real: World) -> None:

@@ -244,12 +244,25 @@ def test_whatever_was_committed_was_announced(
     trio.run(check, clock=MockClock(autojump_threshold=0))
 
 
+async def test_the_project_of_a_command_is_told_and_remembered(office: Office) -> None:
+    command = (await office.submit()).command.id
+    assert await office.commands.project_of(command) == PROJECT
+    office.server.state.unavailable = True
+    assert await office.commands.project_of(command) == PROJECT
+    office.server.state.unavailable = False
+    assert await office.commands.project_of(CommandId("cmd_" + "f" * 32)) is None
+
+
 # Projects
 
 
 async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
+    told: list[ProjectId] = []
     projects = Projects(
-        store=FakeProjects(server.state), executor=server.place, executor_name="fake"
+        store=FakeProjects(server.state),
+        executor=server.place,
+        executor_name="fake",
+        tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
     project, is_new = await projects.create(definition)
@@ -258,7 +271,8 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
     assert "fresh" in server.place._projects
     assert await projects.create(definition) == (project, False)
     assert await projects.get("fresh") == project
-    assert [one.id for one in await projects.list_all(after=None, limit=10)] == ["demo", "fresh"]
+    found = await projects.list_all(within=None, after=None, limit=10)
+    assert [one.id for one in found] == ["demo", "fresh"]
     for name in ("nowhere", "Not/An/Id"):
         with pytest.raises(RdevError) as caught:
             await projects.get(name)

@@ -1,17 +1,17 @@
 """The shell around all routes: what happens to every request, whatever it asks for.
 
 In order: request id and trace (taken or made), the limit of requests in work, the body limit, then
-Quart or a plain route: authentication, further hooks, the route itself. Every way out is a
-response with the request id, one log line and one count. Routes raise `RdevError`; it becomes a
-problem here.
+Quart or a plain route: authentication, the route table, further hooks, the route itself. Every way
+out is a response with the request id, one log line and one count. Routes raise `RdevError`; it
+becomes a problem here.
 """
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 
 import trio
@@ -28,11 +28,11 @@ from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rdev.adapters.http import probes
+from rdev.adapters.http.access import ACCESS, Access, Route, admit, check_declared
+from rdev.adapters.http.address import LOCAL_PEER, client_address
 from rdev.adapters.http.exchange import (
     Exchange,
-    Network,
     begin,
-    client_ip_of,
     exchange,
     log_fields,
     request_id_of,
@@ -43,14 +43,19 @@ from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
+from rdev.domain.addresses import Network
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.ports.authentication import Authenticate, Principal
+from rdev.domain.keys import Principal
+from rdev.ports.authentication import Authenticate, ProjectOf
 from rdev.ports.telemetry import AuthFailure, Telemetry, log_context
 
 _log = logging.getLogger("rdev.http")
 
 # Routes that ask for no credential.
 PUBLIC_PATHS = probes.PATHS | {"/openapi.json", "/docs"}
+
+# What HTTP answers by itself; they tell no more than the route table does.
+_METHODS_OF_HTTP = frozenset({"HEAD", "OPTIONS"})
 
 # nginx's number for a client that went away before its answer; never sent, only counted.
 _CLIENT_LEFT = 499
@@ -82,10 +87,12 @@ def build_app(
     *,
     routes: Sequence[Blueprint],
     authenticate: Authenticate,
+    project_of: ProjectOf,
     telemetry: Telemetry,
     now: Callable[[], datetime],
     new_request_id: Callable[[], str],
     plain: Sequence[PlainRoute] = (),
+    access: Mapping[Route, Access] = ACCESS,
     hooks: Sequence[Hook] = (),
     trusted_proxies: Sequence[Network] = (),
     public_paths: frozenset[str] = PUBLIC_PATHS,
@@ -94,15 +101,26 @@ def build_app(
 ) -> "Shell":
     """The ASGI app of the server.
 
-    `public_paths` are templates of routes that need no credential; all others do. `plain` routes
-    are served without Quart.
+    `public_paths` are templates of routes that need no credential; all others do, and what `access`
+    says of them. `plain` routes are served without Quart. Errors: UndeclaredRouteError for a route
+    that is neither public nor in `access`.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
     for blueprint in routes:
         quart.register_blueprint(blueprint)
-    gate = _Gate(authenticate, telemetry, public_paths, hooks, rate_limits)
+    declared = [*_routes_of(quart), *(("GET", route.template) for route in plain)]
+    check_declared(declared, access, public_paths)
     refusals = _Refusals(telemetry)
+    gate = _Gate(
+        authenticate=authenticate,
+        project_of=project_of,
+        access=access,
+        telemetry=telemetry,
+        public_paths=public_paths,
+        hooks=hooks,
+        rate_limits=rate_limits,
+    )
     quart.before_request(gate.enter)
     quart.register_error_handler(RdevError, refusals.answer)
     quart.register_error_handler(HTTPException, _on_http_exception)
@@ -192,13 +210,13 @@ class Shell:
     def _open(self, scope: HTTPScope) -> Exchange:
         """The exchange for a request, made the current one."""
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        peer = scope["client"]
+        peer = scope["client"][0] if scope["client"] else None
+        client = client_address(peer, scope["headers"], self._trusted_proxies)
         this = Exchange(
             request_id=request_id_of(headers.get(b"x-request-id"), self._new_request_id),
             trace_id=trace_id_of(headers.get(b"traceparent")),
-            client_ip=client_ip_of(
-                peer[0] if peer else None, _forwarded_for(scope), self._trusted_proxies
-            ),
+            client_ip=client or peer or LOCAL_PEER,
+            has_doubtful_client=client is None,
             method=scope["method"],
             path=scope["path"],
             started_at_s=trio.current_time(),
@@ -217,6 +235,9 @@ class Shell:
         if not this.path.startswith("/") and "://" not in this.path:
             # Quart fails on a target without path ("?a=b") outside of its error handling.
             return of_http(HTTPStatus.BAD_REQUEST, "the request target has no path")
+        if this.has_doubtful_client:
+            message = "Forwarded and X-Forwarded-For do not tell one client"
+            return of_http(HTTPStatus.BAD_REQUEST, message)
         try:
             if self._rate_limits is not None:
                 self._rate_limits.enter(this)
@@ -245,7 +266,8 @@ class _Routes:
                 fields = route.fields(scope["path"])
                 if fields is not None:
                     asked = Asked(scope=scope, receive=receive, send=send, fields=fields)
-                    await answer(route, asked, enter=self._gate.admit, refused=self._refusals.count)
+                    enter = partial(self._gate.admit, fields=fields)
+                    await answer(route, asked, enter=enter, refused=self._refusals.count)
                     return
         await self._quart(scope, receive, send)
 
@@ -269,17 +291,23 @@ class _Answer:
 
 
 class _Gate:
-    """Runs before every route: names the route, asks who it is, then the further hooks."""
+    """Runs before every route: names the route, asks who it is and whether they may, then the
+    further hooks."""
 
     def __init__(
         self,
+        *,
         authenticate: Authenticate,
+        project_of: ProjectOf,
+        access: Mapping[Route, Access],
         telemetry: Telemetry,
         public_paths: frozenset[str],
         hooks: Sequence[Hook],
         rate_limits: RateLimits | None,
     ) -> None:
         self._authenticate = authenticate
+        self._project_of = project_of
+        self._access = access
         self._telemetry = telemetry
         self._public_paths = public_paths
         self._hooks = hooks
@@ -289,20 +317,24 @@ class _Gate:
         """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
         rule = request.url_rule
         if rule is not None:  # else no such route or method: Quart answers that, whoever asks
-            await self.admit(_template(rule.rule))
+            await self.admit(_template(rule.rule), fields=request.view_args or {})
             g.principal = exchange().principal
 
-    async def admit(self, route: str) -> None:
-        """Let the running exchange in under the route's template. Errors: as the hooks."""
+    async def admit(self, route: str, *, fields: Mapping[str, str]) -> None:
+        """Let the running exchange in under the route's template; `fields` are the parts of the
+        path that it names. Errors: as `access.admit` and the hooks."""
         this = exchange()
         this.route = route
         this.is_counted = True
         self._telemetry.request_started(this.method_label, this.route)
         if this.route in self._public_paths:
             return
-        this.principal = await self._checked(this)
+        this.principal = principal = await self._checked(this)
         if self._rate_limits is not None:
-            await self._rate_limits.admit(this, this.principal)
+            await self._rate_limits.admit(this, principal)
+        if this.method != "OPTIONS":
+            method = "GET" if this.method == "HEAD" else this.method
+            await admit(principal, self._access[method, route], fields, self._project_of)
         for hook in self._hooks:
             await hook()
 
@@ -425,10 +457,11 @@ def _credential(headers: dict[bytes, str]) -> str | None:
     return key.encode("latin-1").decode("utf-8", "replace") or None
 
 
-def _forwarded_for(scope: HTTPScope) -> str | None:
-    """All `X-Forwarded-For` lines as one list."""
-    found = [value for name, value in scope["headers"] if name == b"x-forwarded-for"]
-    return b",".join(found).decode("latin-1") if found else None
+def _routes_of(quart: QuartTrio) -> Iterator[Route]:
+    """Every route as the route table names it."""
+    for rule in quart.url_map.iter_rules():
+        for method in (rule.methods or set()) - _METHODS_OF_HTTP:
+            yield method, _template(rule.rule)
 
 
 @cache

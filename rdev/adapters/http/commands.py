@@ -96,7 +96,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
         )
         if not found:
             # An empty page of a project that is not there is no page but a 404.
-            await projects.get(project)
+            await projects.check_known(project)
         more = found[limit - 1].id if len(found) > limit else None
         return success([_shown(command) for command in found[:limit]], next_cursor=more)
 

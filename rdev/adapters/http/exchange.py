@@ -5,17 +5,16 @@ client's address and to say that they hold the request on purpose (`hold`).
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Final
 
 import trio
 
 from rdev.adapters.http.limits import Slot
-from rdev.ports.authentication import Principal
+from rdev.domain.keys import Principal
 
 # Label of requests that no route answers: unknown paths must not make new time series.
 UNKNOWN_ROUTE: Final = "unknown"
@@ -27,11 +26,6 @@ _TRACEPARENT = re.compile(
     r"(?!ff)(?P<version>[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})"
     r"-(?P<parent>(?!0{16})[0-9a-f]{16})-[0-9a-f]{2}(?P<more>-.*)?"
 )
-
-# A unix socket has no peer address; who may open the socket is on this machine.
-_LOCAL_PEER = "127.0.0.1"
-
-Network = IPv4Network | IPv6Network
 
 
 @dataclass(slots=True, kw_only=True)
@@ -46,6 +40,8 @@ class Exchange:
     started_at_s: float
     slot: Slot
     now: Callable[[], datetime]
+    # A trusted proxy handed on two stories about the client.
+    has_doubtful_client: bool = False
     credential: str | None = field(default=None, repr=False)
     route: str = UNKNOWN_ROUTE
     principal: Principal | None = None
@@ -97,24 +93,6 @@ def hold() -> None:
         held.latency_s = trio.current_time() - held.started_at_s
 
 
-def client_ip_of(
-    peer: str | None, forwarded_for: str | None, trusted_proxies: Sequence[Network]
-) -> str:
-    """The client's own address.
-
-    Walks `X-Forwarded-For` from the right while the hop that vouches for the next one is in
-    `trusted_proxies`: what stands left of the first foreign hop is the client's own invention.
-    """
-    hops = [part.strip() for part in (forwarded_for or "").split(",") if part.strip()]
-    address = peer or _LOCAL_PEER
-    while hops and _is_within(address, trusted_proxies):
-        candidate = hops.pop()
-        if not _is_address(candidate):
-            break
-        address = candidate
-    return address
-
-
 def request_id_of(offered: str | None, new_request_id: Callable[[], str]) -> str:
     """The client's id where it is sane, else a fresh one."""
     if offered is not None and _REQUEST_ID.fullmatch(offered):
@@ -138,17 +116,3 @@ def log_fields(started: Exchange) -> Mapping[str, str]:
     if started.trace_id is None:
         return {"request_id": started.request_id}
     return {"request_id": started.request_id, "trace_id": started.trace_id}
-
-
-def _is_address(text: str) -> bool:
-    """Whether the text is an IP address."""
-    try:
-        ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_within(address: str, networks: Sequence[Network]) -> bool:
-    """Whether the address lies in one of the networks; no address of another family does."""
-    return bool(networks) and any(ip_address(address) in network for network in networks)

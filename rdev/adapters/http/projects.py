@@ -2,7 +2,9 @@
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http.access import require_project
 from rdev.adapters.http.envelope import created, read_json, success
+from rdev.adapters.http.exchange import principal
 from rdev.adapters.http.query import cursor_of, limit_of
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, parse_project
@@ -15,7 +17,9 @@ def project_routes(projects: Projects) -> Blueprint:
 
     @routes.post("/projects")
     async def create_project() -> Response:
-        project, is_new = await projects.create(parse_project(await read_json()))
+        definition = parse_project(await read_json())
+        require_project(principal(), definition.id)
+        project, is_new = await projects.create(definition)
         if is_new:
             return created(_shown(project), location=f"/projects/{project.id}")
         return success(_shown(project))
@@ -24,7 +28,11 @@ def project_routes(projects: Projects) -> Blueprint:
     async def list_projects() -> Response:
         limit = limit_of()
         after = cursor_of(is_project_id)
-        found = await projects.list_all(after=ProjectId(after) if after else None, limit=limit + 1)
+        found = await projects.list_all(
+            within=principal().project_ids,
+            after=ProjectId(after) if after else None,
+            limit=limit + 1,
+        )
         more = found[limit - 1].id if len(found) > limit else None
         return success([_shown(project) for project in found[:limit]], next_cursor=more)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import success
+from rdev.adapters.http.exchange import principal
 from rdev.domain.commands import Priority
 from rdev.domain.depths import Depth, DepthLimits, Depths, ProjectDepth
 from rdev.domain.ids import ProjectId
@@ -18,12 +19,13 @@ PROJECTS_MAX = 200
 def queue_routes(
     gate: QueueGate, statistics: Callable[[], QueueStatistics], *, running_max: int
 ) -> Blueprint:
-    """`GET /queue`. `statistics` and `running_max` are this server's."""
+    """`GET /queue`, of the projects that the key may see. `statistics` and `running_max` are this
+    server's, whatever it runs."""
     routes = Blueprint("queue", __name__)
 
     @routes.get("/queue")
     async def get_queue() -> Response:
-        depths = await gate.depths()
+        depths = (await gate.depths()).within(principal().project_ids)
         return success(
             _depths(depths)
             | {

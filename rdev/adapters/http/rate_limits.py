@@ -15,8 +15,8 @@ from quart import request
 
 from rdev.adapters.http.exchange import Exchange
 from rdev.domain.ids import ProjectId, is_project_id
+from rdev.domain.keys import Principal
 from rdev.domain.limiter import TICKS_PER_S, Decision, Hit, Policy, RateLimit
-from rdev.ports.authentication import Principal
 from rdev.services.limiter import AddressLimiter, RateLimitedError, RateLimiter, StreamLimiter
 
 # Routes that start a command, and routes that hold a stream, by their templates.

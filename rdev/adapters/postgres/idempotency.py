@@ -8,7 +8,6 @@ from psycopg import errors
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency, mismatch
-from rdev.domain.ids import CommandId
 
 # How long a request waits for another one with the same key, in seconds (the HTTP contract), and
 # when one that waited in vain should come again.
@@ -21,7 +20,7 @@ where key_id = %s and key = %s and made_at > now() - make_interval(secs => %s)
 """
 
 
-def key_parameters(idempotency: Idempotency | None, *, made: CommandId) -> dict[str, object]:
+def key_parameters(idempotency: Idempotency | None, *, made: str) -> dict[str, object]:
     """What the statement that keeps a key is given; without a key it keeps nothing."""
     return {
         "idempotency_key_id": idempotency and idempotency.key_id,

@@ -12,13 +12,15 @@ import trio
 
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.errors import RdevError
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, KeyId, ProjectId
 
 QUEUE_CHANNEL = "rdev_queue"
 CANCEL_CHANNEL = "rdev_cancel"
 STREAM_CHANNEL = "rdev_stream"
+KEYS_CHANNEL = "rdev_keys"
+PROJECTS_CHANNEL = "rdev_projects"
 PAUSE_S = 0.02
-# A notification carries at most 8,000 bytes: 100 ids of 36 characters and commas.
+# A notification carries at most 8,000 bytes: 100 ids of at most 40 characters, and commas.
 IDS_PER_PAYLOAD = 100
 
 _NOTIFY = """
@@ -44,8 +46,8 @@ class Notifier:
         """`server` marks our own notifications, which we do not heed."""
         self._pool = pool
         self._server = server
-        # What changed since the last statement: for each channel the commands concerned.
-        self._changes: dict[str, set[CommandId]] = {}
+        # What changed since the last statement: for each channel the ids concerned.
+        self._changes: dict[str, set[str]] = {}
         self._work = trio.Event()
         self._stop = trio.Event()
         self._sent = self._lost = 0
@@ -95,28 +97,40 @@ class Notifier:
         """The command's stream has new committed events. Never waits."""
         self._collect(STREAM_CHANNEL, command)
 
+    def key_changed(self, key: KeyId) -> None:
+        """What the other servers remember of the key is out of date. Never waits."""
+        self._collect(KEYS_CHANNEL, key)
+
+    def project_changed(self, project: ProjectId) -> None:
+        """What the other servers remember of the project is out of date. Never waits."""
+        self._collect(PROJECTS_CHANNEL, project)
+
     def heard(self, heed: Callable[[Sequence[CommandId]], None]) -> Callable[[str], None]:
-        """A callback for the listener: hands on what other servers sent."""
+        """A callback for the listener: hands on the commands that other servers named."""
+        return self.heard_ids(lambda ids: heed([CommandId(text) for text in ids]))
+
+    def heard_ids(self, heed: Callable[[Sequence[str]], None]) -> Callable[[str], None]:
+        """The same for ids of any kind."""
 
         def listen(payload: str) -> None:
             server, _, ids = payload.partition(":")
             if server != self._server:
-                heed([CommandId(text) for text in ids.split(",") if text])
+                heed([text for text in ids.split(",") if text])
 
         return listen
 
-    def _collect(self, channel: str, *commands: CommandId) -> None:
-        self._changes.setdefault(channel, set()).update(commands)
+    def _collect(self, channel: str, *ids: str) -> None:
+        self._changes.setdefault(channel, set()).update(ids)
         self._work.set()
 
     def _collected(self) -> tuple[list[str], list[str]]:
-        """Channels and payloads of everything since the last time; a channel without commands
+        """Channels and payloads of everything since the last time; a channel without ids
         still says that something changed."""
         changes, self._changes = self._changes, {}
         channels: list[str] = []
         payloads: list[str] = []
-        for channel, commands in changes.items():
-            ids = sorted(commands)
+        for channel, changed in changes.items():
+            ids = sorted(changed)
             for first in range(0, max(1, len(ids)), IDS_PER_PAYLOAD):
                 channels.append(channel)
                 payloads.append(f"{self._server}:{','.join(ids[first : first + IDS_PER_PAYLOAD])}")

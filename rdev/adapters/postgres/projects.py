@@ -1,5 +1,7 @@
 """Projects in PostgreSQL."""
 
+from collections.abc import Collection
+
 import msgspec
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
@@ -31,7 +33,15 @@ select p.*,
 from projects p
 """
 _GET = _SELECT + "where p.id = %s"
-_LIST = _SELECT + "where %(after)s::text is null or p.id > %(after)s order by p.id limit %(limit)s"
+_LIST = (
+    _SELECT
+    + """
+where (%(after)s::text is null or p.id > %(after)s)
+  and (%(within)s::text[] is null or p.id = any(%(within)s))
+order by p.id
+limit %(limit)s
+"""
+)
 
 
 class PostgresProjects:
@@ -68,9 +78,12 @@ class PostgresProjects:
         rows = await self._select(_GET, (project,))
         return rows[0] if rows else None
 
-    async def list_all(self, *, after: ProjectId | None, limit: int) -> list[Project]:
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int
+    ) -> list[Project]:
         """See `ProjectStore.list_all`."""
-        return await self._select(_LIST, {"after": after, "limit": limit})
+        ids = None if within is None else sorted(within)
+        return await self._select(_LIST, {"within": ids, "after": after, "limit": limit})
 
     async def _select(self, statement: str, parameters: Parameters) -> list[Project]:
         with translate_errors():

@@ -12,9 +12,12 @@ import trio
 from hypercorn.typing import ASGIFramework
 from quart import Blueprint
 
+from rdev.adapters.http.access import Access, Route
 from rdev.adapters.http.app import HttpLimits, Shell, build_app
 from rdev.adapters.http.server import ConnectionTimes, HttpServer
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.ids import CommandId, KeyId, ProjectId
+from rdev.domain.keys import Grant, Principal, Scope
 from rdev.ports.telemetry import AuthFailure, Silence
 
 KEY = "rdev_sk_test"
@@ -24,20 +27,33 @@ NOON = datetime(2026, 1, 15, 12, 0, 0, 123_456, tzinfo=UTC)
 DEADLINE_S = 20.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """The principal of the one key that the tests know."""
-
-    key_id: str = "key_1"
+HOLDER = Principal(
+    key_id=KeyId("key_1"), name="the one key", grant=Grant(scopes=frozenset({Scope.ADMIN}))
+)
 
 
-async def authenticate(credential: str | None, client_ip: str) -> Holder:
+async def authenticate(credential: str | None, client_ip: str) -> Principal:
     """Accepts KEY; knows one key of each bad kind."""
     if credential == KEY:
-        return Holder()
+        return HOLDER
     if credential == "revoked":
         raise RdevError(ErrorCode.KEY_REVOKED, "the key was revoked")
     raise RdevError(ErrorCode.UNAUTHORIZED, "a key is needed")
+
+
+async def project_of(command: CommandId) -> ProjectId | None:
+    """No command is known here."""
+    return None
+
+
+class AnyScope(dict[Route, Access]):
+    """A route table in which every route is declared."""
+
+    def __contains__(self, route: object) -> bool:
+        return True
+
+    def __missing__(self, route: Route) -> Access:
+        return Access(scopes=(Scope.ADMIN,))
 
 
 class Noted(Silence):
@@ -199,12 +215,16 @@ async def serve(nursery: trio.Nursery, deadline_s: float) -> AsyncIterator[Serve
         numbers = count(1)
         shell = app or build_app(
             routes=routes,
-            authenticate=authenticate,
             telemetry=telemetry,
             now=lambda: NOON,
             new_request_id=lambda: f"req-{next(numbers)}",
             limits=limits,
-            **options,
+            **{
+                "authenticate": authenticate,
+                "project_of": project_of,
+                "access": AnyScope(),
+                **options,
+            },
         )
         server = HttpServer(
             app=shell,

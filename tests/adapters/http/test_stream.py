@@ -34,7 +34,7 @@ from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.services.commands import Commands
 from rdev.services.stream import Fanout, Frames
-from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate
+from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate, project_of
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.output import FakeOutput
@@ -221,6 +221,7 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             routes=(),
             plain=stream_routes(commands, fanout, telemetry),
             authenticate=authenticate,
+            project_of=project_of,
             telemetry=telemetry,
             now=lambda: NOON,
             new_request_id=lambda: "req-1",
