@@ -9,12 +9,12 @@ import trio
 from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import success
-from rdev.adapters.http.exchange import Network
 from rdev.adapters.http.plain import Asked, PlainRoute
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
+from rdev.domain.addresses import Network
 from rdev.domain.ids import ProjectId
+from rdev.domain.keys import Principal
 from rdev.domain.limiter import RateLimit
-from rdev.ports.authentication import Principal
 from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from tests.adapters.http.conftest import Noted, Reply, Serve, Site
 from tests.adapters.http.structured_fields import FieldError, parse_list
