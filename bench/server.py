@@ -64,8 +64,8 @@ def open_state_dir() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_server(state_dir: Path, **settings: str) -> Iterator[Server]:
-    """A ready server while the block runs, with further settings; stopped by SIGTERM, and it must
-    end with status 0.
+    """A ready server while the block runs, with further settings; stopped by SIGINT, so that no
+    command outlives a scenario that failed; it must end with status 0.
 
     Errors: RuntimeError with the end of the server's log when it does not start or stop.
     """
@@ -105,6 +105,8 @@ def _environment(state_dir: Path, key: str) -> dict[str, str]:
         "RDEV_BIND": "127.0.0.1:0",
         "RDEV_ADMIN_KEY": key,
         "RDEV_LOG_LEVEL": "warn",
+        # The load comes from one address.
+        "RDEV_RATE_LIMIT_ADDRESS": "off",
     }
 
 
@@ -143,7 +145,7 @@ def _is_ready(host: str, port: int) -> bool:
 
 def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_DEADLINE_S)
     except subprocess.TimeoutExpired:

@@ -26,6 +26,7 @@ from rdev.adapters.http.keys import key_routes
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
+from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.postgres.checks import DatabaseChecks, check_dsn
@@ -36,6 +37,7 @@ from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
+from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.notifier import (
@@ -55,14 +57,19 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
+from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
+from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import Retention
 from rdev.identity import Identity
 from rdev.services.appender import Appender
+from rdev.services.breaker import CircuitBreaker
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
+from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
@@ -135,10 +142,13 @@ async def _serve_until_stopped(
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)
+        telemetry = PrometheusTelemetry()
+        breaker = CircuitBreaker(name="database", telemetry=telemetry)
+        telemetry.watch("database_breaker", breaker.statistics)
         pools = Pools(
             settings=connection,
             requests=await stack.enter_async_context(
-                open_pool(connection, max_size=settings.database_pool_max)
+                open_pool(connection, max_size=settings.database_pool_max, breaker=breaker)
             ),
             heartbeats=await stack.enter_async_context(
                 open_dedicated(connection, "heartbeat", by_key=True)
@@ -151,7 +161,7 @@ async def _serve_until_stopped(
                 open_dedicated(connection, "housekeeping")
             ),
         )
-        server = _build(settings, identity, pools)
+        server = _build(settings, identity, pools, telemetry)
 
         async def drain() -> None:
             server.readiness.drain()
@@ -176,19 +186,23 @@ async def _serve_until_stopped(
             on_serving(url)
 
 
-def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
+def _build(
+    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+) -> Server:
     """Every part, and who needs whom."""
-    telemetry = PrometheusTelemetry()
     notifier = Notifier(pool=pools.requests, server=identity.holder)
     store = PostgresCommands(pool=pools.requests)
     leases = PostgresLeases(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = LocalExecutor(
-        projects_dir=settings.projects_folder,
-        machine_id=identity.machine,
-        base_env=base_env(),
+    executor = GuardedExecutor(
+        LocalExecutor(
+            projects_dir=settings.projects_folder,
+            machine_id=identity.machine,
+            base_env=base_env(),
+        ),
+        telemetry=telemetry,
     )
 
     fanout = Fanout(
@@ -271,6 +285,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
             max_held=settings.streams_max,
             body_bytes=settings.body_max_bytes,
         ),
+        rate_limits=_rate_limits(settings, pools, telemetry),
     )
     http = HttpServer(
         app=app,
@@ -289,6 +304,7 @@ def _build(settings: Settings, identity: Identity, pools: Pools) -> Server:
         "keys": keys.statistics,
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
+        "exec_breaker": executor.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
@@ -350,6 +366,30 @@ def _listener(
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
         },
         on_connect=look_again,
+    )
+
+
+def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
+    """Who may ask how often. The bootstrap key is exempt."""
+    limiter = RateLimiter(store=PostgresRateLimits(pool=pools.requests), telemetry=telemetry)
+    telemetry.watch("limiter", limiter.statistics)
+    of_key = parse_rate_limit(settings.rate_limit)
+
+    def allowance_of(principal: Principal) -> Allowance:
+        limit = principal.rate_limit or of_key
+        return Allowance(limit=limit, is_exempt=principal.key_id == ADMIN_KEY_ID)
+
+    return RateLimits(
+        addresses=AddressLimiter(
+            requests=parse_rate_limit(settings.rate_limit_address),
+            failures=parse_rate_limit(settings.rate_limit_failures),
+            telemetry=telemetry,
+        ),
+        limiter=limiter,
+        streams=StreamLimiter(most=settings.streams_key_max, telemetry=telemetry),
+        starts=parse_rate_limit(settings.rate_limit_starts),
+        allowance_of=allowance_of,
+        may_start=lambda principal, project: principal.may(Scope.PROJECTS_EXECUTE, project),
     )
 
 

@@ -27,6 +27,7 @@ from pydantic_settings import (
 )
 
 from rdev.domain.addresses import parse_network
+from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
@@ -89,6 +90,11 @@ def _proxies(value: object) -> object:
     return tuple(found)
 
 
+def _rate_limit(text: str) -> str:
+    parse_rate_limit(text)
+    return text
+
+
 def _networks(text: str) -> str:
     parse_networks(text)
     return text
@@ -131,6 +137,11 @@ class Settings(BaseSettings):
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)
     in_flight_max: int = Field(default=200, ge=1, le=10_000)
+    rate_limit: Annotated[str, AfterValidator(_rate_limit)] = "600/60s"
+    rate_limit_starts: Annotated[str, AfterValidator(_rate_limit)] = "600/60s"
+    rate_limit_address: Annotated[str, AfterValidator(_rate_limit)] = "30000/60s"
+    rate_limit_failures: Annotated[str, AfterValidator(_rate_limit)] = "30/60s"
+    streams_key_max: int = Field(default=200, ge=1, le=100_000)
     body_max_bytes: int = Field(default=1_048_576, ge=1_024, le=104_857_600)
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None

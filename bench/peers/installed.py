@@ -93,7 +93,10 @@ def _graphile(folder: Path) -> Peer:
 
 
 def venv(folder: Path, *packages: str) -> str:
-    """A virtual environment with the packages, made once; its interpreter."""
+    """A virtual environment with the packages, made once; its interpreter.
+
+    Errors: OSError, subprocess.SubprocessError.
+    """
     python = str(folder / "bin" / "python")
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True, capture_output=True)

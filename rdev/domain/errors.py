@@ -4,7 +4,7 @@ Adapters translate vendor errors into it at their edge (`raise … from`); the H
 stands in `adapters/http/problems.py` and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -56,7 +56,7 @@ class RdevError(Exception):
         *,
         faults: Sequence[Fault] = (),
         retry_after_s: float | None = None,
-        details: dict[str, int | str] | None = None,
+        details: Mapping[str, int | str | Sequence[str]] | None = None,
     ) -> None:
         """Keep the parts; `str()` gives `CODE: message`."""
         super().__init__(f"{code}: {message}")

@@ -6,7 +6,8 @@ from typing import Final
 from rdev.domain.addresses import Network, joined, parse_network
 from rdev.domain.fields import Fields, Json
 from rdev.domain.ids import ProjectId, is_project_id
-from rdev.domain.keys import RequestRate, Scope
+from rdev.domain.keys import Scope
+from rdev.domain.limiter import RateLimit
 
 NAME_MAX_BYTES = 100
 PROJECTS_MAX = 200
@@ -38,7 +39,7 @@ class KeyRequest:
     allowed_ips: tuple[Network, ...] | None
     expires_in_s: int | None
     is_end_given: bool
-    rate_limit: RequestRate | None
+    rate_limit: RateLimit | None
 
 
 def parse_key(body: Json) -> KeyRequest:
@@ -121,7 +122,7 @@ def _expires_in_s(fields: Fields, value: object) -> int | None:
     return None
 
 
-def _rate_limit(fields: Fields) -> RequestRate | None:
+def _rate_limit(fields: Fields) -> RateLimit | None:
     body = fields.mapping("rate_limit")
     if body is None:
         return None
@@ -134,4 +135,4 @@ def _rate_limit(fields: Fields) -> RequestRate | None:
     for name in body.keys() - {"requests", "window_s"}:
         inner.fault(name, "is not a known field")
     fields.faults += inner.faults
-    return RequestRate(requests=requests or 1, window_s=window_s or 1)
+    return RateLimit(requests=requests or 1, window_s=window_s or 1)

@@ -16,6 +16,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, ProjectId
 from rdev.domain.key_text import NewSecret
+from rdev.domain.limiter import RateLimit
 
 # The bootstrap key's, which no table holds.
 ADMIN_KEY_ID = KeyId("key_admin")
@@ -48,14 +49,6 @@ class KeyStatus(StrEnum):
     ACTIVE = "active"
     EXPIRED = "expired"
     REVOKED = "revoked"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestRate:
-    """So many requests within so many seconds."""
-
-    requests: int
-    window_s: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +88,7 @@ class Principal:
     name: str
     grant: Grant
     public_id: str | None = None
-    rate_limit: RequestRate | None = None
+    rate_limit: RateLimit | None = None
 
     @property
     def project_ids(self) -> frozenset[ProjectId] | None:
@@ -120,7 +113,7 @@ class Key:
     public_id: str
     name: str
     grant: Grant
-    rate_limit: RequestRate | None
+    rate_limit: RateLimit | None
     status: KeyStatus
     created_by: str
     created_at: datetime
@@ -138,7 +131,7 @@ class NewKey:
     secret: NewSecret
     grant: Grant
     expires_in_s: int | None
-    rate_limit: RequestRate | None
+    rate_limit: RateLimit | None
     created_by: str
     idempotency: Idempotency | None = None
 

@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from enum import StrEnum
 from typing import Protocol
 
+from rdev.domain.breaker import BreakerReason, BreakerState
 from rdev.domain.ids import ProjectId
 
 # Fields that the logs adapter adds to each line written by this task and the tasks it starts
@@ -76,7 +77,16 @@ class UpkeepTelemetry(Protocol):
 
     def kept_house(self, duty: str, count: int) -> None:
         """So many things were put away. `duty` comes from a closed set in the code: `output_days`,
-        `idempotency_keys`, `commands`, `folders`, `orphans`."""
+        `idempotency_keys`, `rate_windows`, `commands`, `folders`, `orphans`."""
+        ...
+
+
+class BreakerTelemetry(Protocol):
+    """What breakers tell; no verb blocks, awaits or raises either."""
+
+    def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
+        """A breaker is in another state. `breaker` comes from a closed set in the code: `database`,
+        `exec` (those of all projects)."""
         ...
 
 
@@ -112,4 +122,7 @@ class Silence:
         """Nothing."""
 
     def kept_house(self, duty: str, count: int) -> None:
+        """Nothing."""
+
+    def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
         """Nothing."""

@@ -33,6 +33,11 @@ class StoreDuties(Protocol):
         """Delete idempotency keys that stand for nothing any more; returns how many."""
         ...
 
+    async def forget_windows(self, *, limit: int) -> int:
+        """Delete windows of rate limits in which no hit counts any more; returns how many. One that
+        is being asked is left to the next time."""
+        ...
+
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         """Delete commands that ended so long ago, of whatever reach; returns how many."""
         ...

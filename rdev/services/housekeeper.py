@@ -8,6 +8,7 @@ to the one that has it. Of the store:
 | partitions for output | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
+| windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -113,6 +114,7 @@ class Housekeeper:
         await store.ensure_output_partitions(days_ahead=DAYS_AHEAD)
         await self._drop_output(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
+        await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
         older_s = (self._retention.days + 2) * DAY_S
         await self._in_batches(
             "commands", lambda rows: store.forget_commands(older_s=older_s, limit=rows)

@@ -13,7 +13,8 @@ from rdev.domain.key_requests import (
     parse_key,
     parse_rotation,
 )
-from rdev.domain.keys import RequestRate, Scope
+from rdev.domain.keys import Scope
+from rdev.domain.limiter import RateLimit
 
 BODY = {"name": "ci", "scopes": ["projects:read"]}
 
@@ -110,7 +111,7 @@ def test_an_empty_list_is_no_right_at_all(field: str) -> None:
 
 def test_a_rate_is_requests_within_a_window() -> None:
     rate = parsed(rate_limit={"requests": 10, "window_s": 60}).rate_limit
-    assert rate == RequestRate(requests=10, window_s=60)
+    assert rate == RateLimit(requests=10, window_s=60)
 
 
 def test_the_grace_of_a_rotation() -> None:

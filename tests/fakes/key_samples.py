@@ -7,7 +7,8 @@ from uuid import UUID
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId, key_id
 from rdev.domain.key_text import ENTROPY_BYTES, NewSecret, make_secret
-from rdev.domain.keys import Grant, NewKey, RequestRate, Scope
+from rdev.domain.keys import Grant, NewKey, Scope
+from rdev.domain.limiter import RateLimit
 
 _serial = count(1)
 
@@ -22,7 +23,7 @@ def new_key(
     projects: tuple[str, ...] | None = None,
     grant: Grant | None = None,
     expires_in_s: int | None = None,
-    rate_limit: RequestRate | None = None,
+    rate_limit: RateLimit | None = None,
     idempotency: Idempotency | None = None,
 ) -> NewKey:
     """A key with an id greater than all before."""

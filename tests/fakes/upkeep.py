@@ -22,6 +22,8 @@ class FakeUpkeep:
         self._places: dict[str, FakePlaceDuties] = {}
         # Days that somebody reads.
         self.in_use: set[date] = set()
+        # Windows of rate limits that are over.
+        self.idle_windows = 0
 
     @asynccontextmanager
     async def store_turn(self) -> AsyncIterator["FakeUpkeep | None"]:
@@ -83,6 +85,12 @@ class FakeUpkeep:
     async def forget_keys(self, *, limit: int) -> int:
         await self._state.step()
         return self._state.keys.forget(IDEMPOTENCY_S + 3_600, limit)
+
+    async def forget_windows(self, *, limit: int) -> int:
+        await self._state.step()
+        done = min(limit, self.idle_windows)
+        self.idle_windows -= done
+        return done
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         await self._state.step()

@@ -19,10 +19,10 @@ from rdev.domain.keys import (
     KeyEnd,
     KeyStatus,
     NewKey,
-    RequestRate,
     Rotation,
     Scope,
 )
+from rdev.domain.limiter import RateLimit
 from rdev.ports.keys import USED_EVERY_S, KeyStore
 from tests.fakes.key_samples import new_key, secret
 from tests.fakes.keys import FakeKeys
@@ -87,7 +87,7 @@ async def test_a_key_is_stored_with_everything_it_may_do(world: World) -> None:
         project_ids=frozenset({ProjectId("a"), ProjectId("b")}),
         allowed_ips=(ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")),
     )
-    new = new_key(grant=grant, rate_limit=RequestRate(requests=5, window_s=60))
+    new = new_key(grant=grant, rate_limit=RateLimit(requests=5, window_s=60))
     key = await made(world, new)
     assert (key.id, key.name, key.created_by) == (new.id, new.name, "key_admin")
     assert (key.grant, key.rate_limit) == (grant, new.rate_limit)

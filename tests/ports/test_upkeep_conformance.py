@@ -6,16 +6,27 @@ from datetime import date
 import pytest
 import trio
 
+from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.domain.commands import Kind, LaneClass, Outcome, Status
 from rdev.domain.execution import KillReport
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
 from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
+from rdev.domain.limiter import Hit, Policy, RateLimit
 from rdev.domain.projects import ProjectStatus
 from rdev.ports.upkeep import Upkeep
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
 
 DAY_S = 86_400
+
+# Windows with one hit each, so many seconds old.
+MAKE_OLD = """
+insert into rate_windows (policy, subject, window_us, cells, hits, used)
+select 'key', 's' || n, w,
+       array[((extract(epoch from clock_timestamp()) - age) * 1000000)::bigint * 60 / w], '{1}', 1
+from (select %s::bigint as w, %s::float8[] as ages) given,
+     unnest(ages) with ordinality old (age, n)
+"""
 
 
 async def ended(world: World) -> CommandId:
@@ -209,6 +220,68 @@ async def test_a_day_in_use_is_not_waited_for(real: World, pools: Pools) -> None
         assert await real.output.oldest_seq(command) == 1
         assert await store.drop_output(day)
     assert await real.output.oldest_seq(command) is None
+
+
+async def test_windows_are_forgotten_when_their_last_hit_has_left(
+    real: World, pools: Pools
+) -> None:
+    limits = PostgresRateLimits(pool=pools.requests)
+
+    def hit(subject: str, window_s: int) -> Hit:
+        limit = RateLimit(requests=1, window_s=window_s)
+        return Hit(policy=Policy(name="key", limit=limit), subject=subject)
+
+    async with pools.requests.connection() as connection:
+        await connection.execute(MAKE_OLD, (60_000_000, [62.9, 62.9, 62.9, 20.0]))
+    await limits.take([hit("used", 60)])
+
+    async with real.upkeep.store_turn() as store:
+        assert store is not None
+        async with pools.requests.connection() as asking, asking.transaction():
+            await asking.execute("select 1 from rate_windows where subject = 's1' for update")
+            assert await store.forget_windows(limit=1) == 1
+            assert await store.forget_windows(limit=5) == 1
+        assert await store.forget_windows(limit=5) == 1
+        assert await store.forget_windows(limit=5) == 0
+    async with pools.requests.connection() as connection:
+        cursor = await connection.execute("select subject from rate_windows order by 1")
+        assert await cursor.fetchall() == [("s4",), ("used",)]
+
+
+async def test_a_window_that_goes_while_it_is_asked_for_is_made_again(
+    real: World, pools: Pools
+) -> None:
+    limits = PostgresRateLimits(pool=pools.requests)
+    hit = Hit(policy=Policy(name="key", limit=RateLimit(requests=1, window_s=60)), subject="s1")
+    answers: list[bool] = []
+
+    async def ask() -> None:
+        answers.append((await limits.take([hit]))[0].is_admitted)
+
+    async with pools.requests.connection() as connection, trio.open_nursery() as nursery:
+        await connection.execute(MAKE_OLD, (60_000_000, [90.0]))
+        async with connection.transaction():
+            await connection.execute("delete from rate_windows")
+            nursery.start_soon(ask)
+            await until_blocked(pools)
+
+    assert answers == [True]
+    assert not (await limits.take([hit]))[0].is_admitted
+
+
+async def until_blocked(pools: Pools) -> None:
+    """Until a connection of this database waits for a lock."""
+    waiting = """
+        select count(*) from pg_stat_activity
+        where datname = current_database() and wait_event_type = 'Lock'
+    """
+    with trio.fail_after(30):
+        while True:
+            async with pools.requests.connection() as connection:
+                row = await (await connection.execute(waiting)).fetchone()
+            if row != (0,):
+                return
+            await trio.sleep(0.005)
 
 
 # Kills that left something

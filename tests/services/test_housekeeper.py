@@ -240,6 +240,13 @@ async def test_keys_that_stand_for_nothing_go_in_batches(house: House) -> None:
     assert house.telemetry.kept["idempotency_keys"] == 2_500
 
 
+async def test_windows_of_rate_limits_that_are_over_go_in_batches(house: House) -> None:
+    house.upkeep.idle_windows = 1_500
+    await house.keeper.run_once()
+    assert house.upkeep.idle_windows == 0
+    assert house.telemetry.kept["rate_windows"] == 1_500
+
+
 async def test_folders_are_tidied_some_minutes_after_the_end(house: House) -> None:
     command = await house.ended()
     house.age(TIDY_AGE_S / 2)

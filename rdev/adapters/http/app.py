@@ -42,6 +42,7 @@ from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.addresses import Network
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.keys import Principal
@@ -96,6 +97,7 @@ def build_app(
     trusted_proxies: Sequence[Network] = (),
     public_paths: frozenset[str] = PUBLIC_PATHS,
     limits: HttpLimits | None = None,
+    rate_limits: RateLimits | None = None,
 ) -> "Shell":
     """The ASGI app of the server.
 
@@ -117,6 +119,7 @@ def build_app(
         telemetry=telemetry,
         public_paths=public_paths,
         hooks=hooks,
+        rate_limits=rate_limits,
     )
     quart.before_request(gate.enter)
     quart.register_error_handler(RdevError, refusals.answer)
@@ -129,6 +132,7 @@ def build_app(
         new_request_id=new_request_id,
         trusted_proxies=trusted_proxies,
         limits=limits,
+        rate_limits=rate_limits,
     )
 
 
@@ -144,6 +148,7 @@ class Shell:
         new_request_id: Callable[[], str],
         trusted_proxies: Sequence[Network],
         limits: HttpLimits,
+        rate_limits: RateLimits | None,
     ) -> None:
         """Wraps the routes; opens nothing."""
         self.admission = Admission(
@@ -155,6 +160,7 @@ class Shell:
         self._now = now
         self._new_request_id = new_request_id
         self._trusted_proxies = trusted_proxies
+        self._rate_limits = rate_limits
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -184,6 +190,8 @@ class Shell:
         finally:
             this.status = this.status or HTTPStatus.INTERNAL_SERVER_ERROR
             this.slot.release()
+            for leave in this.at_end:
+                leave()
             _count(this, self._telemetry)
             _log_request(this)
 
@@ -231,6 +239,8 @@ class Shell:
             message = "Forwarded and X-Forwarded-For do not tell one client"
             return of_http(HTTPStatus.BAD_REQUEST, message)
         try:
+            if self._rate_limits is not None:
+                self._rate_limits.enter(this)
             this.slot.enter()
         except RdevError as error:
             return error
@@ -293,6 +303,7 @@ class _Gate:
         telemetry: Telemetry,
         public_paths: frozenset[str],
         hooks: Sequence[Hook],
+        rate_limits: RateLimits | None,
     ) -> None:
         self._authenticate = authenticate
         self._project_of = project_of
@@ -300,6 +311,7 @@ class _Gate:
         self._telemetry = telemetry
         self._public_paths = public_paths
         self._hooks = hooks
+        self._rate_limits = rate_limits
 
     async def enter(self) -> None:
         """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
@@ -318,6 +330,8 @@ class _Gate:
         if this.route in self._public_paths:
             return
         this.principal = principal = await self._checked(this)
+        if self._rate_limits is not None:
+            await self._rate_limits.admit(this, principal)
         if this.method != "OPTIONS":
             method = "GET" if this.method == "HEAD" else this.method
             await admit(principal, self._access[method, route], fields, self._project_of)
@@ -332,6 +346,8 @@ class _Gate:
             failure = _FAILURE_OF_CODE.get(error.code)
             if failure is not None:
                 self._telemetry.authenticated(failure)
+                if self._rate_limits is not None:
+                    self._rate_limits.failed(this)
             raise
         self._telemetry.authenticated(None)
         return principal

@@ -52,6 +52,8 @@ class Exchange:
     is_finished: bool = False
     # Sent with whatever answer is given, also with a refusal (rate limits).
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    # Called once when the exchange is over, whatever came of it (a place among the streams).
+    at_end: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def method_label(self) -> str:

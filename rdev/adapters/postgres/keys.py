@@ -19,12 +19,12 @@ from rdev.domain.keys import (
     Key,
     KeyStatus,
     NewKey,
-    RequestRate,
     Rotation,
     Scope,
     Standing,
     standing_of,
 )
+from rdev.domain.limiter import RateLimit
 from rdev.ports.keys import USED_EVERY_S, FoundKey, KeyMade
 
 # What is compared where nothing was found: the digest of no text, as far as anybody knows.
@@ -296,7 +296,7 @@ def _to_key(row: DictRow) -> Key:
         grant=grant,
         rate_limit=None
         if requests is None
-        else RequestRate(requests=requests, window_s=row["rate_window_s"]),
+        else RateLimit(requests=requests, window_s=row["rate_window_s"]),
         status=_status(row),
         created_by=row["created_by"],
         created_at=row["created_at"],

@@ -4,7 +4,10 @@ Bounds: at most `max_size` connections; a task waits at most `wait_s` for one, f
 served; a returned connection is handed to the longest waiting task directly. A connection is
 lent only if its socket is silent (an idle socket that is readable was ended by the server) and it
 is younger than `max_lifetime_s`; it comes back at rest or is closed. While the database is gone,
-one task keeps connecting, with jitter, and callers fail after `wait_s`.
+one task keeps connecting, with jitter, and callers fail after `wait_s`, or at once where the
+pool's breaker is open. What counts there: a connection that was lost or could not be made, and a
+statement that did not end in time are failures, a busy pool is none; a connection that was made
+makes an open breaker try again.
 
 `open_dedicated` is a pool of exactly one, for work that must never wait behind requests
 (heartbeat, append).
@@ -28,7 +31,9 @@ from rdev.adapters.postgres.connection import (
     open_connection,
     retry_delay_s,
 )
+from rdev.domain.breaker import CallOutcome
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.ports.breaker import Call, CallBreaker, Unbroken
 
 # What a caller told SERVICE_UNAVAILABLE by the database should wait before it asks again.
 RETRY_AFTER_S = 1.0
@@ -75,8 +80,10 @@ class Pool:
         max_size: int,
         wait_s: float,
         max_lifetime_s: float,
+        breaker: CallBreaker,
     ) -> None:
         """Opens nothing yet."""
+        self._breaker = breaker
         self._settings = settings
         self._nursery = nursery
         self._min_size, self._max_size = min_size, max_size
@@ -93,18 +100,28 @@ class Pool:
         self._requests = self._waits = self._timeouts = self._discarded = self._opened = 0
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[TrioConnection[TupleRow]]:
-        """A connection in autocommit, for one task, for as long as the block lasts.
+    async def connection(
+        self, *, wait_s: float | None = None
+    ) -> AsyncIterator[TrioConnection[TupleRow]]:
+        """A connection in autocommit, for one task, for as long as the block lasts. `wait_s`
+        replaces the pool's patience.
 
         Session state (SET, LISTEN, session locks) must not be left behind: nothing resets it.
-        Errors: SERVICE_UNAVAILABLE after `wait_s`. Cancellation: it goes back, or is closed if it
-        is not at rest. Blocks: at most `wait_s`.
+        Errors: SERVICE_UNAVAILABLE after `wait_s`, or at once where the breaker is open.
+        Cancellation: it goes back, or is closed if it is not at rest. Blocks: at most `wait_s`.
         """
-        connection = self._take() or await self._wait()
-        try:
-            yield connection
-        finally:
-            self._give_back(connection)
+        with self._breaker.call() as call:
+            connection = self._take() or await self._wait(
+                call, self._wait_s if wait_s is None else wait_s
+            )
+            try:
+                yield connection
+            except errors.QueryCanceled:
+                call.outcome = CallOutcome.FAILURE
+                raise
+            finally:
+                self._judge(connection, call)
+                self._give_back(connection)
 
     def statistics(self) -> PoolStatistics:
         """What is and what was."""
@@ -149,7 +166,15 @@ class Pool:
             self._discard(connection)
         return None
 
-    async def _wait(self) -> TrioConnection[TupleRow]:
+    def _judge(self, connection: TrioConnection[TupleRow], call: Call) -> None:
+        """What the call says of the database: the block's own errors (a conflict) say nothing bad
+        of it."""
+        if connection.closed:
+            call.outcome = CallOutcome.FAILURE
+        elif call.outcome is None:
+            call.outcome = CallOutcome.SUCCESS
+
+    async def _wait(self, call: Call, wait_s: float) -> TrioConnection[TupleRow]:
         self._waits += 1
         task = trio.lowlevel.current_task()
         waiter = self._waiters[task] = _Waiter()
@@ -159,13 +184,15 @@ class Pool:
             del self._waiters[task]
             return trio.lowlevel.Abort.SUCCEEDED
 
-        with trio.move_on_after(self._wait_s):
+        with trio.move_on_after(wait_s):
             await trio.lowlevel.wait_task_rescheduled(give_up)
         if waiter.connection is None:
             self._timeouts += 1
+            is_busy = len(self._retire_at) >= self._max_size
+            call.outcome = CallOutcome.IGNORED if is_busy else CallOutcome.FAILURE
             raise RdevError(
                 ErrorCode.SERVICE_UNAVAILABLE,
-                f"there was no database connection within {self._wait_s:g} s",
+                f"there was no database connection within {wait_s:g} s",
                 retry_after_s=RETRY_AFTER_S,
             ) from self._last_failure
         return waiter.connection
@@ -207,6 +234,7 @@ class Pool:
             connection.abort()
             return
         self._opened += 1
+        self._breaker.try_now()
         # Up to a tenth is random, so that connections opened together do not all retire together.
         lifetime_s = self._max_lifetime_s * (1 - random.random() / 10)
         self._retire_at[connection] = trio.current_time() + lifetime_s
@@ -242,6 +270,7 @@ async def open_pool(
     max_size: int = 10,
     wait_s: float = 5.0,
     max_lifetime_s: float = 3600.0,
+    breaker: CallBreaker | None = None,
 ) -> AsyncIterator[Pool]:
     """A pool for the time of the block. Does not wait for the database to be there.
 
@@ -255,6 +284,7 @@ async def open_pool(
             max_size=max_size,
             wait_s=wait_s,
             max_lifetime_s=max_lifetime_s,
+            breaker=breaker or Unbroken(),
         )
         pool.grow()
         try:

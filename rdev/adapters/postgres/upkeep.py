@@ -60,6 +60,20 @@ where (key_id, key) in (
 )
 """
 
+# There are as many windows as keys and projects were used lately, and no index on what every
+# request changes: the table is read through. A cell leaves with the end of the sixtieth after it
+# (see take_hits); a second more is for a clock that is set back.
+_FORGET_WINDOWS = """
+delete from rate_windows
+where ctid = any(array(
+    select ctid from rate_windows
+    where coalesce((cells[cardinality(cells)] + 61) * window_us / 60 / 1e6 + 1, 0)
+          < extract(epoch from clock_timestamp())
+    limit %(limit)s
+    for update skip locked
+))
+"""
+
 # `commands_finished` serves these. Reaches are few: they are found by jumping from one to the next.
 _FORGET_COMMANDS = """
 with recursive reaches as (
@@ -214,6 +228,10 @@ class PostgresStoreDuties:
         """See `StoreDuties.forget_keys`."""
         values = {"older_s": IDEMPOTENCY_S + _KEY_MARGIN_S, "limit": limit}
         return await self._delete(_FORGET_KEYS, values)
+
+    async def forget_windows(self, *, limit: int) -> int:
+        """See `StoreDuties.forget_windows`."""
+        return await self._delete(_FORGET_WINDOWS, {"limit": limit})
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         """See `StoreDuties.forget_commands`."""

@@ -24,6 +24,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily
 
 from rdev import __version__
+from rdev.domain.breaker import BreakerReason, BreakerState
 from rdev.domain.ids import ProjectId
 from rdev.ports.telemetry import AuthFailure
 
@@ -57,6 +58,12 @@ class PrometheusTelemetry:
             "rdev_housekeeping_total",
             "Things that the housekeeper put away",
             ("duty",),
+            registry=registry,
+        )
+        self._breakers = Counter(
+            "rdev_breaker_changes_total",
+            "Changes of state of circuit breakers, and why",
+            ("breaker", "state", "reason"),
             registry=registry,
         )
         self._counted = _Projects(_COUNTED_PROJECTS)
@@ -145,6 +152,10 @@ class PrometheusTelemetry:
     def kept_house(self, duty: str, count: int) -> None:
         """See the port."""
         self._housekeeping.labels(duty).inc(count)
+
+    def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
+        """See the port."""
+        self._breakers.labels(breaker, state, reason).inc()
 
 
 class _Statistics:

@@ -8,7 +8,10 @@ from psycopg import errors
 
 from rdev.adapters.postgres.connection import ConnectionSettings, open_connection
 from rdev.adapters.postgres.pool import open_dedicated, open_pool, translate_errors
+from rdev.domain.breaker import BreakerSettings
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.ports.telemetry import Silence
+from rdev.services.breaker import BreakerOpenError, CircuitBreaker
 
 
 async def scalar(connection, query, params=None):
@@ -303,3 +306,75 @@ def test_every_other_error_goes_through(other):
     with pytest.raises(type(other)) as caught, translate_errors():
         raise other
     assert caught.value is other
+
+
+def breaker() -> CircuitBreaker:
+    return CircuitBreaker(
+        name="database", telemetry=Silence(), settings=BreakerSettings(calls_min=3)
+    )
+
+
+async def test_while_the_database_is_gone_callers_are_refused_at_once(proxy):
+    settings = ConnectionSettings(dsn=proxy.dsn, connect_timeout_s=60)
+    guard = breaker()
+    proxy.refusing = True
+    async with open_pool(settings, min_size=1, max_size=3, wait_s=0.05, breaker=guard) as pool:
+        for _ in range(3):
+            with pytest.raises(RdevError, match="no database connection"):
+                async with pool.connection():
+                    raise AssertionError
+        waits = pool.statistics().waits
+
+        with pytest.raises(BreakerOpenError) as caught:
+            async with pool.connection():
+                raise AssertionError
+
+        assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+        assert pool.statistics().waits == waits
+        # The pool goes on connecting; with the first connection the breaker tries again at once.
+        proxy.refusing = False
+        await until(lambda: not guard.refuses)
+        for _ in range(3):
+            async with pool.connection() as connection:
+                assert await scalar(connection, "select 1") == 1
+        assert guard.statistics().state == 0
+
+
+async def test_a_busy_pool_and_errors_of_statements_say_nothing_bad_of_the_database(settings):
+    guard = breaker()
+    async with open_pool(settings, min_size=1, max_size=1, wait_s=0.05, breaker=guard) as pool:
+        await until(lambda: pool.statistics().idle == 1)
+        async with pool.connection():
+            for _ in range(5):
+                with pytest.raises(RdevError, match="no database connection"):
+                    async with pool.connection():
+                        raise AssertionError
+        for _ in range(5):
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                async with pool.connection() as connection:
+                    await connection.execute("select 1/0")
+        found = guard.statistics()
+        assert (found.state, found.calls, found.failures) == (0, 6, 0)
+
+
+async def sleep_beyond_timeout(pool):
+    async with pool.connection() as connection, connection.transaction():
+        await connection.execute("set local statement_timeout = 1")
+        await connection.execute("select pg_sleep(60)")
+
+
+async def test_connections_that_are_lost_and_statements_out_of_time_are_failures(
+    settings, observer
+):
+    guard = CircuitBreaker(name="database", telemetry=Silence())
+    async with open_pool(settings, min_size=1, max_size=2, wait_s=30, breaker=guard) as pool:
+        with pytest.raises(psycopg.OperationalError):
+            async with pool.connection() as connection:
+                await connection.execute("select pg_terminate_backend(pg_backend_pid())")
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            await sleep_beyond_timeout(pool)
+        with trio.move_on_after(0.01):
+            async with pool.connection() as connection:
+                await connection.execute("select pg_sleep(60)")
+        found = guard.statistics()
+        assert (found.calls, found.failures) == (2, 2)

@@ -6,6 +6,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
+from rdev.domain.breaker import BreakerReason, BreakerState
 from rdev.ports.telemetry import AuthFailure, Silence
 
 # Every series of the guide: its name and its labels.
@@ -108,7 +109,16 @@ def test_silence_has_every_verb_of_the_ports():
     verbs -= {"render", "watch"}
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
-    assert len(verbs) == 8 + 1
+    assert len(verbs) == 8 + 1 + 1
+
+
+async def test_a_breakers_changes_are_counted_with_their_reason() -> None:
+    telemetry = PrometheusTelemetry()
+    for _ in range(2):
+        telemetry.breaker_changed("database", BreakerState.OPEN, BreakerReason.FAILURES)
+
+    name, labels = "rdev_breaker_changes_total", {"breaker": "database", "state": "open"}
+    assert await value(telemetry, name, **labels, reason="failures") == 2
 
 
 @dataclass(frozen=True, kw_only=True)
