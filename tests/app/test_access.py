@@ -30,9 +30,11 @@ BODIES: Mapping[tuple[str, str], Json] = {
 @pytest.fixture(scope="module")
 def server(quick_place: Path) -> Iterator[Server]:
     """Trusts whoever calls it to be a proxy, so that a test can come from anywhere."""
-    with open_server(
-        quick_place, RDEV_TRUSTED_PROXIES="127.0.0.0/8,::1", RDEV_CLAUDE_COMMAND="true"
-    ) as server:
+    unlimited = dict.fromkeys(
+        ("RDEV_RATE_LIMIT_ADDRESS", "RDEV_RATE_LIMIT_FAILURES", "RDEV_RATE_LIMIT_STARTS"), "off"
+    )
+    proxies = {"RDEV_TRUSTED_PROXIES": "127.0.0.0/8,::1"}
+    with open_server(quick_place, **proxies, **unlimited, RDEV_CLAUDE_COMMAND="true") as server:
         yield server
 
 
