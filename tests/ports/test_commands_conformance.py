@@ -625,6 +625,8 @@ async def test_twenty_claimers_at_once_never_take_a_command_twice(real: World) -
     async with trio.open_nursery() as nursery:
         for number in range(20):
             nursery.start_soon(claimer, number)
+    while more := await real.claim(3):
+        taken.extend(more)
     assert len(taken) == 20
     assert len(set(_ids(taken))) == 20
     assert len({one.lease.id for one in taken}) == 20
@@ -643,6 +645,9 @@ async def test_claimers_at_once_do_not_exceed_the_cap_of_a_lane(real: World) -> 
     async with trio.open_nursery() as nursery:
         for _ in range(20):
             nursery.start_soon(claimer)
+    # A lane that another one held was left out: whatever room is left, one alone finds it.
+    while more := await real.claim(3):
+        taken.extend(more)
     assert Counter(one.kind for one in taken) == {Kind.SHELL: 4, Kind.GIT: 1}
 
 

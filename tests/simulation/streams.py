@@ -3,7 +3,8 @@
 What the hub promises its readers may be given in another form; what a client sees may not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk
@@ -87,13 +88,22 @@ def parse(data: bytes) -> list[tuple[int, str, bytes]]:
 
 
 class LateReaders(Fanout):
-    """A bug to plant: a reader takes part in what is published only when it has read the log."""
+    """A bug to plant: a reader takes part in what is told only when it has read the log."""
 
     def publish(self, chunk: Chunk) -> None:
-        topic = self._topics.get(chunk.command)
-        if topic is not None and any(reader.replays for reader in topic.readers):
-            del self._topics[chunk.command]
+        with self._without_late_ones(chunk.command):
             super().publish(chunk)
-            self._topics[chunk.command] = topic
-        else:
-            super().publish(chunk)
+
+    def wake(self, command: CommandId) -> None:
+        with self._without_late_ones(command):
+            super().wake(command)
+
+    @contextmanager
+    def _without_late_ones(self, command: CommandId) -> Iterator[None]:
+        topic = self._topics.get(command)
+        if topic is None or not any(reader.replays for reader in topic.readers):
+            yield
+            return
+        del self._topics[command]
+        yield
+        self._topics[command] = topic
