@@ -7,7 +7,8 @@ when everybody is connected, prints what that cost, and ends at the next line.
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
@@ -22,10 +23,11 @@ from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.commands import Command, Kind, Lease, Priority, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId, command_id
-from rdev.domain.keys import ADMIN, Principal
+from rdev.domain.keys import ADMIN, KeyEnd, Principal
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.authentication import Authenticate
 from rdev.ports.output import Append, AppendResult
+from rdev.services.key_watch import Watch
 from rdev.services.stream import Fanout
 
 COMMAND = command_id(UUID(int=1))
@@ -105,12 +107,18 @@ def _only(key: str) -> Authenticate:
     return authenticate
 
 
+@contextmanager
+def _lasting(principal: Principal, on_end: Callable[[KeyEnd], None]) -> Iterator[Watch]:
+    """The benchmark's key does not end."""
+    yield Watch()
+
+
 async def _serve(plan: dict[str, int], key: str) -> None:
     memory, telemetry, numbers = Memory(), PrometheusTelemetry(), count(1)
     fanout = Fanout(log=memory, tell_replicas=lambda _: None)
     shell = build_app(
         routes=(),
-        plain=stream_routes(memory, fanout, telemetry),
+        plain=stream_routes(memory, fanout, _lasting, telemetry),
         authenticate=_only(key),
         project_of=memory.project_of,
         telemetry=telemetry,

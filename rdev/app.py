@@ -273,7 +273,7 @@ def _build(
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
         ],
-        plain=stream_routes(commands, fanout, telemetry),
+        plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,

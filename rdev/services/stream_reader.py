@@ -29,7 +29,7 @@ class Signal(StrEnum):
 
     HEARTBEAT = "heartbeat"
     BLOCKED = "blocked"
-    DRAINING = "draining"
+    DISMISSED = "dismissed"
     END = "end"
 
 
@@ -112,8 +112,8 @@ class Subscription:
     async def receive(self, offer: Offer | None = None) -> Frames | Signal:
         """The next frames, in order, without a hole or a double; or a signal.
 
-        END after the final frames; DRAINING when the server wants the reader to go; HEARTBEAT after
-        15 s of silence. With `offer` the hub writes by itself while nothing else is to be done;
+        END after the final frames; DISMISSED when the reader was asked to go; HEARTBEAT after 15 s
+        of silence. With `offer` the hub writes by itself while nothing else is to be done;
         BLOCKED then says that the client did not take everything: what `offer` kept must leave
         before anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume
         later). Cancellation: nothing is lost; the position is that of the last frames given.
@@ -171,7 +171,7 @@ class Subscription:
         return True
 
     def dismiss(self) -> None:
-        """Ask the reader to go: its next signal is DRAINING. Idempotent."""
+        """Ask the reader to go: its next signal is DISMISSED. Idempotent."""
         self._is_dismissed = True
         self.wake()
 
@@ -182,13 +182,13 @@ class Subscription:
         self._news.set()
 
     def _signal(self) -> Signal | None:
-        """1. What was begun must leave first. 2. The end is an end, also of a draining server's."""
+        """1. What was begun must leave first. 2. The end is an end, also for who is to go."""
         if self._is_blocked:
             self._is_blocked = False
             return Signal.BLOCKED
         if self._is_ended:
             return Signal.END
-        return Signal.DRAINING if self._is_dismissed else None
+        return Signal.DISMISSED if self._is_dismissed else None
 
     async def _from_log(self) -> Frames | None:
         """One page of the log. What is published meanwhile is kept in the tail."""

@@ -6,7 +6,17 @@ import httpx2
 import pytest
 import trio
 
-from tests.app.server import DEADLINE_S, Api, Json, Server, until_async
+from tests.app.server import (
+    DEADLINE_S,
+    POLL_S,
+    Api,
+    Event,
+    Json,
+    Server,
+    metric,
+    read_events,
+    until_async,
+)
 
 FORM = re.compile(r"rdev_sk_[0-9A-Za-z]{8}_[0-9A-Za-z]{49}")
 
@@ -187,3 +197,45 @@ async def test_the_last_use_is_seen_soon(api: Api) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look)
         await until_async(lambda: found, "the use is written")
+
+
+async def test_a_revocation_ends_the_streams_of_the_key(api: Api) -> None:
+    await api.project()
+    made = await make(api, scopes=["projects:execute"])
+    command = await api.submit("echo up; exec sleep 600")
+    path, key = f"/commands/{command}/events", {"Authorization": f"Bearer {made['key']}"}
+    heard: list[Event] = []
+    with trio.fail_after(DEADLINE_S):
+        async with api.wire(path, key) as wire:
+            assert wire.status == 200
+            async for event in read_events(wire):
+                if event.name == "output":
+                    assert (await api.http.delete(f"/keys/{made['id']}")).status_code == 200
+                heard.append(event)
+    assert (heard[-1].name, heard[-1].data) == ("disconnecting", {"reason": "key_revoked"})
+    await api.http.delete(f"/commands/{command}")
+    await api.ended(command)
+
+
+async def test_a_reader_that_has_stalled_is_cut_when_its_key_ends(api: Api, server: Server) -> None:
+    await api.project("stalled")
+    made = await make(api, scopes=["projects:execute"])
+    line = "x" * 99
+    script = f"yes {line} | head -c 20000000; exec sleep 600"
+    command = await api.submit(script, project="stalled")
+    path, key = f"/commands/{command}/events", {"Authorization": f"Bearer {made['key']}"}
+
+    def open_streams() -> float:
+        return metric(server, "rdev_sse_connections_active", project="stalled")
+
+    with trio.fail_after(DEADLINE_S):
+        async with api.wire(path, key) as wire:
+            assert (wire.status, open_streams()) == (200, 1)
+            while (await api.command(command))["stdout_bytes"] < 20_000_000:
+                await trio.sleep(POLL_S)
+            # Without the key's end it would stay for 30 s more.
+            assert (await api.http.delete(f"/keys/{made['id']}")).status_code == 200
+            with trio.fail_after(20):
+                await until_async(lambda: open_streams() == 0, "its place is free")
+    await api.http.delete(f"/commands/{command}")
+    await api.ended(command)

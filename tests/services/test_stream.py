@@ -289,7 +289,7 @@ async def test_a_stop_is_heard_at_once(hub: Hub, nursery: trio.Nursery) -> None:
     hub.fanout.stop()
     hub.fanout.stop()
     await wait_all_tasks_blocked()
-    assert heard == [Signal.DRAINING]
+    assert heard == [Signal.DISMISSED]
     assert trio.current_time() == began
 
 
@@ -298,7 +298,7 @@ async def test_a_stop_while_the_log_is_read_is_heard_too(hub: Hub, nursery: trio
     nursery.start_soon(_stop_after, hub, 0.5)
     began = trio.current_time()
     with hub.fanout.subscribe(COMMAND, after=0) as reader:
-        assert await reader.receive() is Signal.DRAINING
+        assert await reader.receive() is Signal.DISMISSED
     assert trio.current_time() - began == pytest.approx(1.0)
 
 

@@ -73,7 +73,7 @@ async def follow(
                     pass
                 case Signal.END:
                     return True
-                case Signal.DRAINING:
+                case Signal.DISMISSED:
                     return False
 
 

@@ -5,8 +5,7 @@ client. Unsubscribing is synchronous, whichever way the request ends.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
 
 import msgspec
@@ -14,7 +13,7 @@ import trio
 from hypercorn.typing import HTTPScope
 
 from rdev.adapters.http.connection import EXTENSION, Connection
-from rdev.adapters.http.exchange import exchange, hold
+from rdev.adapters.http.exchange import exchange, hold, principal
 from rdev.adapters.http.guards import announced
 from rdev.adapters.http.plain import Asked, PlainRoute
 from rdev.adapters.http.wire import stamp
@@ -29,9 +28,11 @@ from rdev.adapters.http.writers import (
 from rdev.domain.commands import Command
 from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
 from rdev.domain.ids import CommandId, is_command_id
+from rdev.domain.keys import KeyEnd, Principal
 from rdev.domain.sse import EventName, frame
 from rdev.domain.stream import ConnectedEvent
 from rdev.ports.telemetry import Telemetry
+from rdev.services.key_watch import Watch
 from rdev.services.stream import Fanout, Frames, Signal, Subscription
 from rdev.services.stream_views import Views, Watched
 
@@ -41,6 +42,8 @@ RETRY_MS = 2_000
 RETRY_SPREAD_MS = 2_000
 # A client that takes nothing for so long is cut; of HTTP/1.1 the connection's own time holds.
 STALL_S = 30.0
+# What a client may take before it goes when its key has ended: it leaves within the contract's 5 s.
+FAREWELL_S = 0.5
 # Larger than any sequence number that can be reached.
 _SEQ_DIGITS_MAX = 18
 
@@ -55,9 +58,15 @@ _CLOSE = (b"connection", b"close")
 _encode = msgspec.json.Encoder().encode
 
 
-def stream_routes(commands: Watched, fanout: Fanout, telemetry: Telemetry) -> list[PlainRoute]:
+# Watches the key of a request for the length of the block (`KeyWatch.watch`).
+WatchKey = Callable[[Principal, Callable[[KeyEnd], None]], AbstractContextManager[Watch]]
+
+
+def stream_routes(
+    commands: Watched, fanout: Fanout, watch_key: WatchKey, telemetry: Telemetry
+) -> list[PlainRoute]:
     """`/commands/{id}/events` and `/projects/{id}/events?stream_id=`."""
-    streams = _Streams(commands, fanout, telemetry)
+    streams = _Streams(commands, fanout, watch_key, telemetry)
     return [
         PlainRoute("/commands/{command}/events", streams.of_command),
         PlainRoute("/projects/{project}/events", streams.of_project),
@@ -67,9 +76,12 @@ def stream_routes(commands: Watched, fanout: Fanout, telemetry: Telemetry) -> li
 class _Streams:
     """The two routes."""
 
-    def __init__(self, commands: Watched, fanout: Fanout, telemetry: Telemetry) -> None:
+    def __init__(
+        self, commands: Watched, fanout: Fanout, watch_key: WatchKey, telemetry: Telemetry
+    ) -> None:
         self._views = Views(commands)
         self._fanout = fanout
+        self._watch_key = watch_key
         self._telemetry = telemetry
         self._chunked = Chunked()
         self._sent_away = 0
@@ -132,21 +144,27 @@ class _Streams:
             return
         await asked.send({"type": "http.response.body", "body": first, "more_body": True})
         async with _writer(asked, self._chunked) as writer:
-            try:
-                await self._follow(reader, writer, count, exchange().now)
-                await writer.end()
-            except SlowClientError:
-                slow = _frame(EventName.DISCONNECTING, {"reason": "slow_consumer"}, RETRY_MS)
-                await writer.part(slow)
+            with trio.CancelScope() as staying:
+
+                def leave(reason: KeyEnd) -> None:
+                    staying.deadline = trio.current_time() + FAREWELL_S
+                    reader.dismiss()
+
+                with self._watch_key(principal(), leave) as key:
+                    try:
+                        await self._follow(reader, writer, count, key)
+                        await writer.end()
+                        return
+                    except SlowClientError:
+                        pass  # what is left to say to it follows
+            reason = key.reason or "slow_consumer"
+            await writer.part(_frame(EventName.DISCONNECTING, {"reason": reason}, RETRY_MS))
 
     async def _follow(
-        self,
-        reader: Subscription,
-        writer: Writer,
-        count: Callable[[str, int], None],
-        now: Callable[[], datetime],
+        self, reader: Subscription, writer: Writer, count: Callable[[str, int], None], key: Watch
     ) -> None:
         """Write what the hub does not write itself, until there is nothing more to say."""
+        now = exchange().now
         while True:
             try:
                 item = await reader.receive(writer.offer)
@@ -165,8 +183,8 @@ class _Streams:
                 case Signal.HEARTBEAT:
                     beat = _frame(EventName.HEARTBEAT, {"timestamp": stamp(now())})
                     await writer.write(beat)
-                case Signal.DRAINING:
-                    told = {"reason": "draining"}
+                case Signal.DISMISSED:
+                    told = {"reason": key.reason or "draining"}
                     await writer.write(_frame(EventName.DISCONNECTING, told, self._retry_ms()))
                     return
                 case Signal.END:

@@ -33,10 +33,12 @@ from rdev.domain.ids import ProjectId, command_id
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.services.commands import Commands
+from rdev.services.key_watch import KeyWatch
 from rdev.services.stream import Fanout, Frames
 from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate, project_of
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
+from tests.fakes.keys import FakeKeys
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
 from tests.fakes.store import StoreState
@@ -219,7 +221,7 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
         )
         shell = build_app(
             routes=(),
-            plain=stream_routes(commands, fanout, telemetry),
+            plain=stream_routes(commands, fanout, KeyWatch(store=FakeKeys(state)).watch, telemetry),
             authenticate=authenticate,
             project_of=project_of,
             telemetry=telemetry,
