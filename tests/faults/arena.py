@@ -183,14 +183,32 @@ class Arena:
     async def _keep_busy(self, number: int) -> None:
         # The full lane must be full first, or what waits behind it would run.
         full = [record for record in self.records if record.work is Work.ENDLESS]
-        await wait_until(
-            lambda: all(len(record.events) > RUNNING_SEQ for record in full),
-            "the full lane is full",
-            PATIENCE_S,
-        )
+        try:
+            await wait_until(
+                lambda: all(len(record.events) > RUNNING_SEQ for record in full),
+                "the full lane is full",
+                PATIENCE_S,
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}; seed {self.seed}\n{self._told(full)}") from error
         while not self._closing:
             (work,) = self.chance.choices(list(WORK), list(WORK.values()))
             await self.carry_out(self.new_record(work))
+
+    def _told(self, records: list[Record]) -> str:
+        """What the watchers heard of these, and where the database has them."""
+        lines = [
+            f"{record.name} {record.command}: {[event.name for event in record.events][-4:]}"
+            for record in records
+        ]
+        for statement in (
+            "select id, status, attempt, holder, lease_until - now(), last_seq, out_offset, "
+            "created_at, started_at, rank from commands where project = 'full' order by id",
+            "select project, lane_class, cap, due, last_start from lanes order by 1, 2",
+            "select extract(epoch from now()), now()",
+        ):
+            lines += [" ".join(map(str, row)) for row in self.query(statement)]
+        return "\n".join([*lines, *(node.server.log[-3_000:] for node in self.nodes)])
 
     async def carry_out(self, record: Record) -> None:
         """Send a command, watch it to its end, cancel it where that is its work."""
