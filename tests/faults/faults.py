@@ -36,7 +36,8 @@ async def kill(arena: Arena) -> None:
 
 async def kill_at(arena: Arena, point: str) -> None:
     """The same at a named point."""
-    node = arena.chance.choice(arena.nodes)
+    # Only the first server may be one that is full.
+    node = arena.nodes[0] if point.startswith("touch.") else arena.chance.choice(arena.nodes)
     if point.startswith("take_over."):
         await _kill_in_take_over(arena, node, point)
         return

@@ -29,6 +29,7 @@ ARENAS = 3
 INJECTIONS_MIN = 500
 # Room for the cluster, a checkpoint's WAL and some minutes of output.
 DISK_BYTES = 192 << 20
+FULL_POINTS = tuple(point for point in POINTS if point.startswith("touch."))
 # Where standing still past the lease is worst.
 FREEZE_POINTS = (
     "claim.committed",
@@ -84,10 +85,19 @@ async def test_dead_and_frozen_servers_lose_and_double_nothing(
     quick_place: Path, session_tally: Tally
 ) -> None:
     """kill -9 at every named point and anywhere, SIGSTOP past the lease; several arenas at once."""
-    plan: list[Fault] = [partial(faults.kill_at, point=point) for point in POINTS] * ROUNDS
+    points = [point for point in POINTS if point not in FULL_POINTS]
+    plan: list[Fault] = [partial(faults.kill_at, point=point) for point in points] * ROUNDS
     plan += [faults.kill] * (4 * ROUNDS) + [faults.freeze, faults.overtake] * (2 * ROUNDS)
     plan += [partial(faults.freeze_at, point=point) for point in FREEZE_POINTS] * (ROUNDS // 2)
     await run_in_arenas(plan, quick_place, session_tally, arenas=ARENAS)
+
+
+async def test_a_dead_server_that_was_full_loses_and_doubles_nothing(
+    quick_place: Path, session_tally: Tally
+) -> None:
+    """kill -9 where only a server without permits comes: it touches lanes apart from a claim."""
+    plan: list[Fault] = [partial(faults.kill_at, point=point) for point in FULL_POINTS] * ROUNDS
+    await run_all(plan, quick_place, session_tally, SEED, running_max=1)
 
 
 async def test_a_database_that_crashes_and_hangs_up_loses_and_doubles_nothing(
