@@ -161,12 +161,22 @@ class Arena:
 
     # --- the load ---------------------------------------------------------------------------------
 
-    def begin(self, *, workers: int) -> None:
+    async def begin(self, *, workers: int) -> None:
         """Fill the full lane, and keep so many clients busy until the end."""
-        for _ in range(FULL_LANE):
-            self._launch(self.new_record(Work.ENDLESS, FULL_PROJECT))
-        for number in range(workers):
-            self.nursery.start_soon(self._keep_busy, number)
+        full = [self.new_record(Work.ENDLESS, FULL_PROJECT) for _ in range(FULL_LANE)]
+        for record in full:
+            self._launch(record)
+        # Before any fault and any other work: what waits behind it must not run instead.
+        try:
+            await wait_until(
+                lambda: all(len(record.events) > RUNNING_SEQ for record in full),
+                "the full lane is full",
+                PATIENCE_S,
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}; seed {self.seed}\n{self._told(full)}") from error
+        for _ in range(workers):
+            self.nursery.start_soon(self._keep_busy)
 
     def new_record(self, work: Work, project: str | None = None) -> Record:
         """A command that is not sent yet."""
@@ -180,17 +190,7 @@ class Arena:
     def _launch(self, record: Record) -> None:
         self.nursery.start_soon(self.carry_out, record)
 
-    async def _keep_busy(self, number: int) -> None:
-        # The full lane must be full first, or what waits behind it would run.
-        full = [record for record in self.records if record.work is Work.ENDLESS]
-        try:
-            await wait_until(
-                lambda: all(len(record.events) > RUNNING_SEQ for record in full),
-                "the full lane is full",
-                PATIENCE_S,
-            )
-        except AssertionError as error:
-            raise AssertionError(f"{error}; seed {self.seed}\n{self._told(full)}") from error
+    async def _keep_busy(self) -> None:
         while not self._closing:
             (work,) = self.chance.choices(list(WORK), list(WORK.values()))
             await self.carry_out(self.new_record(work))

@@ -51,7 +51,7 @@ async def judged(
 ) -> AsyncIterator[Arena]:
     """An arena under load, whose verdict is added to the session's and must be clean."""
     async with open_arena(place, seed=seed, **more) as arena:  # type: ignore[arg-type]
-        arena.begin(workers=workers)
+        await arena.begin(workers=workers)
         try:
             yield arena
             await arena.settle()

@@ -19,7 +19,7 @@ async def test_kills_freezes_and_a_crashed_database_lose_and_double_nothing(
 ) -> None:
     seed = random.randrange(1 << 30)
     async with open_arena(quick_place, seed=seed) as arena:
-        arena.begin(workers=2)
+        await arena.begin(workers=2)
         for point in POINTS:
             await faults.kill_at(arena, point)
         await faults.overtake(arena)
