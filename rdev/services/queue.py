@@ -235,7 +235,9 @@ class CommandQueue:
             return
         beat = await self._leases.heartbeat(held)
         for lease in beat.stale:
-            if (running := self._running.get(lease)) is not None:
+            # The lease of what has just ended is over, and was nobody else's.
+            running = self._running.get(lease)
+            if running is not None and not running.attempt.is_ending:
                 running.scope.cancel()
         for lease in beat.cancel_requested:
             if (running := self._running.get(lease)) is not None:

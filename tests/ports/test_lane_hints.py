@@ -1,4 +1,4 @@
-"""Lanes whose hint is wrong when a claim touches them: nobody behind or in them waits for a tick."""
+"""Lanes whose hint is wrong when a claim touches them: nobody waits for a tick because of it."""
 
 from collections.abc import Sequence
 
