@@ -178,6 +178,30 @@ async def test_a_heartbeat_while_a_finished_attempt_closes_finds_nothing_stale(
     assert (statistics.finished, statistics.stale) == (1, 0)
 
 
+class LateReplies(FakeLanes):
+    """Claims that are committed a second before they are answered."""
+
+    async def claim(self, **how):  # type: ignore[no-untyped-def]
+        found = await super().claim(**how)
+        await trio.sleep(1)
+        return found
+
+
+async def test_a_cancel_between_a_claim_and_its_reply_waits_for_no_heartbeat(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    server.queue._lanes = LateReplies(server.state, lease_s=LEASE_S)
+    await nursery.start(server.queue.run)
+    command = await submit(server, "forever")
+    server.queue.wake(LANE)
+    await _until(lambda: _status(server, command) is Status.RUNNING)
+    await server.store.request_cancel(command)
+    server.queue.cancel(command)
+    asked_at = trio.current_time()
+    assert await server.ended(command) is Status.CANCELLED
+    assert trio.current_time() - asked_at < LEASE_S / 6
+
+
 async def test_a_cancel_elsewhere_reaches_the_holder_by_heartbeat(
     server: Server, nursery: trio.Nursery
 ) -> None:
