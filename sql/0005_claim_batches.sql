@@ -45,6 +45,7 @@ declare
     heads uuid[];
     head_places tid[];
     head_rooms boolean[];
+    head_dues double precision[];
     moved_places tid[];
     moved_dues double precision[];
     served_at double precision;
@@ -77,7 +78,7 @@ begin
             for update skip locked
         ) t;
         exit when places is null and cardinality(touched) = 0;
-        heads := '{}'; head_places := '{}'; head_rooms := '{}';
+        heads := '{}'; head_places := '{}'; head_rooms := '{}'; head_dues := '{}';
         moved_places := '{}'; moved_dues := '{}';
         began := 0;
         look_again := false;
@@ -86,7 +87,8 @@ begin
             from (
                 select l.ctid as place, l.project, l.lane_class, l.reach, l.due, p.is_touched,
                        first.id as head,
-                       r.running < l.cap and first.expires_at <= clock_timestamp() as is_late,
+                       r.running < l.cap
+                           and coalesce(first.expires_at <= clock_timestamp(), false) as is_late,
                        r.running + 1 < l.cap as has_more_room,
                        case when r.running < l.cap
                             then lane_due(first.rank, l.last_start, first.level, age_step_s)
@@ -134,10 +136,13 @@ begin
                 heads := heads || lane.head;
                 head_places := head_places || lane.place;
                 head_rooms := head_rooms || lane.has_more_room;
+                head_dues := head_dues || lane.exact;
                 continue;
             end if;
-            -- Parked, too early (look again who comes first), or touched and not to be served now.
-            look_again := look_again or not lane.is_touched or lane.is_late;
+            -- Parked, too early (look again who comes first), or touched and not to be served now;
+            -- which may have kept the place of another one among those that were looked at.
+            look_again := look_again or not lane.is_touched or lane.is_late
+                or horizon < 'infinity' and coalesce(lane.due <= horizon, false);
             if lane.exact is distinct from lane.due then
                 moved_places := moved_places || lane.place;
                 moved_dues := moved_dues || lane.exact;
@@ -179,6 +184,15 @@ begin
             select * from begun;
             get diagnostics began = row_count;
             taken := taken + began;
+            if began < cardinality(heads) then
+                -- Their heads were cancelled meanwhile: too early in the order, they are looked at
+                -- again. (A touched lane may have stood nowhere in it.)
+                update lanes l
+                set due = m.due
+                from unnest(head_places, head_dues, heads) m (place, due, head)
+                where l.ctid = m.place
+                  and (select c.status from commands c where c.id = m.head) <> 'running';
+            end if;
             -- A microsecond apart, so that they keep their order when they come again.
             served_at := extract(epoch from clock_timestamp());
             update lanes l

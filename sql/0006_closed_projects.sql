@@ -7,8 +7,8 @@
 -- The housekeeper's search for what is to be killed again.
 create index commands_unkilled on commands (reach, id) where kill ->> 'confirmed' = 'false';
 
--- The project's row is locked first, then its lanes in the order in which all lock them: of a kill that fails and one that succeeds at the same time, the
--- second sees what the first has stored.
+-- The project's row is locked first, then its lanes in the order in which all lock them: of a kill
+-- that fails and one that succeeds at the same time, the second sees what the first has stored.
 create function heed_kill() returns trigger
 language plpgsql as $$
 begin
@@ -32,6 +32,15 @@ for each row when ((old.kill ->> 'confirmed') is distinct from (new.kill ->> 'co
     and (coalesce(old.kill ->> 'confirmed', '') = 'false'
          or coalesce(new.kill ->> 'confirmed', '') = 'false'))
 execute function heed_kill();
+
+-- What kills have left before.
+update projects p set status = 'failed'
+where p.status = 'ready' and exists (
+    select from commands c
+    where c.reach = p.reach and c.kill ->> 'confirmed' = 'false' and c.project = p.id);
+update lanes l set cap = -l.cap, due = null
+from projects p
+where p.id = l.project and p.status = 'failed' and l.cap > 0;
 
 -- migrate:down
 drop trigger heed_kill on commands;

@@ -80,6 +80,11 @@ class Writer:
         return self._in_flight.size_bytes if self._in_flight else self._pending_bytes
 
     @property
+    def is_ending(self) -> bool:
+        """Whether the attempt's end was handed over, committed or not: `finished` tells which."""
+        return self._outcome is not None
+
+    @property
     def truncated(self) -> bool:
         """Whether output of the command was dropped, now or in an earlier attempt."""
         return self._dropped_before or any(self._dropped_bytes.values())

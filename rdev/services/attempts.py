@@ -100,6 +100,11 @@ class Attempt:
         # While `run` observes.
         self._nursery: trio.Nursery | None = None
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether the outcome was handed over: its append says whether the lease was ours."""
+        return self._writer.is_ending
+
     def cancel(self) -> None:
         """End the command: TERM, grace, KILL. The attempt goes on until the end is read."""
         self._cancel_asked = True

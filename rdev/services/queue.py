@@ -103,6 +103,8 @@ class CommandQueue:
         self._claim_max = max(1, running_max // CLAIMS_IN_TURN)
         self._running: dict[Lease, _Running] = {}
         self._touched: set[Lane] = set()
+        # Cancels since the last claim began: its reply may be on its way.
+        self._unmet_cancels: set[CommandId] = set()
         self._take_over_from_s = 0.0
         self._wakeup = trio.Event()
         self._stop = trio.Event()
@@ -147,7 +149,9 @@ class CommandQueue:
         self._wakeup.set()
 
     def cancel(self, command: CommandId) -> None:
-        """End the command if it runs here; otherwise its holder hears of it by heartbeat."""
+        """End the command if it runs here, or is being claimed; otherwise its holder hears of it by
+        heartbeat."""
+        self._unmet_cancels.add(command)
         for lease, running in self._running.items():
             if lease.command == command:
                 running.attempt.cancel()
@@ -170,6 +174,7 @@ class CommandQueue:
 
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
+        self._unmet_cancels.clear()
         limit = min(self._running_max - len(self._running), self._claim_max)
         if limit <= 0 or self._stop.is_set():
             await self._touch()
@@ -235,7 +240,9 @@ class CommandQueue:
             return
         beat = await self._leases.heartbeat(held)
         for lease in beat.stale:
-            if (running := self._running.get(lease)) is not None:
+            # The lease of what has just ended is over, and was nobody else's.
+            running = self._running.get(lease)
+            if running is not None and not running.attempt.is_ending:
                 running.scope.cancel()
         for lease in beat.cancel_requested:
             if (running := self._running.get(lease)) is not None:
@@ -255,8 +262,9 @@ class CommandQueue:
         )
         running = _Running(attempt=attempt, scope=trio.CancelScope())
         self._running[claimed.lease] = running
-        if self._cancel_at_stop and self._stop.is_set():
-            attempt.cancel()  # the claim was under way when the others were cancelled
+        at_stop = self._cancel_at_stop and self._stop.is_set()
+        if at_stop or claimed.lease.command in self._unmet_cancels:
+            attempt.cancel()  # the claim was under way when it was, or the others were, cancelled
         self._telemetry.command_started(claimed.project, claimed.kind)
         attempts.start_soon(self._run_attempt, running, name=claimed.lease.command)
 

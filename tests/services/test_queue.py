@@ -1,6 +1,7 @@
 """The queue: claims, permits, heartbeats, take-overs, and what stop leaves behind."""
 
 from collections.abc import Callable, Collection
+from contextlib import asynccontextmanager
 
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -14,7 +15,16 @@ from rdev.services.queue import TICK_S
 from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeRun
 from tests.fakes.lanes import FakeLanes
-from tests.services.scripted import LEASE_S, PROJECT, Server, make_project, submit
+from tests.fakes.store import StoreState
+from tests.services.scripted import (
+    LEASE_S,
+    PROGRAMS,
+    PROJECT,
+    Place,
+    Server,
+    make_project,
+    submit,
+)
 
 LANE = Lane(project=PROJECT, lane_class=LaneClass.WORK)
 
@@ -141,6 +151,55 @@ async def test_a_stale_attempt_is_abandoned_and_the_command_goes_on(
     assert (statistics.running, statistics.stale) == (0, 1)
     assert _status(server, command) is Status.RUNNING
     assert server.place.started == [command]
+
+
+class SlowToClose(Place):
+    """Places where the end of an attachment takes longer than a heartbeat."""
+
+    @asynccontextmanager
+    async def attach(self, *place, **how):  # type: ignore[no-untyped-def]
+        async with super().attach(*place, **how) as attachment:
+            yield attachment
+        await trio.sleep(LEASE_S / 2)
+
+
+async def test_a_heartbeat_while_a_finished_attempt_closes_finds_nothing_stale(
+    nursery: trio.Nursery,
+) -> None:
+    """Its end is committed meanwhile, so the lease is over; it was nobody else's."""
+    server = Server(state=StoreState(), place=SlowToClose(nursery, dict(PROGRAMS)))
+    await make_project(server)
+    await nursery.start(server.queue.run)
+    command = await submit(server, "quick")
+    server.queue.wake(LANE)
+    assert await server.ended(command) is Status.SUCCEEDED
+    await _until(lambda: server.queue.statistics().running == 0)
+    statistics = server.queue.statistics()
+    assert (statistics.finished, statistics.stale) == (1, 0)
+
+
+class LateReplies(FakeLanes):
+    """Claims that are committed a second before they are answered."""
+
+    async def claim(self, **how):  # type: ignore[no-untyped-def]
+        found = await super().claim(**how)
+        await trio.sleep(1)
+        return found
+
+
+async def test_a_cancel_between_a_claim_and_its_reply_waits_for_no_heartbeat(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    server.queue._lanes = LateReplies(server.state, lease_s=LEASE_S)
+    await nursery.start(server.queue.run)
+    command = await submit(server, "forever")
+    server.queue.wake(LANE)
+    await _until(lambda: _status(server, command) is Status.RUNNING)
+    await server.store.request_cancel(command)
+    server.queue.cancel(command)
+    asked_at = trio.current_time()
+    assert await server.ended(command) is Status.CANCELLED
+    assert trio.current_time() - asked_at < LEASE_S / 6
 
 
 async def test_a_cancel_elsewhere_reaches_the_holder_by_heartbeat(

@@ -14,7 +14,8 @@ proc_read() {
 }
 
 # start TAG FOLDER HOME SUPERVISOR START INSTANCE: becomes the command. Alone in its session.
-# The command's secrets are off the disk before it runs; after go/ nothing but exec is left.
+# The command's secrets are off the disk before it runs. What another starter has written is his
+# until go/ is made: he may be the one who makes it.
 start() {
   TAG=$1 D=$2
   proc_read $$ || exit 126
@@ -23,10 +24,11 @@ start() {
   [ ! -e "$D/stdin.$TAG" ] || exec <"$D/stdin.$TAG"
   printf '%s\n' "$LINE" >"$D/pid.$$" || exit 126
   exec >>"$D/out"
-  rm -f "$D"/spec.* "$D"/stdin.* 2>/dev/null &
+  rm -f "$D/spec.$TAG" "$D/stdin.$TAG" 2>/dev/null &
   mkdir "$D/go" 2>/dev/null || { rm -f "$D/pid.$$" 2>/dev/null; exit 126; }
   printf '%s\n' "$LINE" >"$D/pid" 2>/dev/null || exit 126
   wait
+  for FILE in "$D"/spec.* "$D"/stdin.*; do [ ! -e "$FILE" ] || rm -f "$FILE"; done 2>/dev/null
   exec 2>>"$D/err"
   umask 022
   cd "$3" && become
