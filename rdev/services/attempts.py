@@ -122,10 +122,13 @@ class Attempt:
         await self._replay()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            if self._cancel_asked:
-                self._end_command()
-            outcome = await self._observe(instance)
-            self._nursery = None
+            try:
+                if self._cancel_asked:
+                    self._end_command()
+                outcome = await self._observe(instance)
+            finally:
+                # Who cancels from here on comes too late, also where it failed.
+                self._nursery = None
             nursery.cancel_scope.cancel()
         return Finished(claimed=self.claimed, outcome=outcome)
 

@@ -431,9 +431,12 @@ async def test_a_writer_whose_lease_is_lost_ends_the_attempt_and_not_the_command
         await server.claim()
 
     nursery.start_soon(take_over)
+    attempt = server.attempt(claimed)
     with pytest.raises(ExceptionGroup) as caught:
-        await server.attempt(claimed).run()
+        await attempt.run()
     assert caught.group_contains(LeaseLostError)
+    # As a server that is told to end its commands does, before it forgets this one.
+    attempt.cancel()
     await wait_all_tasks_blocked()
     run = server.place._runs[claimed.lease.command]
     assert run is not None
