@@ -88,7 +88,8 @@ class Record:
         return b"".join(e.content for e in self.events if e.data.get("stream") == stream)
 
 
-# What a shell says on stderr when the TERM reaches the program it waits for before itself.
+# What a shell says on stderr when the TERM reaches the program it waits for before itself; it may
+# even come to its next line.
 TERMINATED = b"Terminated\n"
 
 
@@ -196,7 +197,7 @@ def _missing_bytes(record: Record, ended: dict[str, int]) -> int:
         return sum(
             len(seen)
             for seen, all_ in zip(streams, record.written(lines), strict=True)
-            if not all_.startswith(seen.removesuffix(TERMINATED).removesuffix(b"\n"))
+            if not all_.startswith(seen.replace(TERMINATED, b"", 1).removesuffix(b"\n"))
         )
     return sum(
         max(1, abs(len(all_) - len(seen))) if seen != all_ else 0
