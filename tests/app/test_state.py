@@ -8,8 +8,8 @@ from signal import SIGTERM
 import httpx2
 import pytest
 
-from rdev.app import base_env
 from rdev.config import load_settings
+from rdev.wiring import base_env
 from tests.app.server import Server, open_api, open_server, open_state, probe, rdev, until
 
 

@@ -21,7 +21,7 @@ from psycopg.rows import Row
 
 import rdev.adapters.execution.local
 import rdev.adapters.postgres.connection
-import rdev.app
+import rdev.wiring
 from rdev.adapters.execution.transport import Streams
 from rdev.adapters.postgres import commands, lanes, leases, notifier, output
 from rdev.cli import main
@@ -141,7 +141,7 @@ def clock_is_off_by_s() -> float:
 
 def step_clock() -> None:
     """Everything here that asks what time it is gets the wrong answer."""
-    right_time, right_time_ns, right_now = time.time, time.time_ns, rdev.app._now
+    right_time, right_time_ns, right_now = time.time, time.time_ns, rdev.wiring._now
 
     def wrong_now() -> datetime:
         return right_now() + timedelta(seconds=clock_is_off_by_s())
@@ -153,7 +153,7 @@ def step_clock() -> None:
     right_uuid7 = uuid_utils.compat.uuid7
     time.time = lambda: right_time() + clock_is_off_by_s()
     time.time_ns = lambda: right_time_ns() + int(clock_is_off_by_s() * 1e9)
-    rdev.app._now = wrong_now
+    rdev.wiring._now = wrong_now
     uuid_utils.compat.uuid7 = wrong_uuid7
 
 

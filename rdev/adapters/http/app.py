@@ -7,11 +7,10 @@ becomes a problem here.
 """
 
 import logging
-import re
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache, partial
+from functools import partial
 from http import HTTPStatus
 
 import trio
@@ -23,12 +22,12 @@ from hypercorn.typing import (
     HTTPScope,
     Scope,
 )
-from quart import Blueprint, Response, g, request
+from quart import Blueprint, Response
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from rdev.adapters.http import probes
-from rdev.adapters.http.access import ACCESS, Access, Route, admit, check_declared
+from rdev.adapters.http.access import ACCESS, Access, Route, check_declared
 from rdev.adapters.http.address import LOCAL_PEER, client_address
 from rdev.adapters.http.exchange import (
     Exchange,
@@ -38,16 +37,16 @@ from rdev.adapters.http.exchange import (
     request_id_of,
     trace_id_of,
 )
+from rdev.adapters.http.gate import Gate, Hook, credential_of, template_of
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
 from rdev.adapters.http.problems import internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.addresses import Network
-from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.keys import Principal
+from rdev.domain.errors import RdevError
 from rdev.ports.authentication import Authenticate, ProjectOf
-from rdev.ports.telemetry import AuthFailure, Telemetry, log_context
+from rdev.ports.telemetry import Telemetry, log_context
 
 _log = logging.getLogger("rdev.http")
 
@@ -59,16 +58,6 @@ _METHODS_OF_HTTP = frozenset({"HEAD", "OPTIONS"})
 
 # nginx's number for a client that went away before its answer; never sent, only counted.
 _CLIENT_LEFT = 499
-
-_FAILURE_OF_CODE = {
-    ErrorCode.UNAUTHORIZED: AuthFailure.INVALID,
-    ErrorCode.KEY_REVOKED: AuthFailure.REVOKED,
-    ErrorCode.KEY_EXPIRED: AuthFailure.EXPIRED,
-    ErrorCode.IP_NOT_ALLOWED: AuthFailure.IP_BLOCKED,
-}
-
-# Runs after the authentication, in order; may raise RdevError.
-Hook = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +101,7 @@ def build_app(
     declared = [*_routes_of(quart), *(("GET", route.template) for route in plain)]
     check_declared(declared, access, public_paths)
     refusals = _Refusals(telemetry)
-    gate = _Gate(
+    gate = Gate(
         authenticate=authenticate,
         project_of=project_of,
         access=access,
@@ -222,7 +211,7 @@ class Shell:
             started_at_s=trio.current_time(),
             slot=self.admission.slot(),
             now=self._now,
-            credential=_credential(headers),
+            credential=credential_of(headers),
         )
         begin(this)
         log_context.set(log_fields(this))
@@ -251,7 +240,7 @@ class _Routes:
     """Gives a request to its plain route, or to Quart."""
 
     def __init__(
-        self, quart: QuartTrio, plain: Sequence[PlainRoute], gate: "_Gate", refusals: "_Refusals"
+        self, quart: QuartTrio, plain: Sequence[PlainRoute], gate: "Gate", refusals: "_Refusals"
     ) -> None:
         self._quart = quart
         self._plain = plain
@@ -288,69 +277,6 @@ class _Answer:
             message["headers"] = [*message["headers"], *own]
             _count(this, self._telemetry)
         await self._send(message)
-
-
-class _Gate:
-    """Runs before every route: names the route, asks who it is and whether they may, then the
-    further hooks."""
-
-    def __init__(
-        self,
-        *,
-        authenticate: Authenticate,
-        project_of: ProjectOf,
-        access: Mapping[Route, Access],
-        telemetry: Telemetry,
-        public_paths: frozenset[str],
-        hooks: Sequence[Hook],
-        rate_limits: RateLimits | None,
-    ) -> None:
-        self._authenticate = authenticate
-        self._project_of = project_of
-        self._access = access
-        self._telemetry = telemetry
-        self._public_paths = public_paths
-        self._hooks = hooks
-        self._rate_limits = rate_limits
-
-    async def enter(self) -> None:
-        """Before each route. (A method: Quart runs objects with `__call__` in a thread.)"""
-        rule = request.url_rule
-        if rule is not None:  # else no such route or method: Quart answers that, whoever asks
-            await self.admit(_template(rule.rule), fields=request.view_args or {})
-            g.principal = exchange().principal
-
-    async def admit(self, route: str, *, fields: Mapping[str, str]) -> None:
-        """Let the running exchange in under the route's template; `fields` are the parts of the
-        path that it names. Errors: as `access.admit` and the hooks."""
-        this = exchange()
-        this.route = route
-        this.is_counted = True
-        self._telemetry.request_started(this.method_label, this.route)
-        if this.route in self._public_paths:
-            return
-        this.principal = principal = await self._checked(this)
-        if self._rate_limits is not None:
-            await self._rate_limits.admit(this, principal)
-        if this.method != "OPTIONS":
-            method = "GET" if this.method == "HEAD" else this.method
-            await admit(principal, self._access[method, route], fields, self._project_of)
-        for hook in self._hooks:
-            await hook()
-
-    async def _checked(self, this: Exchange) -> Principal:
-        """The principal; every check is counted, whatever came out."""
-        try:
-            principal = await self._authenticate(this.credential, this.client_ip)
-        except RdevError as error:
-            failure = _FAILURE_OF_CODE.get(error.code)
-            if failure is not None:
-                self._telemetry.authenticated(failure)
-                if self._rate_limits is not None:
-                    self._rate_limits.failed(this)
-            raise
-        self._telemetry.authenticated(None)
-        return principal
 
 
 def _quart(limits: HttpLimits) -> QuartTrio:
@@ -447,24 +373,8 @@ def _log_request(this: Exchange) -> None:
         _log.log(level, "request completed", extra=facts)
 
 
-def _credential(headers: dict[bytes, str]) -> str | None:
-    """The key that the request carries: `X-API-Key`, else a bearer token."""
-    key = headers.get(b"x-api-key")
-    if not key:
-        scheme, _, token = headers.get(b"authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else ""
-    # Clients send UTF-8, as the setting is; a key may be any string.
-    return key.encode("latin-1").decode("utf-8", "replace") or None
-
-
 def _routes_of(quart: QuartTrio) -> Iterator[Route]:
     """Every route as the route table names it."""
     for rule in quart.url_map.iter_rules():
         for method in (rule.methods or set()) - _METHODS_OF_HTTP:
-            yield method, _template(rule.rule)
-
-
-@cache
-def _template(rule: str) -> str:
-    """`/projects/<string:id>` as clients write it: `/projects/{id}`."""
-    return re.sub(r"<(?:[^<>]*:)?([^<>:]+)>", r"{\1}", rule)
+            yield method, template_of(rule.rule)
