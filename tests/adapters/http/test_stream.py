@@ -41,7 +41,7 @@ from tests.fakes.depths import FakeDepths
 from tests.fakes.keys import FakeKeys
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
@@ -271,8 +271,7 @@ def _new_command() -> NewCommand:
         priority=Priority.NORMAL,
         retry=Retry.NEVER,
         expires_in_s=None,
-        key_id="key_1",
-        request_id="req-1",
+        actor=ACTOR,
     )
 
 
