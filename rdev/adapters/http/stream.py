@@ -117,6 +117,7 @@ class _Streams:
                 return
             _check_history(command, after=after, oldest_seq=view.oldest_seq)
             hold()
+            reader.log_reaches(command.last_seq)
             if view.read_at_s >= asked_at_s:
                 reader.log_ends(command.last_seq)
             connected = ConnectedEvent(
