@@ -221,7 +221,12 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
         )
         shell = build_app(
             routes=(),
-            plain=stream_routes(commands, fanout, KeyWatch(store=FakeKeys(state)).watch, telemetry),
+            plain=stream_routes(
+                commands,
+                fanout,
+                KeyWatch(store=FakeKeys(state), now=lambda: state.now).watch,
+                telemetry,
+            ),
             authenticate=authenticate,
             project_of=project_of,
             telemetry=telemetry,
