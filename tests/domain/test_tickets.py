@@ -111,7 +111,15 @@ def test_what_nobody_sealed_is_none(text: str, kind: TicketKind) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ".", "rdev_session_", f"rdev_session_key_admin.x.1.{'A' * 43}", "x" * 10**6, "\0", "٣" * 9],
+    [
+        "",
+        ".",
+        "rdev_session_",
+        f"rdev_session_key_admin.x.1.{'A' * 43}",
+        "x" * 10**6,
+        "\0",
+        "٣" * 9,
+    ],
 )
 def test_what_looks_like_one_is_none(text: str) -> None:
     assert [SEALS.read(text, kind, NOON) for kind in TicketKind] == [None, None]
