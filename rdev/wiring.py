@@ -135,6 +135,7 @@ def build_server(
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,
+        left_alone=executor.left_alone,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -167,7 +168,7 @@ def build_server(
 
     listener = _listener(pools, notifier, queue, fanout, keys, projects)
     housekeeper = Housekeeper(
-        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
         telemetry=telemetry,
         retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
