@@ -19,12 +19,14 @@ from rdev.adapters.http.commands import command_routes, submission_routes
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.http.tickets import ticket_routes
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
@@ -57,6 +59,7 @@ from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
 from rdev.domain.lanes import Lane
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import FEED_KEPT_S, Retention
+from rdev.domain.tickets import Seals
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
@@ -72,6 +75,7 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
+from rdev.services.tickets import Tickets
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
@@ -176,6 +180,8 @@ def build_server(
         tell_replicas=notifier.project_changed,
     )
     keys, key_watch = _keys(identity, pools, notifier)
+    seals = Seals(identity.secret)
+    tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
     listener = _listener(pools, notifier, queue, fanout, feed, keys, projects)
     housekeeper = Housekeeper(
@@ -186,8 +192,6 @@ def build_server(
         backoff=_backoff,
     )
 
-    followers = Followers(key_watch.watch, telemetry)
-    feeds = Feeds(feed, followers, projects.check_known)
     checks = DatabaseChecks(pool=pools.requests)
     readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
     app = build_app(
@@ -198,8 +202,9 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=stream_routes(commands, fanout, feeds, followers),
+        plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
@@ -212,6 +217,7 @@ def build_server(
             body_bytes=settings.body_max_bytes,
         ),
         rate_limits=_rate_limits(settings, pools, telemetry),
+        check_ticket=tickets.check,
     )
     http = HttpServer(
         app=app,
@@ -245,6 +251,20 @@ def build_server(
     )
 
 
+def _event_streams(
+    commands: Commands,
+    fanout: Fanout,
+    feed: Feed,
+    projects: Projects,
+    key_watch: KeyWatch,
+    telemetry: PrometheusTelemetry,
+) -> list[PlainRoute]:
+    """The streams of single commands, and the feeds."""
+    followers = Followers(key_watch.watch, telemetry)
+    feeds = Feeds(feed, followers, projects.check_known)
+    return stream_routes(commands, fanout, feeds, followers)
+
+
 def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
     """Who may ask how often. The bootstrap key is exempt."""
     limiter = RateLimiter(store=PostgresRateLimits(pool=pools.requests), telemetry=telemetry)
@@ -272,7 +292,7 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
     """Who may come in, and who must leave."""
     store = PostgresKeys(pool=pools.requests)
-    watch = KeyWatch(store=store)
+    watch = KeyWatch(store=store, now=_now)
     keys = Keys(
         store=store,
         admin_key=identity.admin_key,

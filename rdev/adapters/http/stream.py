@@ -7,7 +7,7 @@ client. Unsubscribing is synchronous, whichever way the request ends.
 import msgspec
 import trio
 
-from rdev.adapters.http.exchange import hold
+from rdev.adapters.http.exchange import exchange, hold
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import RETRY_MS, Followers, last_id
 from rdev.adapters.http.plain import Asked, PlainRoute
@@ -16,6 +16,7 @@ from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
 from rdev.domain.ids import CommandId, is_command_id
 from rdev.domain.sse import EventName, frame
 from rdev.domain.stream import ConnectedEvent
+from rdev.domain.tickets import is_readable
 from rdev.services.stream import Fanout
 from rdev.services.stream_views import Views, Watched
 
@@ -77,8 +78,10 @@ class _Streams:
                 await asked.send({"type": "http.response.start", "status": 204, "headers": []})
                 await asked.send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
+            _check_token(command)
             _check_history(command, after=after, oldest_seq=view.oldest_seq)
             hold()
+            reader.log_reaches(command.last_seq)
             if view.read_at_s >= asked_at_s:
                 reader.log_ends(command.last_seq)
             connected = ConnectedEvent(
@@ -91,6 +94,16 @@ class _Streams:
             )
             first = frame(EventName.CONNECTED, _encode(connected), None, RETRY_MS)
             await self._followers.follow(asked, reader, command.project, first)
+
+
+def _check_token(command: Command) -> None:
+    """Errors: UNAUTHORIZED for a stream token when its command has ended long ago."""
+    this = exchange()
+    if this.ticket is None or this.ticket.stream is None:
+        return
+    if not is_readable(this.ticket, command.finished_at, this.now()):
+        message = "the command has ended, and so has the token: read its stream with a key"
+        raise RdevError(ErrorCode.UNAUTHORIZED, message)
 
 
 def _check_history(command: Command, *, after: int, oldest_seq: int | None) -> None:

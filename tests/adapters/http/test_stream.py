@@ -53,7 +53,7 @@ from tests.fakes.feed import FakeFeed
 from tests.fakes.keys import FakeKeys
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
@@ -231,7 +231,9 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             reach_holder=lambda _: None,
             new_uuid=lambda: UUID(int=1),
         )
-        followers = Followers(KeyWatch(store=FakeKeys(state)).watch, telemetry)
+        followers = Followers(
+            KeyWatch(store=FakeKeys(state), now=lambda: state.now).watch, telemetry
+        )
         feed = Feed(log=FakeFeed(), tell_replicas=lambda: None)
         feeds = Feeds(feed, followers, check_project)
         shell = build_app(
@@ -286,8 +288,7 @@ def _new_command() -> NewCommand:
         priority=Priority.NORMAL,
         retry=Retry.NEVER,
         expires_in_s=None,
-        key_id="key_1",
-        request_id="req-1",
+        actor=ACTOR,
     )
 
 
