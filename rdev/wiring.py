@@ -16,7 +16,10 @@ import uuid_utils.compat
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.feed import Feeds
+from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
@@ -28,6 +31,7 @@ from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
+from rdev.adapters.postgres.feed import PostgresFeed
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
@@ -35,6 +39,7 @@ from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.notifier import (
     CANCEL_CHANNEL,
+    FEED_CHANNEL,
     KEYS_CHANNEL,
     PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
@@ -51,13 +56,15 @@ from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
 from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
+from rdev.domain.lanes import Lane
 from rdev.domain.limiter import parse_rate_limit
-from rdev.domain.retention import Retention
+from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.domain.tickets import Seals
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
+from rdev.services.feed import Feed
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
@@ -115,9 +122,16 @@ def build_server(
         telemetry=telemetry,
     )
 
+    feed = Feed(
+        log=PostgresFeed(pool=pools.requests, kept_s=FEED_KEPT_S),
+        tell_replicas=notifier.feed_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
     fanout = Fanout(
         log=log,
         tell_replicas=notifier.stream_changed,
+        status_changed=feed.changed,
         buffer_bytes=settings.stream_buffer_bytes,
         drain_s=settings.grace_s * _CLOSING_SHARE,
     )
@@ -138,6 +152,10 @@ def build_server(
         left_alone=executor.left_alone,
     )
 
+    def wake_workers(lane: Lane) -> None:
+        queue.wake(lane)
+        feed.changed()
+
     def reach_holder(command: CommandId) -> None:
         queue.cancel(command)
         notifier.cancel_asked(command)
@@ -152,7 +170,7 @@ def build_server(
         log=log,
         gate=gate,
         fanout=fanout,
-        wake_workers=queue.wake,
+        wake_workers=wake_workers,
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
@@ -166,7 +184,7 @@ def build_server(
     seals = Seals(identity.secret)
     tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
-    listener = _listener(pools, notifier, queue, fanout, keys, projects)
+    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
@@ -187,7 +205,7 @@ def build_server(
             key_routes(keys),
             ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
+        plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
@@ -213,6 +231,7 @@ def build_server(
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
+        "feed": feed.statistics,
         "pool": pools.requests.statistics,
         "listener": listener.statistics,
         "notifier": notifier.statistics,
@@ -226,11 +245,25 @@ def build_server(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )
     return Server(
-        subsystems=(notifier, listener, key_watch, housekeeper, fanout, poll, queue, http),
+        subsystems=(notifier, listener, key_watch, housekeeper, fanout, feed, poll, queue, http),
         readiness=readiness,
         queue=queue,
         http=http,
     )
+
+
+def _event_streams(
+    commands: Commands,
+    fanout: Fanout,
+    feed: Feed,
+    projects: Projects,
+    key_watch: KeyWatch,
+    telemetry: PrometheusTelemetry,
+) -> list[PlainRoute]:
+    """The streams of single commands, and the feeds."""
+    followers = Followers(key_watch.watch, telemetry)
+    feeds = Feeds(feed, followers, projects.check_known)
+    return stream_routes(commands, fanout, feeds, followers)
 
 
 def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
@@ -279,6 +312,7 @@ def _listener(
     notifier: Notifier,
     queue: CommandQueue,
     fanout: Fanout,
+    feed: Feed,
     keys: Keys,
     projects: Projects,
 ) -> Listener:
@@ -292,6 +326,7 @@ def _listener(
         """Notifications may have been missed."""
         queue.wake()
         fanout.wake_all()
+        feed.wake()
         keys.flush()
         projects.flush()
 
@@ -301,6 +336,7 @@ def _listener(
             QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
             CANCEL_CHANNEL: notifier.heard(cancel_each),
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
+            FEED_CHANNEL: notifier.heard_ids(lambda _: feed.wake()),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
         },

@@ -60,6 +60,7 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("DELETE", "/commands/{command}"): Access(scopes=_EXECUTE, project=Where.COMMAND),
         ("GET", "/commands/{command}/output"): Access(scopes=_READ, project=Where.COMMAND),
         ("GET", "/commands/{command}/events"): Access(scopes=_READ, project=Where.COMMAND),
+        ("GET", "/events"): Access(scopes=_READ, project=Where.SEEN),
         ("GET", "/queue"): Access(scopes=_READ, project=Where.SEEN),
         ("POST", "/session"): Access(scopes=_ANY),
         ("DELETE", "/session"): Access(scopes=_ANY),
