@@ -166,6 +166,7 @@ def build_server(
         executor=executor,
         telemetry=telemetry,
         retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        audit_days=settings.audit_retention_days,
         backoff=_backoff,
     )
 

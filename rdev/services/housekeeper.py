@@ -7,6 +7,8 @@ to the one that has it. Of the store:
 |---|---|---|---|
 | partitions for output | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
+| partitions for the audit log | `DAYS_AHEAD` days ahead | made | |
+| the audit log, by whole days | `audit_days`, or the owner's policy | a day, ≤ 100 ms behind | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
@@ -68,6 +70,7 @@ class Housekeeper:
         executor: Executor,
         telemetry: UpkeepTelemetry,
         retention: Retention,
+        audit_days: int,
         backoff: Callable[[], Backoff],
     ) -> None:
         """Opens nothing."""
@@ -75,6 +78,7 @@ class Housekeeper:
         self._executor = executor
         self._telemetry = telemetry
         self._retention = retention
+        self._audit_days = audit_days
         self._backoff = backoff
         self._stop = trio.Event()
 
@@ -112,7 +116,9 @@ class Housekeeper:
     async def _keep_store(self, store: StoreDuties) -> None:
         # First: without a partition for the day no command is accepted.
         await store.ensure_output_partitions(days_ahead=DAYS_AHEAD)
+        await store.ensure_audit_partitions(days_ahead=DAYS_AHEAD)
         await self._drop_output(store)
+        await self._drop_audit(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
         await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
         older_s = (self._retention.days + 2) * DAY_S
@@ -132,6 +138,14 @@ class Housekeeper:
         size_bytes = sum(one.size_bytes for one in stored)
         if size_bytes > self._retention.log_max_bytes:
             _log.warning("output is over its limit", extra={"bytes": size_bytes})
+
+    async def _drop_audit(self, store: StoreDuties) -> None:
+        for day in await store.old_audit_days(keep_days=self._audit_days):
+            if not await store.drop_audit(day, keep_days=self._audit_days):
+                _log.info("audit log is in use", extra={"day": str(day)})
+                return
+            self._telemetry.kept_house("audit_days", 1)
+            _log.info("audit log dropped", extra={"day": str(day)})
 
     async def _in_batches(self, duty: str, step: Callable[[int], Awaitable[int]]) -> None:
         """Repeat a step that takes at most so many rows, until it finds less than that."""
