@@ -1,12 +1,14 @@
 """The audit log: who did what, when, from where, and with what outcome."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from enum import StrEnum
 
 from rdev.domain.ids import ProjectId
 
+# What an entry's detail may hold of a text that is as long as a client likes.
+DETAIL_BYTES = 4_096
 # How many seals behind its cursor one page looks at, at most, whatever it filters.
 PAGE_LOOK_MAX = 50_000
 
@@ -120,3 +122,17 @@ class Sealed:
     lag_s: float | None
     last_seq: int | None
     last_hash: bytes | None
+
+
+def shortened(argv: Sequence[str], most_bytes: int) -> list[str]:
+    """The arguments from the first on, as far as `most_bytes` of UTF-8 hold them; what was cut off
+    ends in `…`, arguments that are missing are one `…`."""
+    kept: list[str] = []
+    left_bytes = most_bytes
+    for argument in argv:
+        encoded = argument.encode("utf-8", "replace")
+        if len(encoded) > left_bytes:
+            return [*kept, encoded[:left_bytes].decode("utf-8", "ignore") + "…"]
+        kept.append(argument)
+        left_bytes -= len(encoded)
+    return kept

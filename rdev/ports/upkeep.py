@@ -29,10 +29,6 @@ class StoreDuties(Protocol):
         (a dump, a long read), and nothing was done. Blocks: at most 0.1 s behind others."""
         ...
 
-    async def ensure_audit_partitions(self, *, days_ahead: int) -> None:
-        """Make the partitions of the audit log of today and of the days that follow."""
-        ...
-
     async def old_audit_days(self, *, keep_days: int) -> list[date]:
         """Days of the audit log that are older than this and than the owner's policy, oldest
         first."""

@@ -7,8 +7,7 @@ to the one that has it. Of the store:
 |---|---|---|---|
 | partitions for output | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
-| partitions for the audit log | `DAYS_AHEAD` days ahead | made | |
-| the audit log, by whole days | `audit_days`, or the owner's policy | a day, ≤ 100 ms behind | audit_days |
+| the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind others | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
@@ -24,6 +23,8 @@ and of the places of this server's reach:
 
 (1) And younger days, oldest first, while all output is over `retention.log_max_bytes`. Never
 today's, and none in which a command waits or runs.
+
+(3) Never less than what the database's owner wants (`audit_policy`), and nothing that is not sealed.
 
 (2) Their project is `failed` and starts nothing until nothing is left of them.
 
@@ -116,7 +117,6 @@ class Housekeeper:
     async def _keep_store(self, store: StoreDuties) -> None:
         # First: without a partition for the day no command is accepted.
         await store.ensure_output_partitions(days_ahead=DAYS_AHEAD)
-        await store.ensure_audit_partitions(days_ahead=DAYS_AHEAD)
         await self._drop_output(store)
         await self._drop_audit(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))

@@ -83,9 +83,6 @@ class FakeUpkeep:
                 self._state.chunks[row.command.id] = []
         return True
 
-    async def ensure_audit_partitions(self, *, days_ahead: int) -> None:
-        await self._state.step()
-
     async def old_audit_days(self, *, keep_days: int) -> list[date]:
         await self._state.step()
         today = self._state.now.date()

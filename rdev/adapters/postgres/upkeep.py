@@ -30,7 +30,6 @@ _KEY_MARGIN_S = 3_600
 _DROP_WAIT = "100ms"
 
 _ENSURE_PARTITIONS = "select ensure_output_partitions(%s)"
-_ENSURE_AUDIT = "select ensure_audit_partitions(%s)"
 
 # Functions of the owner's, who alone may drop a table.
 _DROP_OUTPUT = "select drop_output_day(%s)"
@@ -237,11 +236,6 @@ class PostgresStoreDuties:
             except errors.LockNotAvailable:
                 return False
         return True
-
-    async def ensure_audit_partitions(self, *, days_ahead: int) -> None:
-        """See `StoreDuties.ensure_audit_partitions`."""
-        with translate_errors():
-            await self._connection.execute(_ENSURE_AUDIT, (days_ahead,))
 
     async def old_audit_days(self, *, keep_days: int) -> list[date]:
         """See `StoreDuties.old_audit_days`."""
