@@ -34,6 +34,10 @@ class AuditLog(Protocol):
         out is left out. Empty does not mean the end: see `bounds`."""
         ...
 
+    async def bounds(self) -> tuple[int, int] | None:
+        """The first and the last seal's number, None where nothing is sealed."""
+        ...
+
 
 class AuditChain(Protocol):
     """What a verification reads. It trusts no function of the database."""

@@ -7,7 +7,7 @@ to the one that has it. Of the store:
 |---|---|---|---|
 | partitions for output | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
-| the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind others | audit_days |
+| the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind all | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
@@ -24,9 +24,9 @@ and of the places of this server's reach:
 (1) And younger days, oldest first, while all output is over `retention.log_max_bytes`. Never
 today's, and none in which a command waits or runs.
 
-(3) Never less than what the database's owner wants (`audit_policy`), and nothing that is not sealed.
-
 (2) Their project is `failed` and starts nothing until nothing is left of them.
+
+(3) Never before the database's owner lets it (`audit_policy`), and nothing that is not sealed.
 
 A command outlives its output by a day: until then its stream answers 410, after that 404. A place
 that cannot be reached is passed by; its rows go a day later than others. Rows go in batches that
