@@ -18,6 +18,7 @@ from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.pool import open_dedicated, open_pool
+from rdev.adapters.postgres.roles import as_server
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.identity import Identity
@@ -125,7 +126,7 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
     async with open_embedded(settings.state_dir) as dsn:
         for name in await trio.to_thread.run_sync(up, dsn):
             _log.info("migration applied", extra={"migration": name})
-        yield dsn
+        yield as_server(dsn)
 
 
 async def _heed_signals(

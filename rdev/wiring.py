@@ -10,11 +10,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import uuid_utils.compat
 
+from rdev.adapters.checkpoints.lines import Signer
+from rdev.adapters.checkpoints.sinks import FileSink, UrlSink
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
+from rdev.adapters.http.audit import audit_routes
 from rdev.adapters.http.commands import command_routes, submission_routes
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import Followers
@@ -27,6 +31,7 @@ from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.http.tickets import ticket_routes
+from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
@@ -61,8 +66,12 @@ from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.domain.tickets import Seals
 from rdev.identity import Identity
+from rdev.ports.audit import CheckpointSink
 from rdev.services.appender import Appender
+from rdev.services.audit import AuditKeeper
+from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.denials import Denials
 from rdev.services.depths import QueueGate
 from rdev.services.feed import Feed
 from rdev.services.guarded_executor import GuardedExecutor
@@ -184,12 +193,15 @@ def build_server(
     seals = Seals(identity.secret)
     tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
+    audit, denials, audit_keeper = _audit(settings, identity, pools)
+
     listener = _listener(pools, notifier, queue, fanout, feed, keys, projects)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
         telemetry=telemetry,
         retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        audit_days=settings.audit_retention_days,
         backoff=_backoff,
     )
 
@@ -203,6 +215,7 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            audit_routes(audit, AuditVerifier(chain=audit)),
             ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
         plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
@@ -218,6 +231,7 @@ def build_server(
             body_bytes=settings.body_max_bytes,
         ),
         rate_limits=_rate_limits(settings, pools, telemetry),
+        denied=denials.note,
         check_ticket=tickets.check,
     )
     http = HttpServer(
@@ -239,13 +253,25 @@ def build_server(
         "keys": keys.statistics,
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
+        "audit": audit_keeper.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )
     return Server(
-        subsystems=(notifier, listener, key_watch, housekeeper, fanout, feed, poll, queue, http),
+        subsystems=(
+            notifier,
+            listener,
+            key_watch,
+            housekeeper,
+            audit_keeper,
+            fanout,
+            feed,
+            poll,
+            queue,
+            http,
+        ),
         readiness=readiness,
         queue=queue,
         http=http,
@@ -305,6 +331,31 @@ def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, K
         now=_now,
     )
     return keys, watch
+
+
+def _audit(
+    settings: Settings, identity: Identity, pools: Pools
+) -> tuple[PostgresAudit, Denials, AuditKeeper]:
+    """The record of who did what, and what keeps it."""
+    audit = PostgresAudit(pool=pools.requests)
+    denials = Denials()
+    keeper = AuditKeeper(
+        log=audit, denials=denials, sink=_checkpoints(settings, identity), now=_now
+    )
+    return audit, denials, keeper
+
+
+def _checkpoints(settings: Settings, identity: Identity) -> CheckpointSink | None:
+    """Where the chain's checkpoints go: in the state folder when the database is there too."""
+    signer = Signer(identity.secret, server=identity.holder)
+    place = settings.audit_checkpoint
+    if place is not None and place.startswith(("http://", "https://")):
+        return UrlSink(place, signer=signer)
+    if place is not None:
+        return FileSink(Path(place), signer=signer)
+    if settings.is_embedded:
+        return FileSink(settings.state_dir / "audit-checkpoints", signer=signer)
+    return None
 
 
 def _listener(

@@ -30,6 +30,16 @@ class StoreDuties(Protocol):
         (a dump, a long read), and nothing was done. Blocks: at most 0.1 s behind others."""
         ...
 
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        """Days of the audit log that are older than this and than the owner's policy, oldest
+        first."""
+        ...
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        """Drop a day of the audit log, and enter that it was dropped. False: nothing was done: it
+        is in use, too young, or not all of it is sealed. Blocks: at most 0.1 s behind others."""
+        ...
+
     async def forget_keys(self, *, limit: int) -> int:
         """Delete idempotency keys that stand for nothing any more; returns how many."""
         ...

@@ -22,6 +22,7 @@ class FakeUpkeep:
         self._places: dict[str, FakePlaceDuties] = {}
         # Days that somebody reads.
         self.in_use: set[date] = set()
+        self.audit_days: set[date] = set()
         # Windows of rate limits that are over.
         self.idle_windows = 0
 
@@ -80,6 +81,18 @@ class FakeUpkeep:
         for row in self._state.rows.values():
             if _day(row) == day:
                 self._state.chunks[row.command.id] = []
+        return True
+
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        await self._state.step()
+        today = self._state.now.date()
+        return sorted(day for day in self.audit_days if (today - day).days > keep_days)
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        await self._state.step()
+        if day in self.in_use:
+            return False
+        self.audit_days.discard(day)
         return True
 
     async def forget_keys(self, *, limit: int) -> int:

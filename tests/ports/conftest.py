@@ -98,7 +98,7 @@ class World:
     async def project(self, name: str = PROJECT, reach: str = REACH) -> None:
         """A project to submit to."""
         definition = ProjectDefinition(id=ProjectId(name))
-        await self.projects.insert(definition, executor="local", reach=reach)
+        await self.projects.insert(definition, ACTOR, executor="local", reach=reach)
 
     def new(
         self,

@@ -166,7 +166,7 @@ async def make_project(server: Server, name: str = PROJECT) -> None:
     definition = ProjectDefinition(id=ProjectId(name))
     await server.place.prepare(definition.id)
     projects = FakeProjects(server.state)
-    await projects.insert(definition, executor="fake", reach=server.place.reach)
+    await projects.insert(definition, ACTOR, executor="fake", reach=server.place.reach)
 
 
 async def submit(

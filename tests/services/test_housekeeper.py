@@ -53,6 +53,7 @@ class House:
             upkeep=self.upkeep,
             executor=self.server.place,
             telemetry=self.telemetry,
+            audit_days=400,
             retention=self.retention,
             backoff=backoff,
         )
@@ -106,6 +107,7 @@ def keeper_of(server: Server, flaky: Flaky) -> Housekeeper:
         upkeep=flaky,
         executor=server.place,
         telemetry=Silence(),
+        audit_days=400,
         retention=KEEP,
         backoff=backoff,
     )

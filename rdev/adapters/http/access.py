@@ -69,6 +69,9 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("POST", "/keys"): Access(scopes=(Scope.KEYS_WRITE,)),
         ("GET", "/keys/{key}"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
         ("DELETE", "/keys/{key}"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
+        ("GET", "/audit"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/export"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/verify"): Access(scopes=(Scope.AUDIT_READ,)),
         ("POST", "/keys/{key}/rotate"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
     }
 )

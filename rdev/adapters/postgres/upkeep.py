@@ -10,7 +10,7 @@ from datetime import date
 
 import psycopg
 import trio
-from psycopg import errors, sql
+from psycopg import errors
 from psycopg.rows import DictRow, TupleRow, dict_row
 
 from rdev.adapters.postgres.connection import TrioConnection
@@ -30,6 +30,22 @@ _KEY_MARGIN_S = 3_600
 _DROP_WAIT = "100ms"
 
 _ENSURE_PARTITIONS = "select ensure_output_partitions(%(days)s), ensure_audit_partitions(%(days)s)"
+
+# Functions of the owner's, who alone may drop a table.
+_DROP_OUTPUT = "select drop_output_day(%s)"
+_DROP_AUDIT = "select drop_audit_day(%s, %s)"
+
+_OLD_AUDIT_DAYS = """
+select stored.day
+from (
+    select to_date(right(c.relname, 8), 'YYYYMMDD') as day
+    from pg_inherits i
+    join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'audit_entries'::regclass
+) stored, audit_policy p
+where stored.day < (now() at time zone 'utc')::date - greatest(%s, p.retention_days)
+order by stored.day
+"""
 
 # What waits or runs is found over `commands_queued` and `commands_running`.
 _OUTPUT_DAYS = """
@@ -228,15 +244,29 @@ class PostgresStoreDuties:
 
     async def drop_output(self, day: date) -> bool:
         """See `StoreDuties.drop_output`. The partition and its parent are locked, briefly."""
-        partition = sql.Identifier(f"output_{day:%Y%m%d}")
         with translate_errors():
             try:
                 async with self._connection.transaction():
                     await self._connection.execute(f"set local lock_timeout = '{_DROP_WAIT}'")
-                    await self._connection.execute(
-                        sql.SQL("drop table if exists {}").format(partition)
-                    )
+                    await self._connection.execute(_DROP_OUTPUT, (day,))
             except errors.LockNotAvailable:
+                return False
+        return True
+
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        """See `StoreDuties.old_audit_days`."""
+        with translate_errors():
+            cursor = await self._connection.execute(_OLD_AUDIT_DAYS, (keep_days,))
+            return [row[0] for row in await cursor.fetchall()]
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        """See `StoreDuties.drop_audit`. The partition and its parent are locked, briefly."""
+        with translate_errors():
+            try:
+                async with self._connection.transaction():
+                    await self._connection.execute(f"set local lock_timeout = '{_DROP_WAIT}'")
+                    await self._connection.execute(_DROP_AUDIT, (day, keep_days))
+            except (errors.LockNotAvailable, errors.ObjectNotInPrerequisiteState):
                 return False
         return True
 

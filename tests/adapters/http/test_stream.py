@@ -254,7 +254,7 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             times=times,
         )
         await FakeProjects(state).insert(
-            ProjectDefinition(id=PROJECT), executor="local", reach="local:x:y"
+            ProjectDefinition(id=PROJECT), ACTOR, executor="local", reach="local:x:y"
         )
         await store.insert(_new_command())
         await nursery.start(fanout.run)
