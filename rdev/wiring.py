@@ -131,19 +131,7 @@ def build_server(
         telemetry=telemetry,
     )
 
-    feed = Feed(
-        log=PostgresFeed(pool=pools.requests, kept_s=FEED_KEPT_S),
-        tell_replicas=notifier.feed_changed,
-        buffer_bytes=settings.stream_buffer_bytes,
-        drain_s=settings.grace_s * _CLOSING_SHARE,
-    )
-    fanout = Fanout(
-        log=log,
-        tell_replicas=notifier.stream_changed,
-        status_changed=feed.changed,
-        buffer_bytes=settings.stream_buffer_bytes,
-        drain_s=settings.grace_s * _CLOSING_SHARE,
-    )
+    feed, fanout = _streams(settings, pools, log, notifier)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
@@ -290,6 +278,26 @@ def _event_streams(
     followers = Followers(key_watch.watch, telemetry)
     feeds = Feeds(feed, followers, projects.check_known)
     return stream_routes(commands, fanout, feeds, followers)
+
+
+def _streams(
+    settings: Settings, pools: Pools, log: PostgresOutput, notifier: Notifier
+) -> tuple[Feed, Fanout]:
+    """Whoever watches: the life of all commands, and each command's own stream."""
+    feed = Feed(
+        log=PostgresFeed(pool=pools.requests, kept_s=FEED_KEPT_S),
+        tell_replicas=notifier.feed_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+    fanout = Fanout(
+        log=log,
+        tell_replicas=notifier.stream_changed,
+        status_changed=feed.changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+    return feed, fanout
 
 
 def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
