@@ -19,6 +19,7 @@ _COMMANDS = {
     "projects": "projects",
     "queue": "queue",
     "keys": "keys",
+    "audit": "audit",
     "demo": "demo",
     "config": "config",
     "version": "version",
