@@ -62,6 +62,7 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("DELETE", "/commands/{command}"): Access(scopes=_EXECUTE, project=Where.COMMAND),
         ("GET", "/commands/{command}/output"): Access(scopes=_READ, project=Where.COMMAND),
         ("GET", "/commands/{command}/events"): Access(scopes=_READ, project=Where.COMMAND),
+        ("GET", "/events"): Access(scopes=_READ, project=Where.SEEN),
         ("GET", "/queue"): Access(scopes=_READ, project=Where.SEEN),
         ("POST", "/session"): Access(scopes=_ANY),
         ("DELETE", "/session"): Access(scopes=_ANY),
@@ -70,6 +71,9 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("POST", "/keys"): Access(scopes=(Scope.KEYS_WRITE,)),
         ("GET", "/keys/{key}"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
         ("DELETE", "/keys/{key}"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
+        ("GET", "/audit"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/export"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/verify"): Access(scopes=(Scope.AUDIT_READ,)),
         ("POST", "/keys/{key}/rotate"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
     }
 )
