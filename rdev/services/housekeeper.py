@@ -10,7 +10,7 @@ to the one that has it. Of the store:
 | the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind all | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
-| events of commands and projects | `FEED_KEPT_S`, all but the newest of them | ≤ 1,000 rows, ≤ 100 ms | events |
+| events of commands and projects (3) | 7 days | ≤ 1,000 rows, ≤ 100 ms | events |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -26,6 +26,8 @@ and of the places of this server's reach:
 today's, and none in which a command waits or runs.
 
 (2) Their project is `failed` and starts nothing until nothing is left of them.
+
+(3) All but the newest of them, by which the feeds know that something went before it.
 
 (3) Never before the database's owner lets it (`audit_policy`), and nothing that is not sealed.
 
