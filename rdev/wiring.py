@@ -13,10 +13,13 @@ from datetime import UTC, datetime
 
 import uuid_utils.compat
 
+from rdev import __version__
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.documents import document_routes
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.openapi import document
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
@@ -179,6 +182,7 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            document_routes(document(version=__version__)),
         ],
         plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
         authenticate=keys.authenticate,

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from quart import request
 
+from rdev.adapters.http.describe import Parameter, whole
 from rdev.domain.errors import Fault, bad_request
 
 LIMIT_DEFAULT = 50
@@ -15,6 +16,14 @@ LIMIT_MAX = 200
 _DIGITS_MAX = 20
 # Narrower than `float`, which also takes "1_0", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
+
+LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, most=LIMIT_MAX)
+CURSOR = Parameter(
+    name="cursor",
+    about="`meta.next_cursor` of an earlier page; absent: the first",
+    schema={"type": "string", "minLength": 1},
+)
+PAGE = (LIMIT, CURSOR)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

@@ -12,7 +12,9 @@ import msgspec
 import trio
 from hypercorn.typing import HTTPScope
 
+from rdev.adapters.http import schemas
 from rdev.adapters.http.connection import EXTENSION, Connection
+from rdev.adapters.http.describe import Answer, Described, Description, Parameter
 from rdev.adapters.http.exchange import exchange, hold, principal
 from rdev.adapters.http.guards import announced
 from rdev.adapters.http.plain import Asked, PlainRoute
@@ -71,6 +73,48 @@ def stream_routes(
         PlainRoute("/commands/{command}/events", streams.of_command),
         PlainRoute("/projects/{project}/events", streams.of_project),
     ]
+
+
+_AFTER = {"type": "string", "pattern": f"^[0-9]{{1,{_SEQ_DIGITS_MAX}}}$"}
+_SINCE = (
+    Parameter(name="after", about="resume behind this id", schema=_AFTER),
+    Parameter(name="Last-Event-ID", about="the same, and it wins", schema=_AFTER, where="header"),
+)
+_STREAM = {
+    200: Answer(
+        about="the events, from the first (or behind the id) to `complete`, live",
+        schema=schemas.TEXT,
+        content_type="text/event-stream",
+        is_enveloped=False,
+        events=schemas.STREAM_EVENTS,
+    ),
+    204: Answer(about="there is nothing behind this id and there never will be"),
+}
+
+DESCRIBED: Described = {
+    ("GET", "/commands/{command}/events"): Description(
+        summary="The stream of a command",
+        tag="streams",
+        parameters=_SINCE,
+        answers=_STREAM,
+        errors=(ErrorCode.GONE,),
+    ),
+    ("GET", "/projects/{project}/events"): Description(
+        summary="The stream of a command, named in the query",
+        tag="streams",
+        parameters=(
+            Parameter(
+                name="stream_id",
+                about="the command",
+                schema=schemas.an_id("cmd_"),
+                required=True,
+            ),
+            *_SINCE,
+        ),
+        answers=_STREAM,
+        errors=(ErrorCode.GONE,),
+    ),
+}
 
 
 class _Streams:
