@@ -63,6 +63,10 @@ async def _serve_until_stopped(
     settings: Settings, identity: Identity, control: Control, on_serving: Callable[[str], None]
 ) -> None:
     """Open what the server stands on, run it, and close it in reverse."""
+    if identity.is_secret_own and not settings.is_embedded:
+        _log.warning(
+            "RDEV_SECRET_FILE is not set: sessions and stream tokens are good on this server alone"
+        )
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)

@@ -26,6 +26,7 @@ from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.http.tickets import ticket_routes
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
@@ -55,6 +56,7 @@ from rdev.domain.ids import CommandId
 from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import Retention
+from rdev.domain.tickets import Seals
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
@@ -69,6 +71,7 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
+from rdev.services.tickets import Tickets
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
@@ -162,6 +165,8 @@ def build_server(
         tell_replicas=notifier.project_changed,
     )
     keys, key_watch = _keys(identity, pools, notifier)
+    seals = Seals(identity.secret)
+    tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
     listener = _listener(pools, notifier, queue, fanout, keys, projects)
     housekeeper = Housekeeper(
@@ -183,6 +188,7 @@ def build_server(
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
             document_routes(document(version=__version__)),
+            ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
         plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
         authenticate=keys.authenticate,
@@ -197,6 +203,7 @@ def build_server(
             body_bytes=settings.body_max_bytes,
         ),
         rate_limits=_rate_limits(settings, pools, telemetry),
+        check_ticket=tickets.check,
     )
     http = HttpServer(
         app=app,
@@ -256,7 +263,7 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
     """Who may come in, and who must leave."""
     store = PostgresKeys(pool=pools.requests)
-    watch = KeyWatch(store=store)
+    watch = KeyWatch(store=store, now=_now)
     keys = Keys(
         store=store,
         admin_key=identity.admin_key,

@@ -201,7 +201,7 @@ class CommandQueue:
         """What no wake-up tells of: commands that expired, lanes that were not touched (for those,
         and after a crash), and leases that ran out. Errors: SERVICE_UNAVAILABLE."""
         with commit_shield():
-            for command in await self._lanes.expire(limit=EXPIRE_MAX):
+            for command in await self._lanes.expire(holder=self._holder, limit=EXPIRE_MAX):
                 self._announce(command)
         await self._lanes.repair(reach=self._executor.reach)
         permits = self._running_max - len(self._running)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_tail import Frames, Tail
@@ -92,6 +93,7 @@ class Subscription:
         "_log_end",
         "_news",
         "_offer",
+        "_reached",
         "position",
         "replays",
         "topic",
@@ -104,6 +106,7 @@ class Subscription:
         self.replays = True
         self._hub = hub
         self._log_end: int | None = None
+        self._reached = after
         self._news = trio.Event()
         self._offer: Offer | None = None
         self._is_blocked = self._is_ended = False
@@ -116,7 +119,8 @@ class Subscription:
         of silence. With `offer` the hub writes by itself while nothing else is to be done;
         BLOCKED then says that the client did not take everything: what `offer` kept must leave
         before anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume
-        later). Cancellation: nothing is lost; the position is that of the last frames given.
+        later), GONE when what comes next was pruned meanwhile. Cancellation: nothing is lost; the
+        position is that of the last frames given.
         """
         while True:
             signal = self._signal()
@@ -135,6 +139,10 @@ class Subscription:
                 continue
             if not await self._wait(offer):
                 return Signal.HEARTBEAT
+
+    def log_reaches(self, last_seq: int) -> None:
+        """The log has had all events up to there: where it has them no more, they were pruned."""
+        self._reached = max(self._reached, last_seq)
 
     def log_ends(self, last_seq: int) -> None:
         """The log was seen to end there after this reader had subscribed; saves a look at it."""
@@ -192,8 +200,12 @@ class Subscription:
 
     async def _from_log(self) -> Frames | None:
         """One page of the log. What is published meanwhile is kept in the tail."""
+        reached = max(self._reached, self.topic.tail.last_seq)
         page = await self._hub.pages.after(self.topic.command, self.position)
         if page is None:
+            if self.position < reached:
+                message = f"the events after {self.position} are no longer stored"
+                raise RdevError(ErrorCode.GONE, message)
             self._catch_up()
         return page
 

@@ -26,6 +26,7 @@ from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.lanes import Lane, due
 from rdev.domain.stream import status_line
 from rdev.ports.output import AppendState
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import LEASE_S, Pools, World, append_to, last_chunk, lines
 
 SUCCEEDED = Outcome(status=Status.SUCCEEDED, exit_code=0)
@@ -152,16 +153,16 @@ async def append(world: World, scene: Scene) -> None:
 
 
 async def cancel_queued(world: World, scene: Scene) -> None:
-    await world.commands.request_cancel(scene.queued[1])
+    await world.commands.request_cancel(scene.queued[1], ACTOR)
     scene.touches.add(scene.lane(LaneClass.WORK))
 
 
 async def cancel_running(world: World, scene: Scene) -> None:
-    await world.commands.request_cancel(scene.late.lease.command)
+    await world.commands.request_cancel(scene.late.lease.command, ACTOR)
 
 
 async def expire(world: World, scene: Scene) -> None:
-    await world.lanes.expire(limit=10)
+    await world.lanes.expire(holder="one", limit=10)
     scene.touches.add(scene.lane(LaneClass.WORK))  # the tick repairs behind it
 
 

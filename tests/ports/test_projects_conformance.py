@@ -9,6 +9,7 @@ from rdev.adapters.postgres.upkeep import PostgresStoreDuties
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition, ProjectStatus
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World
 
 DEFINITION = ProjectDefinition(id=PROJECT, image="debian", env={"A": "b"})
@@ -47,7 +48,7 @@ async def test_a_project_counts_its_commands(world: World) -> None:
     await world.queued("other")
     await world.queued()
     cancelled = await world.queued()
-    await world.commands.request_cancel(cancelled)
+    await world.commands.request_cancel(cancelled, ACTOR)
     found = await world.projects.get(PROJECT)
     assert found is not None
     assert (found.queued, found.running) == (1, 1)

@@ -15,6 +15,7 @@ from rdev.domain.lanes import Lane
 from rdev.domain.limiter import Hit, Policy, RateLimit
 from rdev.domain.projects import ProjectStatus
 from rdev.ports.upkeep import Upkeep
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
 
 DAY_S = 86_400
@@ -154,7 +155,7 @@ async def test_old_commands_go_whatever_their_reach_and_living_ones_stay(world: 
     old = [await ended(world)]
     await world.project("there", reach="local:b")
     old.append(await world.queued("there"))
-    await world.commands.request_cancel(old[1])
+    await world.commands.request_cancel(old[1], ACTOR)
     living = await world.queued()
     await world.age(10 * DAY_S)
     young = await ended(world)
@@ -179,7 +180,7 @@ async def test_what_ended_is_tidied_once_in_the_order_of_its_end(world: World) -
 
 async def test_what_never_started_has_nothing_to_tidy(world: World) -> None:
     await world.project()
-    await world.commands.request_cancel(await world.queued())
+    await world.commands.request_cancel(await world.queued(), ACTOR)
     await world.queued()
     await world.age(1)
     assert await untidied(world) == []

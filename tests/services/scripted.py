@@ -25,7 +25,7 @@ from tests.fakes.executor import FakeExecutor, FakeRun, Program
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 
 PROJECT = ProjectId("demo")
 LEASE_S = 30.0
@@ -186,7 +186,6 @@ async def submit(
         priority=Priority.NORMAL,
         retry=retry,
         expires_in_s=expires_in_s,
-        key_id="key_admin",
-        request_id="req-1",
+        actor=ACTOR,
     )
     return (await server.store.insert(new)).command.id

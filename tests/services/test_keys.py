@@ -40,7 +40,7 @@ class Server:
     keys: Keys = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = KeyWatch(store=self.store)
+        self.watch = KeyWatch(store=self.store, now=lambda: self.store.state.now)
         self.keys = Keys(
             store=self.store,
             admin_key=ADMIN_KEY,

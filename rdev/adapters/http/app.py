@@ -29,6 +29,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from rdev.adapters.http import probes
 from rdev.adapters.http.access import ACCESS, Access, Route, check_declared
 from rdev.adapters.http.address import LOCAL_PEER, client_address
+from rdev.adapters.http.credentials import Credentials
 from rdev.adapters.http.exchange import (
     Exchange,
     begin,
@@ -45,7 +46,7 @@ from rdev.adapters.http.problems import internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.addresses import Network
 from rdev.domain.errors import RdevError
-from rdev.ports.authentication import Authenticate, ProjectOf
+from rdev.ports.authentication import Authenticate, CheckTicket, ProjectOf
 from rdev.ports.telemetry import Telemetry, log_context
 
 _log = logging.getLogger("rdev.http")
@@ -87,12 +88,13 @@ def build_app(
     public_paths: frozenset[str] = PUBLIC_PATHS,
     limits: HttpLimits | None = None,
     rate_limits: RateLimits | None = None,
+    check_ticket: CheckTicket | None = None,
 ) -> "Shell":
     """The ASGI app of the server.
 
     `public_paths` are templates of routes that need no credential; all others do, and what `access`
-    says of them. `plain` routes are served without Quart. Errors: UndeclaredRouteError for a route
-    that is neither public nor in `access`.
+    says of them. Without `check_ticket` only keys are credentials. `plain` routes are served
+    without Quart. Errors: UndeclaredRouteError for a route that is neither public nor in `access`.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
@@ -102,7 +104,11 @@ def build_app(
     check_declared(declared, access, public_paths)
     refusals = _Refusals(telemetry)
     gate = Gate(
-        authenticate=authenticate,
+        credentials=Credentials(
+            authenticate=authenticate,
+            check_ticket=check_ticket,
+            trusted_proxies=trusted_proxies,
+        ),
         project_of=project_of,
         access=access,
         telemetry=telemetry,
@@ -210,6 +216,7 @@ class Shell:
             path=scope["path"],
             started_at_s=trio.current_time(),
             slot=self.admission.slot(),
+            scope=scope,
             now=self._now,
             credential=credential_of(headers),
         )

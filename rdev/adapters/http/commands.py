@@ -27,6 +27,7 @@ from rdev.adapters.http.query import (
     text_of,
     whole_of,
 )
+from rdev.domain.audit import Actor
 from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
@@ -36,7 +37,7 @@ from rdev.domain.requests import parse_claude, parse_git, parse_shell
 from rdev.domain.rules import Json
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted
-from rdev.services.commands import Caller, Commands
+from rdev.services.commands import Commands
 from rdev.services.projects import Projects
 
 WAIT_MAX_S = 60.0
@@ -152,7 +153,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         wait_s = _wait()
         argv = ("sh", "-c", request.command)
         made = await commands.submit(
-            _caller(),
+            _actor(),
             _project(project),
             Kind.SHELL,
             argv=argv,
@@ -167,7 +168,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         request = parse_git(body)
         wait_s = _wait()
         made = await commands.submit(
-            _caller(),
+            _actor(),
             _project(project),
             Kind.GIT,
             argv=git_argv(request.args),
@@ -183,7 +184,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         submission = parse_claude(body)
         wait_s = _wait()
         made = await commands.submit(
-            _caller(),
+            _actor(),
             _project(project),
             Kind.CLAUDE,
             argv=claude_argv(claude_command, submission.request),
@@ -224,7 +225,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
 
     @routes.delete("/commands/<command>")
     async def cancel_command(command: str) -> Response:
-        return accepted(_shown(await commands.cancel(_command(command))))
+        return accepted(_shown(await commands.cancel(_actor(), _command(command))))
 
     @routes.get("/commands/<command>/output")
     async def get_output(command: str) -> Response:
@@ -313,8 +314,9 @@ def _shown(command: Command) -> dict[str, object]:
     }
 
 
-def _caller() -> Caller:
-    return Caller(key_id=principal().key_id, request_id=exchange().request_id)
+def _actor() -> Actor:
+    this, by = exchange(), principal()
+    return Actor(key_id=by.key_id, key_name=by.name, ip=this.client_ip, request_id=this.request_id)
 
 
 def _project(text: str) -> ProjectId:

@@ -12,9 +12,11 @@ from datetime import datetime
 from typing import Final
 
 import trio
+from hypercorn.typing import HTTPScope
 
 from rdev.adapters.http.limits import Slot
 from rdev.domain.keys import Principal
+from rdev.domain.tickets import Ticket
 
 # Label of requests that no route answers: unknown paths must not make new time series.
 UNKNOWN_ROUTE: Final = "unknown"
@@ -39,12 +41,16 @@ class Exchange:
     path: str
     started_at_s: float
     slot: Slot
+    scope: HTTPScope = field(repr=False)
     now: Callable[[], datetime]
     # A trusted proxy handed on two stories about the client.
     has_doubtful_client: bool = False
     credential: str | None = field(default=None, repr=False)
     route: str = UNKNOWN_ROUTE
     principal: Principal | None = None
+    # Whether the request tried to say who it is, and the ticket by which it came in.
+    has_credential: bool = False
+    ticket: Ticket | None = None
     status: int | None = None
     latency_s: float | None = None
     # Whether telemetry was told of its start and of its end.

@@ -18,6 +18,7 @@ from rdev.adapters.http import (
     queue,
     schemas,
     stream,
+    tickets,
 )
 from rdev.adapters.http.access import ACCESS, Access, Route
 from rdev.adapters.http.describe import JSON, Answer, Described, Description, Parameter, Schema
@@ -32,6 +33,7 @@ DESCRIBED: Final[Described] = {
     **stream.DESCRIBED,
     **queue.DESCRIBED,
     **keys.DESCRIBED,
+    **tickets.DESCRIBED,
     **probes_described.DESCRIBED,
     **documents.DESCRIBED,
 }
@@ -54,6 +56,7 @@ _HEADERS: Mapping[str, tuple[str, Schema]] = {
     "X-Request-Id": ("the request's id: the client's own where it is sane", schemas.TEXT),
     "Location": ("where the thing is", schemas.TEXT),
     "Idempotent-Replayed": ("`true` in the answer to a repeat", schemas.TEXT),
+    "Set-Cookie": ("the session", schemas.TEXT),
     "Retry-After": ("seconds to wait", schemas.WHOLE),
     "WWW-Authenticate": ("how to authenticate", schemas.TEXT),
     "RateLimit-Policy": ("the limits that count this request (RFC 9651)", schemas.TEXT),

@@ -271,6 +271,11 @@ QUEUE: Final = record(
     }
 )
 
+SESSION: Final = record({"key_id": TEXT, "expires_at": MOMENT})
+STREAM_TOKEN: Final = record(
+    {"token": TEXT, "stream_id": an_id("cmd_"), "url": TEXT, "expires_at": MOMENT}
+)
+
 HEALTH: Final = record({"status": one_of(Health)})
 READY: Final = record(
     {

@@ -33,6 +33,7 @@ from rdev.domain.ids import CommandId, is_command_id
 from rdev.domain.keys import KeyEnd, Principal
 from rdev.domain.sse import EventName, frame
 from rdev.domain.stream import ConnectedEvent
+from rdev.domain.tickets import is_readable
 from rdev.ports.telemetry import Telemetry
 from rdev.services.key_watch import Watch
 from rdev.services.stream import Fanout, Frames, Signal, Subscription
@@ -78,6 +79,7 @@ def stream_routes(
 _AFTER = {"type": "string", "pattern": f"^[0-9]{{1,{_SEQ_DIGITS_MAX}}}$"}
 _SINCE = (
     Parameter(name="after", about="resume behind this id", schema=_AFTER),
+    Parameter(name="token", about="a stream token, in place of a key", schema=schemas.TEXT),
     Parameter(name="Last-Event-ID", about="the same, and it wins", schema=_AFTER, where="header"),
 )
 _STREAM = {
@@ -159,8 +161,10 @@ class _Streams:
                 await asked.send({"type": "http.response.start", "status": 204, "headers": []})
                 await asked.send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
+            _check_token(command)
             _check_history(command, after=after, oldest_seq=view.oldest_seq)
             hold()
+            reader.log_reaches(command.last_seq)
             if view.read_at_s >= asked_at_s:
                 reader.log_ends(command.last_seq)
             connected = ConnectedEvent(
@@ -280,6 +284,16 @@ def _is_http_1(scope: HTTPScope) -> bool:
 def _frame(name: EventName, data: object, retry_ms: int | None = None) -> bytes:
     """An event without id."""
     return frame(name, _encode(data), None, retry_ms)
+
+
+def _check_token(command: Command) -> None:
+    """Errors: UNAUTHORIZED for a stream token when its command has ended long ago."""
+    this = exchange()
+    if this.ticket is None or this.ticket.stream is None:
+        return
+    if not is_readable(this.ticket, command.finished_at, this.now()):
+        message = "the command has ended, and so has the token: read its stream with a key"
+        raise RdevError(ErrorCode.UNAUTHORIZED, message)
 
 
 def _check_history(command: Command, *, after: int, oldest_seq: int | None) -> None:

@@ -41,7 +41,7 @@ from tests.fakes.depths import FakeDepths
 from tests.fakes.keys import FakeKeys
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
@@ -221,7 +221,12 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
         )
         shell = build_app(
             routes=(),
-            plain=stream_routes(commands, fanout, KeyWatch(store=FakeKeys(state)).watch, telemetry),
+            plain=stream_routes(
+                commands,
+                fanout,
+                KeyWatch(store=FakeKeys(state), now=lambda: state.now).watch,
+                telemetry,
+            ),
             authenticate=authenticate,
             project_of=project_of,
             telemetry=telemetry,
@@ -271,8 +276,7 @@ def _new_command() -> NewCommand:
         priority=Priority.NORMAL,
         retry=Retry.NEVER,
         expires_in_s=None,
-        key_id="key_1",
-        request_id="req-1",
+        actor=ACTOR,
     )
 
 
