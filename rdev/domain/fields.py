@@ -78,6 +78,8 @@ class Fields:
         value = self._take(rule)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON knows no difference between 1 and 1.0
         if not isinstance(value, int) or isinstance(value, bool):
             self.fault(name, "must be a whole number")
         elif not least <= value <= most:
@@ -146,7 +148,35 @@ class Fields:
 
     def mapping(self, name: str, *, about: str = "") -> Json | None:
         """A JSON object as it is, for code that judges it; absent or null gives None."""
-        value = self._take(Rule(name=name, kind=RuleKind.OBJECT, about=about))
+        return self._mapping(Rule(name=name, kind=RuleKind.OBJECT, about=about))
+
+    def entries(
+        self,
+        name: str,
+        *,
+        max_items: int,
+        max_bytes: int,
+        pattern: re.Pattern[str],
+        about: str = "",
+    ) -> Json | None:
+        """An object whose entries the caller judges by the same numbers and pattern: how many, the
+        bytes of one, the names. Absent or null gives None; too many are a fault."""
+        rule = Rule(
+            name=name,
+            kind=RuleKind.ENTRIES,
+            max_items=max_items,
+            max_bytes=max_bytes,
+            pattern=pattern,
+            about=about,
+        )
+        found = self._mapping(rule)
+        if found is not None and len(found) > max_items:
+            self.fault(name, f"must have at most {max_items} entries", limit=True)
+            return None
+        return found
+
+    def _mapping(self, rule: Rule) -> Json | None:
+        name, value = rule.name, self._take(rule)
         if value is None or isinstance(value, dict):
             return value
         self.fault(name, "must be an object")
@@ -169,9 +199,25 @@ class Fields:
         self._inner.append(found)
         return found
 
-    def other(self, name: str, *, about: str) -> object | None:
-        """The value as it is: the caller judges it, and `about` says how."""
-        return self._take(Rule(name=name, kind=RuleKind.OTHER, about=about))
+    def other(
+        self,
+        name: str,
+        *,
+        about: str,
+        choices: Collection[str] = (),
+        least: int | None = None,
+        most: int | None = None,
+    ) -> object | None:
+        """The value as it is: the caller judges it, by the choices and bounds if there are any,
+        and `about` says how."""
+        kind = RuleKind.OTHER
+        rule = Rule(name=name, kind=kind, about=about, choices=choices, least=least, most=most)
+        return self._take(rule)
+
+    def nothing(self, name: str, *, why: str) -> None:
+        """A field that is known and cannot be used: `why` is told for any value but null."""
+        if self._take(Rule(name=name, kind=RuleKind.NOTHING, about=why)) is not None:
+            self.fault(name, why)
 
     def ignore(self, name: str) -> None:
         """The field is known, and somebody else judges it."""

@@ -107,7 +107,13 @@ def _allowed_ips(fields: Fields) -> tuple[Network, ...] | None:
 def _expires_in_s(fields: Fields) -> int | None:
     names = ", ".join([*EXPIRES_IN_S, NEVER])
     rule = f"one of {names}, or seconds from 1 to {EXPIRES_IN_MAX_S}"
-    value = fields.other("expires_in", about=f"{rule}; default 90d")
+    value = fields.other(
+        "expires_in",
+        about=f"{rule}; default 90d",
+        choices=[*EXPIRES_IN_S, NEVER],
+        least=1,
+        most=EXPIRES_IN_MAX_S,
+    )
     if value is None:
         return EXPIRES_IN_DEFAULT_S
     if isinstance(value, str):

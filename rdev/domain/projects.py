@@ -55,8 +55,7 @@ def parse_project(body: Json) -> ProjectDefinition:
     fields = Fields(body)
     project = fields.text("id", max_bytes=PROJECT_MAX_BYTES, required=True, pattern=PROJECT_PATTERN)
     for name in _POD_FIELDS:
-        if fields.other(name, about="must be absent or null with the local executor") is not None:
-            fields.fault(name, "is not supported by the local executor")
+        fields.nothing(name, why="is not supported by the local executor")
     fields.finish()
     assert project is not None
     return ProjectDefinition(id=ProjectId(project))

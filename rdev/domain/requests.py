@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
-from rdev.domain.execution import is_env_name
+from rdev.domain.execution import ENV_NAME, is_env_name
 from rdev.domain.fields import Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
@@ -137,11 +137,14 @@ def parse_git(body: Json) -> GitRequest:
 
 
 def _env(fields: Fields) -> Mapping[str, str]:
-    given = fields.mapping("env", about=_ENV_RULE)
+    given = fields.entries(
+        "env",
+        max_items=ENV_MAX_ITEMS,
+        max_bytes=ARG_MAX_BYTES,
+        pattern=ENV_NAME,
+        about=_ENV_RULE,
+    )
     if given is None:
-        return {}
-    if len(given) > ENV_MAX_ITEMS:
-        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries", limit=True)
         return {}
     env: dict[str, str] = {}
     for name, value in given.items():

@@ -23,7 +23,11 @@ class RuleKind(StrEnum):
     FLAG = "boolean"
     TEXTS = "list of strings"
     OBJECT = "object"
-    # Judged by its own code; `about` says how.
+    # An object of strings; pattern and sizes speak of the names and of `name=value`.
+    ENTRIES = "object of strings"
+    # It may be absent or null, and nothing else.
+    NOTHING = "null"
+    # One of the choices or a whole number; or judged by its own code, as `about` says.
     OTHER = "other"
 
 

@@ -231,9 +231,34 @@ def _answer(answer: Answer, access: Access | None) -> dict[str, object]:
         schema = schemas.record({"data": schema, "meta": ref("Meta")})
     content: dict[str, object] = {"schema": schema}
     if answer.events:
-        content["x-events"] = answer.events
+        # As OpenAPI 3.2 has it for `itemSchema`: what stands here is the schema of one event.
+        content = {"schema": _event_schema(answer.events), "x-events": answer.events}
     found["content"] = dict.fromkeys((answer.content_type, *answer.also), content)
     return found
+
+
+def _event_schema(events: Mapping[str, Schema]) -> Schema:
+    """One event as an object of its fields; `data` is JSON of the event's own schema."""
+    return {
+        "description": "Each event of the stream by its fields; `data` is JSON.",
+        "oneOf": [
+            {
+                "type": "object",
+                "required": ["event", "data"],
+                "properties": {
+                    "event": {"const": name},
+                    "data": {
+                        "type": "string",
+                        "contentMediaType": JSON,
+                        "contentSchema": schema,
+                    },
+                    "id": schemas.TEXT,
+                    "retry": schemas.WHOLE,
+                },
+            }
+            for name, schema in events.items()
+        ],
+    }
 
 
 def _failure(status: int, codes: list[ErrorCode]) -> dict[str, object]:
@@ -260,7 +285,7 @@ def _header_refs(names: Iterable[str]) -> Schema:
 def _rule_schema(rule: Rule) -> Schema:
     """The JSON Schema of one field; an optional one may be null."""
     schema = _required_schema(rule)
-    if not rule.required and "type" in schema:
+    if not rule.required and schema.get("type", "null") != "null":
         schema = schemas.maybe(schema)
     return {**schema, "description": rule.about} if rule.about else schema
 
@@ -282,8 +307,25 @@ def _required_schema(rule: Rule) -> Schema:
             }
         case RuleKind.OBJECT:
             return body_schema(BodyRules(rule.fields)) if rule.fields else schemas.ANYTHING
+        case RuleKind.ENTRIES:
+            return _entries_schema(rule)
+        case RuleKind.NOTHING:
+            return {"type": "null"}
+        case RuleKind.OTHER if rule.choices:
+            bounds = {"type": "integer", "minimum": rule.least, "maximum": rule.most}
+            return {"anyOf": [schemas.one_of(rule.choices), bounds, {"type": "null"}]}
         case RuleKind.OTHER:
             return {}
+
+
+def _entries_schema(rule: Rule) -> Schema:
+    assert rule.pattern is not None
+    return {
+        "type": "object",
+        "maxProperties": rule.max_items,
+        "propertyNames": {"pattern": f"^(?:{rule.pattern.pattern})$"},
+        "additionalProperties": {"type": "string", "maxLength": rule.max_bytes},
+    }
 
 
 def _text_schema(rule: Rule, *, least: int) -> Schema:

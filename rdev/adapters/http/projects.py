@@ -7,6 +7,7 @@ from rdev.adapters.http.access import require_project
 from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, read_json, success
 from rdev.adapters.http.exchange import principal
+from rdev.adapters.http.idempotency import idempotency_of
 from rdev.adapters.http.query import PAGE, cursor_of, limit_of
 from rdev.domain.errors import ErrorCode
 from rdev.domain.ids import ProjectId, is_project_id
@@ -49,7 +50,10 @@ def project_routes(projects: Projects) -> Blueprint:
 
     @routes.post("/projects")
     async def create_project() -> Response:
-        definition = parse_project(await read_json())
+        body = await read_json()
+        # The id makes a repeat safe already; a key that is none is refused as everywhere.
+        idempotency_of(body)
+        definition = parse_project(body)
         require_project(principal(), definition.id)
         project, is_new = await projects.create(definition)
         if is_new:

@@ -21,7 +21,7 @@ LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, 
 CURSOR = Parameter(
     name="cursor",
     about="`meta.next_cursor` of an earlier page; absent: the first",
-    schema={"type": "string", "minLength": 1},
+    schema={"type": "string"},
 )
 PAGE = (LIMIT, CURSOR)
 

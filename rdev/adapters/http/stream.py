@@ -76,9 +76,9 @@ def stream_routes(
     ]
 
 
-_AFTER = {"type": "string", "pattern": f"^[0-9]{{1,{_SEQ_DIGITS_MAX}}}$"}
+_AFTER = {"type": "string", "pattern": f"^[0-9]{{0,{_SEQ_DIGITS_MAX}}}$"}
 _SINCE = (
-    Parameter(name="after", about="resume behind this id", schema=_AFTER),
+    Parameter(name="after", about="resume behind this id", schema=schemas.TEXT),
     Parameter(name="token", about="a stream token, in place of a key", schema=schemas.TEXT),
     Parameter(name="Last-Event-ID", about="the same, and it wins", schema=_AFTER, where="header"),
 )
