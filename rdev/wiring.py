@@ -210,6 +210,7 @@ def build_server(
         bind=[settings.bind],
         grace_s=settings.grace_s,
         telemetry=telemetry,
+        refusal=app.unreadable,
         tls=_tls(settings),
     )
     for part, statistics in {
