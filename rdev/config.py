@@ -146,6 +146,8 @@ class Settings(BaseSettings):
     queue_project_max: int = Field(default=10_000, ge=1, le=10_000_000)
     queue_max: int = Field(default=100_000, ge=1, le=10_000_000)
     retention_days: int = Field(default=7, ge=1, le=3_650)
+    audit_retention_days: int = Field(default=400, ge=1, le=36_500)
+    audit_checkpoint: str | None = None
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)

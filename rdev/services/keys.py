@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, NewUuid, is_key_id, key_id
@@ -138,7 +139,12 @@ class Keys:
         return principal
 
     async def create(
-        self, by: Principal, request: KeyRequest, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        request: KeyRequest,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> ShownKey:
         """Make a key; its text is in the answer and nowhere else.
 
@@ -170,10 +176,16 @@ class Keys:
             created_by=by.key_id,
             idempotency=idempotency,
         )
-        return _shown(await self._store.insert(new), secret)
+        return _shown(await self._store.insert(new, actor), secret)
 
     async def rotate(
-        self, by: Principal, key: str, *, grace_s: int, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        key: str,
+        actor: Actor,
+        *,
+        grace_s: int,
+        idempotency: Idempotency | None = None,
     ) -> ShownKey:
         """Give a key another secret. Who learns it can do all that the key can: `by` must hold it.
 
@@ -185,7 +197,7 @@ class Keys:
         rotation = Rotation(key=found.id, secret=secret, grace_s=grace_s, idempotency=idempotency)
         with commit_shield():
             try:
-                made = await self._store.rotate(rotation)
+                made = await self._store.rotate(rotation, actor)
             finally:
                 # Also where it failed: the reply alone may be lost.
                 self._announce(found.id)
@@ -193,7 +205,7 @@ class Keys:
             raise _unknown(key)
         return _shown(made, secret)
 
-    async def revoke(self, by: Principal, key: str) -> Key:
+    async def revoke(self, by: Principal, key: str, actor: Actor) -> Key:
         """End a key now and for ever; again is fine.
 
         Errors: NOT_FOUND; FORBIDDEN for a key that may do what `by` may not.
@@ -202,7 +214,7 @@ class Keys:
         check_scopes(by.grant, found.grant.scopes)
         with commit_shield():
             try:
-                revoked = await self._store.revoke(found.id)
+                revoked = await self._store.revoke(found.id, actor)
             finally:
                 # Also where it failed: the reply alone may be lost.
                 self._announce(found.id)

@@ -16,7 +16,7 @@ from tests.app.server import Server, open_state
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 # An unending stream has no answer to wait for; tests/app holds them.
-ENDLESS = ("/events",)
+ENDLESS = ("/events", "/projects/{project}/events")
 _CASES = re.compile(r"(\d+) generated")
 
 

@@ -16,7 +16,7 @@ DEFINITION = ProjectDefinition(id=PROJECT, image="debian", env={"A": "b"})
 
 
 async def test_a_project_is_stored_and_found(world: World) -> None:
-    project, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    project, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     assert is_new
     assert (project.id, project.name, project.definition) == (PROJECT, PROJECT, DEFINITION)
     assert (project.executor, project.reach, project.image) == ("local", REACH, "debian")
@@ -25,15 +25,17 @@ async def test_a_project_is_stored_and_found(world: World) -> None:
 
 
 async def test_the_same_definition_again_gives_the_same_project(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
-    again, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    again, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     assert (again, is_new) == (first, False)
 
 
 async def test_another_definition_of_the_same_id_is_a_conflict(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     with pytest.raises(RdevError) as caught:
-        await world.projects.insert(ProjectDefinition(id=PROJECT), executor="local", reach=REACH)
+        await world.projects.insert(
+            ProjectDefinition(id=PROJECT), ACTOR, executor="local", reach=REACH
+        )
     assert caught.value.code is ErrorCode.CONFLICT
     assert await world.projects.get(PROJECT) == first
 
@@ -84,7 +86,9 @@ async def test_of_racing_requests_for_one_project_one_makes_it(real: World) -> N
     made: list[bool] = []
 
     async def insert() -> None:
-        made.append((await real.projects.insert(DEFINITION, executor="local", reach=REACH))[1])
+        made.append(
+            (await real.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH))[1]
+        )
 
     async with trio.open_nursery() as nursery:
         for _ in range(10):
@@ -106,7 +110,7 @@ def _names(days: int) -> set[str]:
 
 async def _make_partitions(pools: Pools, days_ahead: int) -> None:
     async with pools.requests.connection() as connection:
-        await PostgresStoreDuties(connection).ensure_output_partitions(days_ahead=days_ahead)
+        await PostgresStoreDuties(connection).ensure_partitions(days_ahead=days_ahead)
 
 
 async def test_partitions_are_made_for_today_and_the_days_ahead(pools: Pools) -> None:

@@ -266,11 +266,11 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
         tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
-    project, is_new = await projects.create(definition)
+    project, is_new = await projects.create(definition, ACTOR)
     assert is_new
     assert (project.executor, project.reach) == ("fake", server.place.reach)
     assert "fresh" in server.place._projects
-    assert await projects.create(definition) == (project, False)
+    assert await projects.create(definition, ACTOR) == (project, False)
     assert await projects.get("fresh") == project
     found = await projects.list_all(within=None, after=None, limit=10)
     assert [one.id for one in found] == ["demo", "fresh"]

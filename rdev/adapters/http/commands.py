@@ -15,7 +15,7 @@ from rdev.adapters.http.describe import (
     whole,
 )
 from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
-from rdev.adapters.http.exchange import exchange, hold, principal
+from rdev.adapters.http.exchange import actor, hold
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
 from rdev.adapters.http.query import (
@@ -27,7 +27,6 @@ from rdev.adapters.http.query import (
     text_of,
     whole_of,
 )
-from rdev.domain.audit import Actor
 from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
@@ -153,7 +152,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         wait_s = _wait()
         argv = ("sh", "-c", request.command)
         made = await commands.submit(
-            _actor(),
+            actor(),
             _project(project),
             Kind.SHELL,
             argv=argv,
@@ -168,7 +167,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         request = parse_git(body)
         wait_s = _wait()
         made = await commands.submit(
-            _actor(),
+            actor(),
             _project(project),
             Kind.GIT,
             argv=git_argv(request.args),
@@ -184,7 +183,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         submission = parse_claude(body)
         wait_s = _wait()
         made = await commands.submit(
-            _actor(),
+            actor(),
             _project(project),
             Kind.CLAUDE,
             argv=claude_argv(claude_command, submission.request),
@@ -225,7 +224,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
 
     @routes.delete("/commands/<command>")
     async def cancel_command(command: str) -> Response:
-        return accepted(_shown(await commands.cancel(_actor(), _command(command))))
+        return accepted(_shown(await commands.cancel(actor(), _command(command))))
 
     @routes.get("/commands/<command>/output")
     async def get_output(command: str) -> Response:
@@ -312,11 +311,6 @@ def _shown(command: Command) -> dict[str, object]:
         "kill": command.kill,
         "stream_url": f"/commands/{command.id}/events",
     }
-
-
-def _actor() -> Actor:
-    this, by = exchange(), principal()
-    return Actor(key_id=by.key_id, key_name=by.name, ip=this.client_ip, request_id=this.request_id)
 
 
 def _project(text: str) -> ProjectId:

@@ -15,6 +15,7 @@ import trio
 from hypercorn.typing import HTTPScope
 
 from rdev.adapters.http.limits import Slot
+from rdev.domain.audit import Actor
 from rdev.domain.keys import Principal
 from rdev.domain.tickets import Ticket
 
@@ -85,6 +86,12 @@ def principal() -> Principal:
     found = exchange().principal
     assert found is not None, "this route is public"
     return found
+
+
+def actor() -> Actor:
+    """Who asks for a change, and from where. Only in routes, as `principal`."""
+    this, by = exchange(), principal()
+    return Actor(key_id=by.key_id, key_name=by.name, ip=this.client_ip, request_id=this.request_id)
 
 
 def hold() -> None:

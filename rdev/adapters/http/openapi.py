@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Final
 
 from rdev.adapters.http import (
+    audit,
     commands,
     documents,
     keys,
@@ -34,6 +35,7 @@ DESCRIBED: Final[Described] = {
     **queue.DESCRIBED,
     **keys.DESCRIBED,
     **tickets.DESCRIBED,
+    **audit.DESCRIBED,
     **probes_described.DESCRIBED,
     **documents.DESCRIBED,
 }

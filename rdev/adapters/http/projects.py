@@ -6,7 +6,7 @@ from rdev.adapters.http import schemas
 from rdev.adapters.http.access import require_project
 from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, read_json, success
-from rdev.adapters.http.exchange import principal
+from rdev.adapters.http.exchange import actor, principal
 from rdev.adapters.http.idempotency import idempotency_of
 from rdev.adapters.http.query import PAGE, cursor_of, limit_of
 from rdev.domain.errors import ErrorCode
@@ -55,7 +55,7 @@ def project_routes(projects: Projects) -> Blueprint:
         idempotency_of(body)
         definition = parse_project(body)
         require_project(principal(), definition.id)
-        project, is_new = await projects.create(definition)
+        project, is_new = await projects.create(definition, actor())
         if is_new:
             return created(_shown(project), location=f"/projects/{project.id}")
         return success(_shown(project))

@@ -12,8 +12,10 @@ import msgspec
 
 from rdev.adapters.http.describe import Schema
 from rdev.adapters.http.probes import Status as Health
+from rdev.domain.audit_chain import FaultKind
 from rdev.domain.commands import Kind, Priority, Status
 from rdev.domain.errors import ErrorCode
+from rdev.domain.feed import FeedComplete, FeedConnected, FeedStatus
 from rdev.domain.ids import PROJECT_PATTERN
 from rdev.domain.keys import KeyStatus, Scope
 from rdev.domain.projects import ProjectStatus
@@ -271,6 +273,33 @@ QUEUE: Final = record(
     }
 )
 
+AUDIT_ENTRY: Final = record(
+    {
+        "seq": COUNT,
+        "at": MOMENT,
+        "actor": record({"id": maybe(TEXT), "name": maybe(TEXT)}),
+        "ip": maybe(TEXT),
+        "request_id": maybe(TEXT),
+        "action": TEXT,
+        "target": maybe(TEXT),
+        "project": maybe(TEXT),
+        "outcome": TEXT,
+        "detail": ANYTHING,
+        "hash": TEXT,
+        "prev_hash": maybe(TEXT),
+    }
+)
+VERDICT: Final = record(
+    {
+        "valid": FLAG,
+        "checked": COUNT,
+        "last_seq": COUNT,
+        "last_hash": TEXT,
+        "more": FLAG,
+        "fault": maybe(record({"kind": one_of(FaultKind), "seq": maybe(COUNT), "message": TEXT})),
+    }
+)
+
 SESSION: Final = record({"key_id": TEXT, "expires_at": MOMENT})
 STREAM_TOKEN: Final = record(
     {"token": TEXT, "stream_id": an_id("cmd_"), "url": TEXT, "expires_at": MOMENT}
@@ -357,7 +386,10 @@ _LOOSE_EVENTS: Final[Mapping[str, Schema]] = {
 @cache
 def event_components() -> Mapping[str, Schema]:
     """The schemas of the events of a command's stream, by component."""
-    structs = (ConnectedEvent, StatusEvent, GapEvent, CompleteEvent)
+    structs = (
+        *(ConnectedEvent, StatusEvent, GapEvent, CompleteEvent),
+        *(FeedConnected, FeedStatus, FeedComplete),
+    )
     _, made = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     return {**made, **_LOOSE_EVENTS}
 
@@ -372,4 +404,17 @@ STREAM_EVENTS: Final[Mapping[str, Schema]] = {
     "heartbeat": ref("HeartbeatEvent"),
     "error": ref("ErrorEvent"),
     "disconnecting": ref("DisconnectingEvent"),
+}
+
+FEED_EVENTS: Final[Mapping[str, Schema]] = {
+    "connected": ref("FeedConnected"),
+    "status": ref("FeedStatus"),
+    "complete": ref("FeedComplete"),
+    **{name: STREAM_EVENTS[name] for name in ("heartbeat", "error", "disconnecting")},
+}
+STREAM_AND_FEED_EVENTS: Final[Mapping[str, Schema]] = {
+    name: {"anyOf": [schema, FEED_EVENTS[name]]}
+    if FEED_EVENTS.get(name, schema) != schema
+    else schema
+    for name, schema in STREAM_EVENTS.items()
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from math import ceil
 
 from quart import Blueprint, Response
 
@@ -106,5 +107,5 @@ def ticket_routes(
 
 
 def _seconds(until: datetime, now: datetime) -> int:
-    """Whole seconds from now; none where it is over."""
-    return max(0, int((until - now).total_seconds()))
+    """Whole seconds from now, rounded up: the ticket itself knows its end better than a browser."""
+    return max(0, ceil((until - now).total_seconds()))
