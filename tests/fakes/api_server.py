@@ -66,6 +66,7 @@ class FakeApiServer:
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
+    page_size: int | None = None  # of lists, whatever they ask for
     watches_open: int = 0
     port: int = 0
     version: int = 100
@@ -172,12 +173,14 @@ class FakeApiServer:
             for (kind, place, _), body in self._objects.items()
             if (kind, place) == (plural, namespace) and _matches(body, selector)
         ]
-        metadata = {"resourceVersion": str(self.version)}
+        at = int(request.args.get("continue") or 0)
+        end = at + (self.page_size or len(items) or 1)
+        more = {"continue": str(end)} if end < len(items) else {}
         return {
             "apiVersion": "v1",
             "kind": f"{_KINDS[plural]}List",
-            "metadata": metadata,
-            "items": items,
+            "metadata": {"resourceVersion": str(self.version), **more},
+            "items": items[at:end],
         }
 
     async def _create(self, namespace: str, plural: str) -> Any:
