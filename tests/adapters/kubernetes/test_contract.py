@@ -157,7 +157,7 @@ async def test_a_program_that_is_not_there_says_so(cluster: TestCluster) -> None
 
 async def test_the_stdin_of_an_exec_ends_with_its_connection(cluster: TestCluster) -> None:
     """Else what observes would stay in the pod, one for each connection that was lost."""
-    project, mark = new_project(), f"/tmp/rdev-{uuid.uuid4().hex}"
+    project, mark = new_project(), f"/dev/shm/rdev-{uuid.uuid4().hex}"
     async with watching(cluster) as watch:
         await ready(cluster, watch, project)
         transport = transport_to(cluster, watch)
@@ -175,7 +175,7 @@ async def executing(
     cluster: TestCluster, patience: Patience | None = None
 ) -> AsyncIterator[tuple[KubernetesExecutor, str, ProjectId, str]]:
     """An executor, its folder in the pod, and a project whose pod is ready and prepared."""
-    project, place = new_project(), f"/tmp/rdev-test-{uuid.uuid4().hex}"
+    project, place = new_project(), f"/dev/shm/rdev-test-{uuid.uuid4().hex}"
     async with watching(cluster) as watch:
         name = await ready(cluster, watch, project)
         executor = KubernetesExecutor(
@@ -195,7 +195,7 @@ async def executing(
             if cluster.fake is not None:
                 shutil.rmtree(place)
             elif watch.pod_of(project) is not None:
-                with trio.move_on_after(10, shield=True):  # shielded: leave nothing in /tmp
+                with trio.move_on_after(10, shield=True):  # shielded: leave nothing there
                     argv = ["sh", "-c", f"rm -rf {place}; echo"]
                     async with transport_to(cluster, watch).run(project, argv) as streams:
                         await streams.stdout.receive_some(1)
