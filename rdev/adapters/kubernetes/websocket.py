@@ -76,7 +76,7 @@ class WebSocket:
             self._check()
             data = self._encode(BytesMessage(data=message))
             await self._write(bytes(self._owed) + data)
-            await self._pay()
+        await self._pay()  # what was asked of us meanwhile
 
     async def receive(self) -> MessagePart | None:
         """The next part of a message; None when the other side closed in order.
@@ -95,7 +95,10 @@ class WebSocket:
                         await self._pay()
                     case Pong():
                         pass
-                    case CloseConnection():
+                    case CloseConnection() as close:
+                        # wsproto tells noise as a close too; only a real one changes its state.
+                        if self._frames.state is wsproto.connection.ConnectionState.OPEN:
+                            raise self._broken(f"not a WebSocket: {close.reason}")
                         self._has_ended = True
                     case TextMessage():
                         raise self._broken("a text message where bytes were agreed")
