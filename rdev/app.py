@@ -138,8 +138,7 @@ async def _heed_signals(
     and a parent may pass on what its child got too.
     """
     stopped_at_s = -math.inf
-    # A shell's background job begins with SIGQUIT ignored, and commands would inherit that.
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    _ignore_for_itself()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
@@ -154,6 +153,15 @@ async def _heed_signals(
                 control.server.queue.cancel_running()
             stopped_at_s = trio.current_time()
             control.stop.set()
+
+
+def _ignore_for_itself() -> None:
+    """What whoever started this server had it ignore (a background job's SIGQUIT, nohup's SIGHUP)
+    stays without effect on it, but is not inherited: an exec resets handlers, not what is ignored.
+    Those that Python itself ignores, it resets in its children."""
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def _write_address(state_dir: Path, url: str) -> None:

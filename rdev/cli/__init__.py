@@ -15,6 +15,7 @@ _COMMANDS = {
     "migrate": "migrate",
     "run": "run",
     "claude": "run",
+    "events": "events",
     "projects": "projects",
     "queue": "queue",
     "keys": "keys",

@@ -21,7 +21,7 @@ _NAME = (
     r"|(?<![a-z])(?:pass|auth)(?![a-z]))[\w.-]{0,64}"
 )
 # These have patterns of their own in a text, because their values have blanks in them.
-_ANY_NAME = rf"(?:{_NAME}|[\w.-]{0,64}?(?:cookie|authorization)[\w.-]{0,64})"
+_ANY_NAME = rf"(?:{_NAME}|[\w.-]{0, 64}?(?:cookie|authorization)[\w.-]{0, 64})"
 # A value in a text: in quotes, or up to a blank or to what ends a word of a shell or a query; and
 # what is glued to it.
 _VALUE = (

@@ -16,8 +16,9 @@ from rdev.domain.retention import Ended, OutputDay
 class StoreDuties(Protocol):
     """What concerns the store alone. Errors of all: SERVICE_UNAVAILABLE."""
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """Make the partitions of today and of the days that follow."""
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
+        """Make the partitions of today and of the days that follow, for output and for the audit
+        log: without one for the day no command is accepted, claimed or ended."""
         ...
 
     async def output_days(self) -> list[OutputDay]:
@@ -46,6 +47,10 @@ class StoreDuties(Protocol):
     async def forget_windows(self, *, limit: int) -> int:
         """Delete windows of rate limits in which no hit counts any more; returns how many. One that
         is being asked is left to the next time."""
+        ...
+
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        """Delete what happened so long ago (not the audit log), oldest first; returns how many."""
         ...
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:

@@ -5,11 +5,12 @@ to the one that has it. Of the store:
 
 | what | from what age on | at once | duty in `rdev_housekeeping_total` |
 |---|---|---|---|
-| partitions for output | `DAYS_AHEAD` days ahead | made | |
+| partitions for output and the audit log | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
 | the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind all | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
+| events of commands and projects | `EVENT_DAYS` days | ≤ 1,000 rows, ≤ 100 ms | events |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -49,6 +50,8 @@ from rdev.ports.upkeep import PlaceDuties, StoreDuties, Upkeep
 INTERVAL_S = 60.0
 DAYS_AHEAD = 3
 DAY_S = 86_400.0
+# How far back a feed can be resumed (the HTTP contract).
+EVENT_DAYS = 7
 # Long after the last reader of a command's folder has read its end.
 TIDY_AGE_S = 300.0
 # So many folders at once: an exec of about a second.
@@ -116,11 +119,14 @@ class Housekeeper:
 
     async def _keep_store(self, store: StoreDuties) -> None:
         # First: without a partition for the day no command is accepted.
-        await store.ensure_output_partitions(days_ahead=DAYS_AHEAD)
+        await store.ensure_partitions(days_ahead=DAYS_AHEAD)
         await self._drop_output(store)
         await self._drop_audit(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
         await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
+        await self._in_batches(
+            "events", lambda rows: store.forget_events(older_s=EVENT_DAYS * DAY_S, limit=rows)
+        )
         older_s = (self._retention.days + 2) * DAY_S
         await self._in_batches(
             "commands", lambda rows: store.forget_commands(older_s=older_s, limit=rows)

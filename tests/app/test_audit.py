@@ -96,6 +96,14 @@ async def test_times_limit_what_is_shown(api: Api):
     assert wrong.status_code == 400
 
 
+async def test_a_filter_that_can_match_nothing_is_told_or_finds_nothing(api: Api):
+    for text in ("a\0b", "x" * 500):
+        assert (await api.get("/audit", params={"actor": text})).status_code == 400
+    for text in ("nobody", "é" * 20, "'; drop table audit_entries; --", "\ufffd"):
+        answer = await api.get("/audit", params={"action": text})
+        assert (answer.status_code, answer.json()["data"]) == (200, [])
+
+
 async def test_a_denial_is_an_entry_and_the_rest_is_a_count(api: Api):
     for _ in range(5):
         refused = await api.get("/queue", headers={"Authorization": "Bearer nobody"})

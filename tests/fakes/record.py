@@ -1,7 +1,9 @@
 """What was recorded of changes, in memory: events and audit entries (`rdev/ports/commands.py`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import trio
 
 from rdev.domain.audit import Actor
 from rdev.domain.commands import Command, Status
@@ -20,6 +22,7 @@ class Event:
     attempt: int
     seq: int
     detail: Mapping[str, object]
+    at_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +54,21 @@ class Record:
             attempt=command.attempt,
             seq=command.last_seq,
             detail=_end(command) if command.finished_at else {"reason": reason} if reason else {},
+            at_s=trio.current_time(),
         )
         self.events.append(event)
         self.did(command, action, by)
+
+    def age(self, seconds: float) -> None:
+        """Make all events so much older."""
+        self.events = [replace(one, at_s=one.at_s - seconds) for one in self.events]
+
+    def forget(self, older_s: float, limit: int) -> int:
+        """Delete old events; returns how many."""
+        before_s = trio.current_time() - older_s
+        old = [one for one in self.events[:limit] if one.at_s < before_s]
+        self.events = [one for one in self.events if one not in old]
+        return len(old)
 
     def did(self, command: Command, action: str, by: Actor | str) -> None:
         """Something else happened to it."""

@@ -113,6 +113,7 @@ class StoreState:
         """Make all that is stored so much older."""
         back = timedelta(seconds=seconds)
         self.keys.age(seconds)
+        self.record.age(seconds)
         for row in self.rows.values():
             row.started_at_s -= seconds
             ended_at = row.command.finished_at

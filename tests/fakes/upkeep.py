@@ -49,7 +49,7 @@ class FakeUpkeep:
         finally:
             self._taken.discard(name)
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
         await self._state.step()
         self._days_ahead = days_ahead
 
@@ -104,6 +104,10 @@ class FakeUpkeep:
         done = min(limit, self.idle_windows)
         self.idle_windows -= done
         return done
+
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        await self._state.step()
+        return self._state.record.forget(older_s, limit)
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         await self._state.step()

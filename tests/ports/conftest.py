@@ -50,6 +50,7 @@ REACH = "local:machine:/projects"
 LEASE_S = 600.0
 PROJECT = ProjectId("demo")
 _AGE = (
+    "update events set at = at - make_interval(secs => %(seconds)s)",
     "update idempotency_keys set made_at = made_at - make_interval(secs => %(seconds)s)",
     """
     update commands
@@ -321,8 +322,8 @@ def postgres_world(pools: Pools) -> World:
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
         depths=PostgresDepths(pool=pools.requests),
-        upkeep=PostgresUpkeep(pool=pools.housekeeping),
-        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping, holder="keeper"),
+        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests, holder="two"),
         age=age,
         record=lambda: stored_record(pools),
         hold=hold,

@@ -110,7 +110,7 @@ def _names(days: int) -> set[str]:
 
 async def _make_partitions(pools: Pools, days_ahead: int) -> None:
     async with pools.requests.connection() as connection:
-        await PostgresStoreDuties(connection).ensure_output_partitions(days_ahead=days_ahead)
+        await PostgresStoreDuties(connection).ensure_partitions(days_ahead=days_ahead)
 
 
 async def test_partitions_are_made_for_today_and_the_days_ahead(pools: Pools) -> None:

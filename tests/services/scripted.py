@@ -18,6 +18,7 @@ from rdev.ports.telemetry import Silence
 from rdev.services.appender import Appender
 from rdev.services.attempts import Attempt
 from rdev.services.depths import QueueGate
+from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from tests.fakes.commands import FakeCommands
@@ -73,6 +74,8 @@ class Server:
     place: Place
     holder: str = "one"
     running_max: int = 64
+    # Breakers around the place, where the test is about those.
+    guard: GuardedExecutor | None = None
     store: FakeCommands = field(init=False)
     lanes: FakeLanes = field(init=False)
     log: FakeOutput = field(init=False)
@@ -96,7 +99,7 @@ class Server:
         self.queue = CommandQueue(
             lanes=self.lanes,
             leases=self.store,
-            executor=self.place,
+            executor=self.guard or self.place,
             appender=self.appender,
             log=self.log,
             telemetry=Silence(),
@@ -106,6 +109,7 @@ class Server:
             holder=self.holder,
             lease_s=LEASE_S,
             running_max=self.running_max,
+            left_alone=self.guard.left_alone if self.guard else tuple,
         )
 
     def attempt(self, claimed: Claimed) -> Attempt:

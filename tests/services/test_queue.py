@@ -281,10 +281,16 @@ class SlowClaims(FakeLanes):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         self.claiming.set()
         found = await super().claim(
-            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+            reach=reach,
+            instance=instance,
+            holder=holder,
+            limit=limit,
+            touched=touched,
+            closed=closed,
         )
         await trio.sleep(1)
         return found

@@ -27,8 +27,10 @@ class Where(Enum):
     PATH = auto()
     # That of `{command}` in its path: another project's command is NOT_FOUND.
     COMMAND = auto()
-    # In its body, which the route reads: the route asks `require_project` or `require_command`.
+    # In its body, which the route reads: the route asks `require_project`.
     BODY = auto()
+    # That of the command in its body: the route asks `require_command`.
+    COMMAND_IN_BODY = auto()
     # It shows what the key may see: the route leaves out all else.
     SEEN = auto()
 
@@ -60,10 +62,11 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("DELETE", "/commands/{command}"): Access(scopes=_EXECUTE, project=Where.COMMAND),
         ("GET", "/commands/{command}/output"): Access(scopes=_READ, project=Where.COMMAND),
         ("GET", "/commands/{command}/events"): Access(scopes=_READ, project=Where.COMMAND),
+        ("GET", "/events"): Access(scopes=_READ, project=Where.SEEN),
         ("GET", "/queue"): Access(scopes=_READ, project=Where.SEEN),
         ("POST", "/session"): Access(scopes=_ANY),
         ("DELETE", "/session"): Access(scopes=_ANY),
-        ("POST", "/stream-tokens"): Access(scopes=_READ, project=Where.BODY),
+        ("POST", "/stream-tokens"): Access(scopes=_READ, project=Where.COMMAND_IN_BODY),
         ("GET", "/keys"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
         ("POST", "/keys"): Access(scopes=(Scope.KEYS_WRITE,)),
         ("GET", "/keys/{key}"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
@@ -109,7 +112,7 @@ async def admit(
             require_project(principal, path["project"])
         case Where.COMMAND:
             await _check_command(principal, path["command"], project_of)
-        case Where.NOWHERE | Where.BODY | Where.SEEN:
+        case Where.NOWHERE | Where.BODY | Where.COMMAND_IN_BODY | Where.SEEN:
             pass
 
 

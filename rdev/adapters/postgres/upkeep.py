@@ -29,7 +29,7 @@ _KEY_MARGIN_S = 3_600
 # How long dropping a day waits for whoever reads it; the appends of today wait behind it.
 _DROP_WAIT = "100ms"
 
-_ENSURE_PARTITIONS = "select ensure_output_partitions(%s)"
+_ENSURE_PARTITIONS = "select ensure_output_partitions(%(days)s), ensure_audit_partitions(%(days)s)"
 
 # Functions of the owner's, who alone may drop a table.
 _DROP_OUTPUT = "select drop_output_day(%s)"
@@ -88,6 +88,17 @@ where ctid = any(array(
     limit %(limit)s
     for update skip locked
 ))
+"""
+
+# The oldest by their key, which is about the order of `at`: so many are looked at, however many
+# there are and however few are old.
+_FORGET_EVENTS = """
+delete from events
+where (xid, position) in (
+    select xid, position
+    from (select xid, position, at from events order by xid, position limit %(limit)s) oldest
+    where at < now() - make_interval(secs => %(older_s)s)
+)
 """
 
 # `commands_finished` serves these. Reaches are few: they are found by jumping from one to the next.
@@ -153,11 +164,13 @@ order by reach, id
 limit %(limit)s
 """
 
-# What follows for the project is `heed_kill`'s (`sql/0006_closed_projects.sql`).
+# What follows for the project is `heed_kill`'s (`sql/0012_record.sql`), in this server's name.
 _CONFIRM_KILL = """
+with named as materialized (select set_config('rdev.holder', %(holder)s, true))
 update commands
 set kill = '{"confirmed": true, "survivors": []}'
-where id = %s and kill ->> 'confirmed' = 'false'
+from named
+where id = %(id)s and kill ->> 'confirmed' = 'false'
 """
 
 _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
@@ -166,9 +179,10 @@ _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
 class PostgresUpkeep:
     """The `Upkeep` port."""
 
-    def __init__(self, *, pool: Pool) -> None:
-        """`pool` is the housekeeper's own (size 1)."""
+    def __init__(self, *, pool: Pool, holder: str) -> None:
+        """`pool` is the housekeeper's own (size 1); `holder` names this server."""
         self._pool = pool
+        self._holder = holder
 
     @asynccontextmanager
     async def store_turn(self) -> AsyncIterator["PostgresStoreDuties | None"]:
@@ -180,7 +194,9 @@ class PostgresUpkeep:
     async def place_turn(self, reach: str) -> AsyncIterator["PostgresPlaceDuties | None"]:
         """See `Upkeep.place_turn`."""
         async with self._turn(f"rdev.place {reach}") as connection:
-            yield None if connection is None else PostgresPlaceDuties(connection, reach)
+            yield (
+                None if connection is None else PostgresPlaceDuties(connection, reach, self._holder)
+            )
 
     @asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[TrioConnection[TupleRow] | None]:
@@ -214,10 +230,10 @@ class PostgresStoreDuties:
     def __init__(self, connection: TrioConnection[TupleRow]) -> None:
         self._connection = connection
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """See `StoreDuties.ensure_output_partitions`."""
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
+        """See `StoreDuties.ensure_partitions`."""
         with translate_errors():
-            await self._connection.execute(_ENSURE_PARTITIONS, (days_ahead,))
+            await self._connection.execute(_ENSURE_PARTITIONS, {"days": days_ahead})
 
     async def output_days(self) -> list[OutputDay]:
         """See `StoreDuties.output_days`."""
@@ -263,6 +279,10 @@ class PostgresStoreDuties:
         """See `StoreDuties.forget_windows`."""
         return await self._delete(_FORGET_WINDOWS, {"limit": limit})
 
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        """See `StoreDuties.forget_events`."""
+        return await self._delete(_FORGET_EVENTS, {"older_s": older_s, "limit": limit})
+
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         """See `StoreDuties.forget_commands`."""
         return await self._delete(_FORGET_COMMANDS, {"older_s": older_s, "limit": limit})
@@ -275,9 +295,10 @@ class PostgresStoreDuties:
 class PostgresPlaceDuties:
     """The `PlaceDuties` port, on the connection that has the turn."""
 
-    def __init__(self, connection: TrioConnection[TupleRow], reach: str) -> None:
+    def __init__(self, connection: TrioConnection[TupleRow], reach: str, holder: str) -> None:
         self._connection = connection
         self._reach = reach
+        self._holder = holder
 
     async def untidied(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.untidied`."""
@@ -300,7 +321,8 @@ class PostgresPlaceDuties:
     async def confirm_kill(self, command: CommandId) -> None:
         """See `PlaceDuties.confirm_kill`."""
         with translate_errors():
-            await self._connection.execute(_CONFIRM_KILL, (command_uuid(command),))
+            values = {"id": command_uuid(command), "holder": self._holder}
+            await self._connection.execute(_CONFIRM_KILL, values)
 
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.prunable`."""
