@@ -99,7 +99,7 @@ async def test_a_database_that_is_away_is_waited_for(autojump_clock, nursery):
     keeper = keeper_of(log, denials=denials)
     denials.note(DENIAL)
     await nursery.start(keeper.run)
-    await trio.sleep(5 * EVERY_S)
+    await trio.sleep(5.5 * EVERY_S)
     assert (log.denials, denials.statistics().waiting) == ([], 1)
     log.is_away = False
     await trio.sleep(EVERY_S)
@@ -113,7 +113,7 @@ async def test_a_checkpoint_is_kept_each_minute_in_which_something_was_sealed(
     log, sink = Log(unsealed=1), Sink()
     keeper = keeper_of(log, sink)
     await nursery.start(keeper.run)
-    await trio.sleep(EVERY_S)
+    await trio.sleep(EVERY_S / 2)
     assert sink.kept == [1]
     log.unsealed = 1
     await trio.sleep(CHECKPOINT_S - 3 * EVERY_S)
@@ -130,7 +130,7 @@ async def test_a_sink_that_fails_is_asked_again_and_holds_up_no_seal(autojump_cl
     log, sink = Log(unsealed=1), Sink(is_away=True)
     keeper = keeper_of(log, sink)
     await nursery.start(keeper.run)
-    await trio.sleep(3 * EVERY_S)
+    await trio.sleep(3.5 * EVERY_S)
     log.unsealed = 1
     await trio.sleep(2 * EVERY_S)
     assert (log.sealed, sink.kept) == (2, [])
