@@ -5,6 +5,7 @@ Known to `app` and `cli` alone; everyone else gets plain values.
 
 import re
 import shlex
+import ssl
 import tomllib
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
@@ -27,11 +28,14 @@ from pydantic_settings import (
 )
 
 from rdev.domain.addresses import parse_network
+from rdev.domain.deliveries import PENDING_MAX, SCHEDULE_S, parse_schedule
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
 ADMIN_KEY_CHARACTERS_MIN = 32
+# Of `RDEV_SECRET_FILE`; white space at its ends does not count.
+SECRET_BYTES_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
 _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
 _ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
@@ -107,6 +111,31 @@ def _ports(text: str) -> str:
     return text
 
 
+def _schedule(text: str) -> str:
+    parse_schedule(text)
+    return text
+
+
+def _authorities(path: Path) -> Path:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError as error:
+        raise ValueError(f"{path}: holds no certificate in PEM form") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    return path
+
+
+def _secret_file(path: Path) -> Path:
+    try:
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if len(secret.strip()) < SECRET_BYTES_MIN:
+        raise ValueError(f"{path}: must hold at least {SECRET_BYTES_MIN} bytes")
+    return path
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -123,6 +152,7 @@ class Settings(BaseSettings):
     database_pool_max: int = Field(default=12, ge=2, le=200)
     admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None
     admin_key_file: Annotated[Path, AfterValidator(_key_file)] | None = None
+    secret_file: Annotated[Path, AfterValidator(_secret_file)] | None = None
     executor: Literal["local"] = "local"
     projects_dir: Path | None = None
     claude_command: Annotated[str, AfterValidator(_words)] = "claude"
@@ -148,7 +178,13 @@ class Settings(BaseSettings):
     webhook_ports: Annotated[str, AfterValidator(_ports)] = "443,8443"
     webhook_allow_nets: Annotated[str, AfterValidator(_networks)] = ""
     webhook_deny_nets: Annotated[str, AfterValidator(_networks)] = ""
-    webhook_ca_file: Path | None = None
+    webhook_ca_file: Annotated[Path, AfterValidator(_authorities)] | None = None
+    webhook_schedule: Annotated[str, AfterValidator(_schedule)] = ",".join(
+        f"{step_s:g}" for step_s in SCHEDULE_S
+    )
+    webhook_in_flight_max: int = Field(default=512, ge=8, le=10_000)
+    webhook_pending_max: int = Field(default=PENDING_MAX, ge=1, le=10_000_000)
+    webhook_retention_days: int = Field(default=14, ge=4, le=365)
     webhook_connect_s: float = Field(default=5, gt=0, le=60)
     webhook_total_s: float = Field(default=15, gt=0, le=600)
     log_level: Literal["debug", "info", "warn", "error"] = "info"

@@ -24,6 +24,8 @@ class Identity:
     holder: str
     machine: str
     admin_key: str
+    # What keeps secrets at rest; the same for all servers of one database.
+    secret: bytes
     # Where the key was written, when this start made it.
     made_admin_key: Path | None = None
 
@@ -42,6 +44,7 @@ def open_identity(settings: Settings) -> Iterator[Identity]:
             holder=_kept(state_dir / "server-id", _new_name),
             machine=_machine(),
             admin_key=given or _long_enough(_kept(key_file, _new_admin_key), str(key_file)),
+            secret=_secret(settings, state_dir),
             made_admin_key=key_file if is_first else None,
         )
 
@@ -58,6 +61,18 @@ def _given_admin_key(settings: Settings) -> str | None:
         message = f"RDEV_ADMIN_KEY_FILE: {settings.admin_key_file}: {error.strerror}"
         raise RdevError(ErrorCode.BAD_REQUEST, message) from error
     return _long_enough(key, "RDEV_ADMIN_KEY_FILE")
+
+
+def _secret(settings: Settings, state_dir: Path) -> bytes:
+    """What `RDEV_SECRET_FILE` holds, else what the first start made. Errors: BAD_REQUEST."""
+    path = settings.secret_file
+    if path is None:
+        return _kept(state_dir / "secret", lambda: os.urandom(32).hex()).encode()
+    try:
+        return path.read_bytes().strip()
+    except OSError as error:
+        message = f"RDEV_SECRET_FILE: {path}: {error.strerror}"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
 
 
 def _long_enough(key: str, where: str) -> str:

@@ -7,9 +7,10 @@ runs what is built here.
 import os
 import pwd
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import ParamSpec
 
 import uuid_utils.compat
 
@@ -26,6 +27,7 @@ from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
+from rdev.adapters.postgres.deliveries import PostgresDeliveries
 from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
@@ -38,6 +40,7 @@ from rdev.adapters.postgres.notifier import (
     PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
     STREAM_CHANNEL,
+    WEBHOOKS_CHANNEL,
     Notifier,
 )
 from rdev.adapters.postgres.output import PostgresOutput
@@ -45,13 +48,18 @@ from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
+from rdev.adapters.webhooks.dialling import tls_context
+from rdev.adapters.webhooks.sealing import AesGcmBox
+from rdev.adapters.webhooks.sender import HttpWebhookSender
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
+from rdev.domain.deliveries import parse_schedule
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
 from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import Retention
+from rdev.domain.stream import Chunk, Source
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.commands import Commands
@@ -66,9 +74,14 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
+from rdev.services.webhook_dispatcher import DispatcherLimits, WebhookDispatcher
+
+P = ParamSpec("P")
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
+# A delivery's lease outlives its attempt by so much: for storing what came of it.
+LEASE_MARGIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +94,7 @@ class Pools:
     appends: Pool
     claims: Pool
     housekeeping: Pool
+    webhooks: Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +105,7 @@ class Server:
     readiness: Readiness
     queue: CommandQueue
     http: HttpServer
+    sender: HttpWebhookSender
 
 
 def build_server(
@@ -112,13 +127,17 @@ def build_server(
         telemetry=telemetry,
     )
 
+    sender = _sender(settings)
+    dispatcher = _dispatcher(settings, identity, pools, notifier, sender, telemetry)
     fanout = Fanout(
         log=log,
         tell_replicas=notifier.stream_changed,
         buffer_bytes=settings.stream_buffer_bytes,
         drain_s=settings.grace_s * _CLOSING_SHARE,
     )
-    appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
+    appender = Appender(
+        log=log, publish=_publisher(fanout.publish, dispatcher.wake), backoff=_backoff
+    )
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
         leases=leases,
@@ -127,7 +146,7 @@ def build_server(
         log=log,
         telemetry=telemetry,
         backoff=_backoff,
-        announce=fanout.announce,
+        announce=_both(fanout.announce, dispatcher.wake),
         wake_replicas=notifier.queue_changed,
         holder=identity.holder,
         lease_s=settings.lease_s,
@@ -148,7 +167,7 @@ def build_server(
         log=log,
         gate=gate,
         fanout=fanout,
-        wake_workers=queue.wake,
+        wake_workers=_both(queue.wake, dispatcher.wake),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
@@ -160,7 +179,7 @@ def build_server(
     )
     keys, key_watch = _keys(identity, pools, notifier)
 
-    listener = _listener(pools, notifier, queue, fanout, keys, projects)
+    listener = _listener(pools, notifier, queue, fanout, keys, projects, dispatcher)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping),
         executor=executor,
@@ -212,16 +231,29 @@ def build_server(
         "keys": keys.statistics,
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
+        "webhooks": dispatcher.statistics,
+        "webhook_sender": sender.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )
     return Server(
-        subsystems=(notifier, listener, key_watch, housekeeper, fanout, poll, queue, http),
+        subsystems=(
+            notifier,
+            listener,
+            key_watch,
+            housekeeper,
+            fanout,
+            poll,
+            dispatcher,
+            queue,
+            http,
+        ),
         readiness=readiness,
         queue=queue,
         http=http,
+        sender=sender,
     )
 
 
@@ -249,6 +281,66 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
     )
 
 
+def _both(tell: Callable[P, None], wake: Callable[[], None]) -> Callable[P, None]:
+    """Tell, then wake: both are told of the same commit."""
+
+    def told(*args: P.args, **kwargs: P.kwargs) -> None:
+        tell(*args, **kwargs)
+        wake()
+
+    return told
+
+
+def _publisher(
+    publish: Callable[[Chunk], None], wake: Callable[[], None]
+) -> Callable[[Chunk], None]:
+    """Publish a chunk; one that changes a status wakes who tells of that."""
+
+    def published(chunk: Chunk) -> None:
+        publish(chunk)
+        if chunk.source is Source.LIFE:
+            wake()
+
+    return published
+
+
+def _sender(settings: Settings) -> HttpWebhookSender:
+    return HttpWebhookSender(
+        rules=settings.webhook_rules,
+        tls=tls_context(settings.webhook_ca_file),
+        connect_s=settings.webhook_connect_s,
+        total_s=settings.webhook_total_s,
+    )
+
+
+def _dispatcher(
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    notifier: Notifier,
+    sender: HttpWebhookSender,
+    telemetry: PrometheusTelemetry,
+) -> WebhookDispatcher:
+    """Who sends what is owed to webhook endpoints."""
+    return WebhookDispatcher(
+        queue=PostgresDeliveries(
+            pool=pools.webhooks, lease_s=settings.webhook_total_s + LEASE_MARGIN_S
+        ),
+        sender=sender,
+        box=AesGcmBox(identity.secret),
+        telemetry=telemetry,
+        backoff=_backoff,
+        now=_now,
+        wake_replicas=notifier.webhooks_changed,
+        holder=identity.holder,
+        limits=DispatcherLimits(
+            in_flight_max=settings.webhook_in_flight_max,
+            schedule_s=parse_schedule(settings.webhook_schedule),
+            pending_max=settings.webhook_pending_max,
+        ),
+    )
+
+
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
     """Who may come in, and who must leave."""
     store = PostgresKeys(pool=pools.requests)
@@ -273,6 +365,7 @@ def _listener(
     fanout: Fanout,
     keys: Keys,
     projects: Projects,
+    dispatcher: WebhookDispatcher,
 ) -> Listener:
     """What the other servers tell, and who heeds it."""
 
@@ -286,6 +379,7 @@ def _listener(
         fanout.wake_all()
         keys.flush()
         projects.flush()
+        dispatcher.endpoints_changed()
 
     return Listener(
         pools.settings,
@@ -295,6 +389,7 @@ def _listener(
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
+            WEBHOOKS_CHANNEL: notifier.heard_ids(lambda _: dispatcher.endpoints_changed()),
         },
         on_connect=look_again,
     )
