@@ -24,10 +24,12 @@ from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.http.webhooks import delivery_routes, webhook_routes
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.deliveries import PostgresDeliveries
+from rdev.adapters.postgres.delivery_log import PostgresDeliveryLog
 from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
@@ -47,6 +49,7 @@ from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.postgres.webhooks import PostgresWebhooks
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.adapters.webhooks.dialling import tls_context
 from rdev.adapters.webhooks.sealing import AesGcmBox
@@ -75,6 +78,7 @@ from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
 from rdev.services.webhook_dispatcher import DispatcherLimits, WebhookDispatcher
+from rdev.services.webhooks import Webhooks
 
 P = ParamSpec("P")
 
@@ -178,6 +182,7 @@ def build_server(
         tell_replicas=notifier.project_changed,
     )
     keys, key_watch = _keys(identity, pools, notifier)
+    webhooks = _webhooks(settings, identity, pools, notifier, dispatcher)
 
     listener = _listener(pools, notifier, queue, fanout, keys, projects, dispatcher)
     housekeeper = Housekeeper(
@@ -198,6 +203,8 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            webhook_routes(webhooks),
+            delivery_routes(webhooks),
         ],
         plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
         authenticate=keys.authenticate,
@@ -302,6 +309,30 @@ def _publisher(
             wake()
 
     return published
+
+
+def _webhooks(
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    notifier: Notifier,
+    dispatcher: WebhookDispatcher,
+) -> Webhooks:
+    """Endpoints and the log of their deliveries."""
+
+    def changed() -> None:
+        dispatcher.endpoints_changed()
+        notifier.webhooks_changed()
+
+    return Webhooks(
+        store=PostgresWebhooks(pool=pools.requests),
+        log=PostgresDeliveryLog(pool=pools.requests),
+        box=AesGcmBox(identity.secret),
+        rules=settings.webhook_rules,
+        changed=changed,
+        new_uuid=uuid_utils.compat.uuid7,
+        random_bytes=os.urandom,
+    )
 
 
 def _sender(settings: Settings) -> HttpWebhookSender:

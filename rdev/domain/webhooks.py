@@ -4,6 +4,7 @@ An endpoint speaks for a key, its owner: it is told only of projects that this k
 nothing once the key is revoked or has expired. Whoever enables an endpoint becomes its owner.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -40,6 +41,9 @@ class EventType(StrEnum):
     PROJECT_STATUS = "project.status"
     ENDPOINT_DISABLED = "endpoint.disabled"
     PING = "ping"
+
+
+_ABOUT_ENDPOINTS = frozenset({EventType.ENDPOINT_DISABLED, EventType.PING})
 
 
 class DisabledReason(StrEnum):
@@ -135,12 +139,16 @@ def is_visible(holder: Grant, project_ids: frozenset[ProjectId] | None) -> bool:
     return project_ids is not None and project_ids <= holder.project_ids
 
 
-def projects_for(holder: Grant, wanted: frozenset[ProjectId] | None) -> frozenset[ProjectId] | None:
+def projects_for(
+    holder: Grant, wanted: frozenset[ProjectId] | None, events: Collection[EventType]
+) -> frozenset[ProjectId] | None:
     """Of which projects an endpoint of this key is told: those it wants, or all the key sees.
 
-    Errors: FORBIDDEN for a key that may not read commands, or projects that it does not see.
+    Errors: FORBIDDEN for projects that the key does not see, and for events of commands and
+    projects where it may not read those.
     """
-    if not (holder.may(Scope.PROJECTS_READ) or holder.may(Scope.PROJECTS_EXECUTE)):
+    may_read = holder.may(Scope.PROJECTS_READ) or holder.may(Scope.PROJECTS_EXECUTE)
+    if not may_read and not _ABOUT_ENDPOINTS.issuperset(events):
         message = "a key that may not read commands cannot be told of them"
         raise RdevError(ErrorCode.FORBIDDEN, message, details={"scope": Scope.PROJECTS_READ.value})
     if wanted is None:
