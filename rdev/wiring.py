@@ -189,7 +189,11 @@ def build_server(
         upkeep=PostgresUpkeep(pool=pools.housekeeping),
         executor=executor,
         telemetry=telemetry,
-        retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        retention=Retention(
+            days=settings.retention_days,
+            log_max_bytes=settings.log_max_bytes,
+            delivery_days=settings.webhook_retention_days,
+        ),
         backoff=_backoff,
     )
 

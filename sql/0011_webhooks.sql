@@ -101,6 +101,13 @@ create table delivery_attempts (
     primary key (delivery_id, number)
 );
 
+-- No UUIDv7 that was made then or later is less.
+create function first_uuid7(at timestamptz) returns uuid
+language sql immutable strict parallel safe as $$
+    select (encode(substring(int8send((extract(epoch from at) * 1000)::bigint) from 3), 'hex')
+            || repeat('0', 20))::uuid
+$$;
+
 -- What a receiver reads. Source: Standard Webhooks 1.0.0; the HTTP contract.
 create function webhook_payload(type text, at timestamptz, data jsonb) returns text
 language sql stable parallel safe as $$
@@ -310,6 +317,7 @@ drop function owe_message;
 drop function owe_deliveries;
 drop function is_owner_good;
 drop function webhook_payload;
+drop function first_uuid7;
 drop table delivery_attempts;
 drop table deliveries;
 drop sequence delivery_lease_ids;

@@ -9,6 +9,7 @@ to the one that has it. Of the store:
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
+| deliveries of webhooks | `retention.delivery_days` | ≤ 1,000 rows, ≤ 100 ms | deliveries |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -115,6 +116,10 @@ class Housekeeper:
         await self._drop_output(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
         await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
+        deliveries_s = self._retention.delivery_days * DAY_S
+        await self._in_batches(
+            "deliveries", lambda rows: store.forget_deliveries(older_s=deliveries_s, limit=rows)
+        )
         older_s = (self._retention.days + 2) * DAY_S
         await self._in_batches(
             "commands", lambda rows: store.forget_commands(older_s=older_s, limit=rows)

@@ -59,7 +59,7 @@ SETTLE_MAX = 200
 # How slow a receiver may be, the sender's timeout says.
 BREAKER = BreakerSettings(
     window_s=60,
-    calls_min=5,
+    calls_min=3,
     failure_rate=0.8,
     slow_rate=1.1,
     open_first_s=2.0,
@@ -218,8 +218,10 @@ class WebhookDispatcher:
         self._interrupted += found.interrupted
         if found.ended:
             _log.warning("webhooks of ended keys disabled", extra={"count": found.ended})
+        used = {owed.webhook for owed in self._in_flight.values()}
         for webhook in [one for one, breaker in self._breakers.items() if breaker.is_at_rest]:
-            del self._breakers[webhook]
+            if webhook not in used:
+                del self._breakers[webhook]
 
     async def settle_once(self) -> None:
         """Store what has ended, as one statement. Errors: SERVICE_UNAVAILABLE; nothing is lost."""

@@ -92,6 +92,10 @@ class FakeUpkeep:
         self.idle_windows -= done
         return done
 
+    async def forget_deliveries(self, *, older_s: float, limit: int) -> int:
+        await self._state.step()
+        return 0
+
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         await self._state.step()
         old = [row for row in _ended(self._state, older_s) if not is_unkilled(row)][:limit]

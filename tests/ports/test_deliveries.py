@@ -6,6 +6,7 @@ from uuid import UUID
 import pytest
 import uuid_utils.compat
 
+from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
     DeadReason,
@@ -46,12 +47,14 @@ async def test_without_an_enabled_endpoint_nothing_is_owed(hooks: Hooks) -> None
 
 async def test_what_is_rolled_back_is_not_owed(hooks: Hooks, pools: Pools) -> None:
     webhook = await hooks.endpoint()
-    async with pools.requests.connection() as connection:
-        async with connection.transaction(force_rollback=True):
-            await connection.execute(
-                "insert into events (xid, type, project, status)"
-                " values (pg_current_xact_id(), 'project.status', 'demo', 'ready')"
-            )
+    async with (
+        pools.requests.connection() as connection,
+        connection.transaction(force_rollback=True),
+    ):
+        await connection.execute(
+            "insert into events (xid, type, project, status)"
+            " values (pg_current_xact_id(), 'project.status', 'demo', 'ready')"
+        )
     assert await hooks.deliveries(webhook) == []
 
 
@@ -403,3 +406,24 @@ async def test_a_deleted_endpoint_is_sent_nothing(hooks: Hooks) -> None:
 def _gone(owed: Owed) -> Settled:
     verdict = Verdict(status=DeliveryStatus.DEAD, reason=DeadReason.GONE)
     return Settled(owed=owed, verdict=verdict, outcome=outcome(410))
+
+
+async def test_old_deliveries_go_with_their_attempts_and_messages(
+    hooks: Hooks, pools: Pools
+) -> None:
+    webhook = await hooks.endpoint()
+    await hooks.happen("command.queued", "command.started")
+    (owed,) = await hooks.claim()
+    await hooks.queue.settle([accepted(owed)])
+    counts = "select (select count(*) from deliveries), (select count(*) from delivery_attempts)"
+    counts += ", (select count(*) from webhook_messages)"
+    upkeep = PostgresUpkeep(pool=pools.housekeeping)
+    async with upkeep.store_turn() as store, pools.requests.connection() as connection:
+        assert store is not None
+        assert await store.forget_deliveries(older_s=60, limit=10) == 0
+        # So old that everything was made before.
+        assert await store.forget_deliveries(older_s=-60, limit=1) == 1
+        assert await store.forget_deliveries(older_s=-60, limit=10) == 1
+        assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 2
+        assert await (await connection.execute(counts)).fetchone() == (0, 0, 0)
+    assert await hooks.deliveries(webhook) == []
