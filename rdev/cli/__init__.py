@@ -18,6 +18,7 @@ _COMMANDS = {
     "projects": "projects",
     "queue": "queue",
     "keys": "keys",
+    "webhooks": "webhooks",
     "demo": "demo",
     "config": "config",
     "version": "version",

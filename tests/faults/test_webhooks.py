@@ -138,8 +138,9 @@ async def test_kills_lose_no_event_and_every_repeat_has_the_same_id(
     each = events // (kills + 1)
 
     for round_ in range(kills + 1):
-        for first in range(round_ * each, (round_ + 1) * each, BATCH):
-            last = min(first + BATCH, (round_ + 1) * each) - 1
+        end = events if round_ == kills else (round_ + 1) * each
+        for first in range(round_ * each, end, BATCH):
+            last = min(first + BATCH, end) - 1
             committed.update(await trio.to_thread.run_sync(commit, server, first, last))
         if round_ == kills:
             break
