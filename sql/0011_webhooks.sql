@@ -232,6 +232,8 @@ declare
     began integer;
     taken integer := 0;
     are_trusted boolean;
+    -- a value and no call, which no index could be asked for
+    now_at timestamptz;
 begin
     foreach are_trusted in array array[true, false] loop
         limit_now := max_deliveries - taken;
@@ -239,6 +241,7 @@ begin
             limit_now := least(limit_now, max_untrusted);
         end if;
         continue when limit_now <= 0;
+        now_at := clock_timestamp();
         select coalesce(array_agg(f.webhook_id order by f.waits), '{}') into found_lanes
         from (
             select l.webhook_id, greatest(h.since, l.served_at) as waits
@@ -247,11 +250,11 @@ begin
                 select greatest(d.due, d.created_at) as since
                 from deliveries d
                 where d.webhook_id = l.webhook_id and d.status = 'pending'
-                  and d.due <= clock_timestamp()
+                  and d.due <= now_at
                 order by d.due, d.position
                 limit 1
             ) h
-            where l.is_open and l.held_until <= clock_timestamp()
+            where l.is_open and l.held_until <= now_at
               and l.is_trusted = are_trusted
               and case when are_trusted then l.cap else 1 end
                   > (select count(*) from deliveries r
@@ -268,7 +271,7 @@ begin
             lease_until = clock_timestamp() + make_interval(secs => lease_s)
         from (
             select h.id, w.is_ordered, w.url, m.payload, w.secret,
-                   case when w.previous_until > clock_timestamp() then w.previous_secret end
+                   case when w.previous_until > now_at then w.previous_secret end
                        as previous_secret,
                    h.project is null
                    or (w.project_ids is null or h.project = any(w.project_ids))
@@ -281,7 +284,7 @@ begin
                 select d.id, d.event_id, d.project
                 from deliveries d
                 where d.webhook_id = f.webhook_id and d.status = 'pending'
-                  and d.due <= clock_timestamp()
+                  and d.due <= now_at
                 order by d.due, d.position
                 limit greatest(0, case when are_trusted then l.cap else 1 end
                     - (select count(*) from deliveries r
@@ -290,11 +293,12 @@ begin
             join webhook_messages m on m.id = h.event_id
             where w.owner is null
                or k.revoked_at is null
-                  and (k.expires_at is null or k.expires_at > clock_timestamp())
+                  and (k.expires_at is null or k.expires_at > now_at)
             order by f.number
             limit limit_now
         ) heads
-        where d.id = heads.id and d.status = 'pending'
+        -- (By the primary key, whatever the planner thinks of the table.)
+        where d.id = heads.id and d.status || '' = 'pending'
         returning d.id, d.lease_id, d.webhook_id, d.event_id, d.attempt, d.failures,
                   heads.is_ordered, are_trusted, heads.is_allowed, heads.url, heads.payload, heads.secret,
                   heads.previous_secret;
