@@ -30,12 +30,11 @@ from pydantic_settings import (
 from rdev.domain.addresses import parse_network
 from rdev.domain.deliveries import PENDING_MAX, SCHEDULE_S, parse_schedule
 from rdev.domain.limiter import parse_rate_limit
+from rdev.domain.purposes import SECRET_BYTES
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
 ADMIN_KEY_CHARACTERS_MIN = 32
-# Of `RDEV_SECRET_FILE`; white space at its ends does not count.
-SECRET_BYTES_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
 _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
 _ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
@@ -65,6 +64,17 @@ def _key_file(path: Path) -> Path:
         raise ValueError(f"{path}: {error.strerror}") from error
     if len(text.strip()) < ADMIN_KEY_CHARACTERS_MIN:
         raise ValueError(f"{path}: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters")
+    return path
+
+
+def _secret_file(path: Path) -> Path:
+    try:
+        with path.open("rb") as file:
+            size_bytes = len(file.read(SECRET_BYTES))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if size_bytes < SECRET_BYTES:
+        raise ValueError(f"{path}: must hold at least {SECRET_BYTES} bytes")
     return path
 
 
@@ -126,16 +136,6 @@ def _authorities(path: Path) -> Path:
     return path
 
 
-def _secret_file(path: Path) -> Path:
-    try:
-        secret = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if len(secret.strip()) < SECRET_BYTES_MIN:
-        raise ValueError(f"{path}: must hold at least {SECRET_BYTES_MIN} bytes")
-    return path
-
-
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -163,6 +163,8 @@ class Settings(BaseSettings):
     queue_project_max: int = Field(default=10_000, ge=1, le=10_000_000)
     queue_max: int = Field(default=100_000, ge=1, le=10_000_000)
     retention_days: int = Field(default=7, ge=1, le=3_650)
+    audit_retention_days: int = Field(default=400, ge=1, le=36_500)
+    audit_checkpoint: str | None = None
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)

@@ -10,27 +10,34 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import ParamSpec
+from pathlib import Path
 
 import uuid_utils.compat
 
+from rdev.adapters.checkpoints.lines import Signer
+from rdev.adapters.checkpoints.sinks import FileSink, UrlSink
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
+from rdev.adapters.http.audit import audit_routes
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.feed import Feeds
+from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.http.tickets import ticket_routes
 from rdev.adapters.http.webhooks import delivery_routes, webhook_routes
+from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
-from rdev.adapters.postgres.deliveries import PostgresDeliveries
-from rdev.adapters.postgres.delivery_log import PostgresDeliveryLog
 from rdev.adapters.postgres.depths import PostgresDepths
+from rdev.adapters.postgres.feed import PostgresFeed
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
@@ -38,6 +45,7 @@ from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.notifier import (
     CANCEL_CHANNEL,
+    FEED_CHANNEL,
     KEYS_CHANNEL,
     PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
@@ -49,24 +57,25 @@ from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
-from rdev.adapters.postgres.webhooks import PostgresWebhooks
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
-from rdev.adapters.webhooks.dialling import tls_context
-from rdev.adapters.webhooks.sealing import AesGcmBox
-from rdev.adapters.webhooks.sender import HttpWebhookSender
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
-from rdev.domain.deliveries import parse_schedule
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
 from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
+from rdev.domain.lanes import Lane
 from rdev.domain.limiter import parse_rate_limit
-from rdev.domain.retention import Retention
-from rdev.domain.stream import Chunk, Source
+from rdev.domain.retention import FEED_KEPT_S, Retention
+from rdev.domain.tickets import Seals
 from rdev.identity import Identity
+from rdev.ports.audit import CheckpointSink
 from rdev.services.appender import Appender
+from rdev.services.audit import AuditKeeper
+from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.denials import Denials
 from rdev.services.depths import QueueGate
+from rdev.services.feed import Feed
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
@@ -77,15 +86,12 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
-from rdev.services.webhook_dispatcher import DispatcherLimits, WebhookDispatcher
-from rdev.services.webhooks import Webhooks
-
-P = ParamSpec("P")
+from rdev.services.tickets import Tickets
+from rdev.services.webhook_dispatcher import WebhookDispatcher
+from rdev.webhook_wiring import WebhookNeeds, WebhookParts, build_webhooks
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
-# A delivery's lease outlives its attempt by so much: for storing what came of it.
-LEASE_MARGIN_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +115,7 @@ class Server:
     readiness: Readiness
     queue: CommandQueue
     http: HttpServer
-    sender: HttpWebhookSender
+    close: Callable[[], None]
 
 
 def build_server(
@@ -131,17 +137,20 @@ def build_server(
         telemetry=telemetry,
     )
 
-    sender = _sender(settings)
-    dispatcher = _dispatcher(settings, identity, pools, notifier, sender, telemetry)
-    fanout = Fanout(
-        log=log,
-        tell_replicas=notifier.stream_changed,
-        buffer_bytes=settings.stream_buffer_bytes,
-        drain_s=settings.grace_s * _CLOSING_SHARE,
+    hooks = build_webhooks(
+        settings,
+        identity,
+        WebhookNeeds(
+            requests=pools.requests,
+            deliveries=pools.webhooks,
+            notifier=notifier,
+            telemetry=telemetry,
+            backoff=_backoff,
+            now=_now,
+        ),
     )
-    appender = Appender(
-        log=log, publish=_publisher(fanout.publish, dispatcher.wake), backoff=_backoff
-    )
+    feed, fanout = _streams(settings, pools, log, notifier, hooks.dispatcher)
+    appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
         leases=leases,
@@ -150,11 +159,12 @@ def build_server(
         log=log,
         telemetry=telemetry,
         backoff=_backoff,
-        announce=_both(fanout.announce, dispatcher.wake),
+        announce=fanout.announce,
         wake_replicas=notifier.queue_changed,
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,
+        left_alone=executor.left_alone,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -171,7 +181,7 @@ def build_server(
         log=log,
         gate=gate,
         fanout=fanout,
-        wake_workers=_both(queue.wake, dispatcher.wake),
+        wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
@@ -182,11 +192,14 @@ def build_server(
         tell_replicas=notifier.project_changed,
     )
     keys, key_watch = _keys(identity, pools, notifier)
-    webhooks = _webhooks(settings, identity, pools, notifier, dispatcher)
+    seals = Seals(identity.secret)
+    tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
-    listener = _listener(pools, notifier, queue, fanout, keys, projects, dispatcher)
+    audit, denials, audit_keeper = _audit(settings, identity, pools)
+
+    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects, hooks)
     housekeeper = Housekeeper(
-        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
         telemetry=telemetry,
         retention=Retention(
@@ -194,6 +207,7 @@ def build_server(
             log_max_bytes=settings.log_max_bytes,
             delivery_days=settings.webhook_retention_days,
         ),
+        audit_days=settings.audit_retention_days,
         backoff=_backoff,
     )
 
@@ -207,10 +221,12 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
-            webhook_routes(webhooks),
-            delivery_routes(webhooks),
+            webhook_routes(hooks.webhooks),
+            delivery_routes(hooks.webhooks),
+            audit_routes(audit, AuditVerifier(chain=audit)),
+            ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
+        plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
@@ -223,6 +239,8 @@ def build_server(
             body_bytes=settings.body_max_bytes,
         ),
         rate_limits=_rate_limits(settings, pools, telemetry),
+        denied=denials.note,
+        check_ticket=tickets.check,
     )
     http = HttpServer(
         app=app,
@@ -235,6 +253,7 @@ def build_server(
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
+        "feed": feed.statistics,
         "pool": pools.requests.statistics,
         "listener": listener.statistics,
         "notifier": notifier.statistics,
@@ -242,8 +261,9 @@ def build_server(
         "keys": keys.statistics,
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
-        "webhooks": dispatcher.statistics,
-        "webhook_sender": sender.statistics,
+        "audit": audit_keeper.statistics,
+        "webhooks": hooks.dispatcher.statistics,
+        "webhook_sender": hooks.sender.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
@@ -255,17 +275,75 @@ def build_server(
             listener,
             key_watch,
             housekeeper,
+            audit_keeper,
             fanout,
+            feed,
             poll,
-            dispatcher,
+            hooks.dispatcher,
             queue,
             http,
         ),
         readiness=readiness,
         queue=queue,
         http=http,
-        sender=sender,
+        close=hooks.sender.close,
     )
+
+
+def _lane_changed(
+    queue: CommandQueue, feed: Feed, dispatcher: WebhookDispatcher
+) -> Callable[[Lane], None]:
+    """Whoever heeds that a command was queued, or left the queue, here."""
+
+    def changed(lane: Lane) -> None:
+        queue.wake(lane)
+        feed.changed()
+        dispatcher.wake()
+
+    return changed
+
+
+def _event_streams(
+    commands: Commands,
+    fanout: Fanout,
+    feed: Feed,
+    projects: Projects,
+    key_watch: KeyWatch,
+    telemetry: PrometheusTelemetry,
+) -> list[PlainRoute]:
+    """The streams of single commands, and the feeds."""
+    followers = Followers(key_watch.watch, telemetry)
+    feeds = Feeds(feed, followers, projects.check_known)
+    return stream_routes(commands, fanout, feeds, followers)
+
+
+def _streams(
+    settings: Settings,
+    pools: Pools,
+    log: PostgresOutput,
+    notifier: Notifier,
+    dispatcher: WebhookDispatcher,
+) -> tuple[Feed, Fanout]:
+    """Whoever watches: the life of all commands, and each command's own stream."""
+    feed = Feed(
+        log=PostgresFeed(pool=pools.requests, kept_s=FEED_KEPT_S),
+        tell_replicas=notifier.feed_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+
+    def status_changed() -> None:
+        feed.changed()
+        dispatcher.wake()
+
+    fanout = Fanout(
+        log=log,
+        tell_replicas=notifier.stream_changed,
+        status_changed=status_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+    return feed, fanout
 
 
 def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
@@ -292,94 +370,10 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
     )
 
 
-def _both(tell: Callable[P, None], wake: Callable[[], None]) -> Callable[P, None]:
-    """Tell, then wake: both are told of the same commit."""
-
-    def told(*args: P.args, **kwargs: P.kwargs) -> None:
-        tell(*args, **kwargs)
-        wake()
-
-    return told
-
-
-def _publisher(
-    publish: Callable[[Chunk], None], wake: Callable[[], None]
-) -> Callable[[Chunk], None]:
-    """Publish a chunk; one that changes a status wakes who tells of that."""
-
-    def published(chunk: Chunk) -> None:
-        publish(chunk)
-        if chunk.source is Source.LIFE:
-            wake()
-
-    return published
-
-
-def _webhooks(
-    settings: Settings,
-    identity: Identity,
-    pools: Pools,
-    notifier: Notifier,
-    dispatcher: WebhookDispatcher,
-) -> Webhooks:
-    """Endpoints and the log of their deliveries."""
-
-    def changed() -> None:
-        dispatcher.endpoints_changed()
-        notifier.webhooks_changed()
-
-    return Webhooks(
-        store=PostgresWebhooks(pool=pools.requests),
-        log=PostgresDeliveryLog(pool=pools.requests),
-        box=AesGcmBox(identity.secret),
-        rules=settings.webhook_rules,
-        changed=changed,
-        new_uuid=uuid_utils.compat.uuid7,
-        random_bytes=os.urandom,
-    )
-
-
-def _sender(settings: Settings) -> HttpWebhookSender:
-    return HttpWebhookSender(
-        rules=settings.webhook_rules,
-        tls=tls_context(settings.webhook_ca_file),
-        connect_s=settings.webhook_connect_s,
-        total_s=settings.webhook_total_s,
-    )
-
-
-def _dispatcher(
-    settings: Settings,
-    identity: Identity,
-    pools: Pools,
-    notifier: Notifier,
-    sender: HttpWebhookSender,
-    telemetry: PrometheusTelemetry,
-) -> WebhookDispatcher:
-    """Who sends what is owed to webhook endpoints."""
-    return WebhookDispatcher(
-        queue=PostgresDeliveries(
-            pool=pools.webhooks, lease_s=settings.webhook_total_s + LEASE_MARGIN_S
-        ),
-        sender=sender,
-        box=AesGcmBox(identity.secret),
-        telemetry=telemetry,
-        backoff=_backoff,
-        now=_now,
-        wake_replicas=notifier.webhooks_changed,
-        holder=identity.holder,
-        limits=DispatcherLimits(
-            in_flight_max=settings.webhook_in_flight_max,
-            schedule_s=parse_schedule(settings.webhook_schedule),
-            pending_max=settings.webhook_pending_max,
-        ),
-    )
-
-
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
     """Who may come in, and who must leave."""
     store = PostgresKeys(pool=pools.requests)
-    watch = KeyWatch(store=store)
+    watch = KeyWatch(store=store, now=_now)
     keys = Keys(
         store=store,
         admin_key=identity.admin_key,
@@ -393,14 +387,40 @@ def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, K
     return keys, watch
 
 
+def _audit(
+    settings: Settings, identity: Identity, pools: Pools
+) -> tuple[PostgresAudit, Denials, AuditKeeper]:
+    """The record of who did what, and what keeps it."""
+    audit = PostgresAudit(pool=pools.requests)
+    denials = Denials()
+    keeper = AuditKeeper(
+        log=audit, denials=denials, sink=_checkpoints(settings, identity), now=_now
+    )
+    return audit, denials, keeper
+
+
+def _checkpoints(settings: Settings, identity: Identity) -> CheckpointSink | None:
+    """Where the chain's checkpoints go: in the state folder when the database is there too."""
+    signer = Signer(identity.secret, server=identity.holder)
+    place = settings.audit_checkpoint
+    if place is not None and place.startswith(("http://", "https://")):
+        return UrlSink(place, signer=signer)
+    if place is not None:
+        return FileSink(Path(place), signer=signer)
+    if settings.is_embedded:
+        return FileSink(settings.state_dir / "audit-checkpoints", signer=signer)
+    return None
+
+
 def _listener(
     pools: Pools,
     notifier: Notifier,
     queue: CommandQueue,
     fanout: Fanout,
+    feed: Feed,
     keys: Keys,
     projects: Projects,
-    dispatcher: WebhookDispatcher,
+    hooks: WebhookParts,
 ) -> Listener:
     """What the other servers tell, and who heeds it."""
 
@@ -412,9 +432,10 @@ def _listener(
         """Notifications may have been missed."""
         queue.wake()
         fanout.wake_all()
+        feed.wake()
         keys.flush()
         projects.flush()
-        dispatcher.endpoints_changed()
+        hooks.dispatcher.endpoints_changed()
 
     return Listener(
         pools.settings,
@@ -422,9 +443,10 @@ def _listener(
             QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
             CANCEL_CHANNEL: notifier.heard(cancel_each),
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
+            FEED_CHANNEL: notifier.heard_ids(lambda _: feed.wake()),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
-            WEBHOOKS_CHANNEL: notifier.heard_ids(lambda _: dispatcher.endpoints_changed()),
+            WEBHOOKS_CHANNEL: notifier.heard_ids(lambda _: hooks.dispatcher.endpoints_changed()),
         },
         on_connect=look_again,
     )

@@ -1,21 +1,26 @@
-"""One reader of one command's stream: where it stands, and how it is given what comes next.
+"""One reader of one stream (a command's, or a feed): where it stands, and how it is given what
+comes next. `Key` names a stream; its positions are numbers that grow.
 
 A reader takes by itself (`receive`); while it waits there, it may let the hub write straight to its
 client (`offer`). Either way its position is the guard: nothing twice, nothing left out. It holds no
 events: what it has not taken yet is in the stream's tail, or in the log.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from rdev.domain.ids import CommandId
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_tail import Frames, Tail
 
 HEARTBEAT_S = 15.0
+# So many streams are closed at once; with more, their clients come back over a while.
+CLOSE_AT_ONCE = 100
+
+Key = TypeVar("Key", bound=Hashable)
 
 # Writes frames to the client as far as it takes them at once and keeps the rest; says whether
 # everything left. Never waits.
@@ -33,13 +38,13 @@ class Signal(StrEnum):
     END = "end"
 
 
-class Topic:
+class Topic(Generic[Key]):
     """One stream that is watched here: its newest events and its readers."""
 
     __slots__ = (
-        "command",
         "is_looking",
         "is_stale",
+        "key",
         "looked_at_s",
         "readers",
         "tail",
@@ -48,12 +53,12 @@ class Topic:
         "written_at_s",
     )
 
-    def __init__(self, command: CommandId, *, limit_bytes: int) -> None:
-        self.command = command
+    def __init__(self, key: Key, *, limit_bytes: int) -> None:
+        self.key = key
         self.tail = Tail(limit_bytes=limit_bytes)
-        self.readers: set[Subscription] = set()
+        self.readers: set[Subscription[Key]] = set()
         # Those that are inside `receive` and wait.
-        self.waiting: dict[Subscription, None] = {}
+        self.waiting: dict[Subscription[Key], None] = {}
         # The log may hold more than the tail: somebody else appended.
         self.is_stale = self.is_looking = False
         self.looked_at_s = self.written_at_s = float("-inf")
@@ -65,24 +70,24 @@ class Topic:
         self.tail.forget(min(behind, default=self.tail.last_seq))
 
 
-class Hub(Protocol):
+class Hub(Protocol[Key]):
     """What a reader needs of the hub."""
 
-    pages: Pages
+    pages: Pages[Key]
     draining: bool
     fell_back: int
 
-    def mark(self, topic: Topic) -> None:
+    def mark(self, topic: Topic[Key]) -> None:
         """The topic has something for its readers. Never waits."""
         ...
 
-    async def look(self, topic: Topic) -> None:
+    async def look(self, topic: Topic[Key]) -> None:
         """Bring into the tail what somebody else appended, unless the hub's loop does."""
         ...
 
 
-class Subscription:
-    """A reader. `position` is the last event it was given. Made by `Fanout.subscribe`."""
+class Subscription(Generic[Key]):
+    """A reader. `position` is the last event it was given. Made by `Fanout` and `Feed`."""
 
     __slots__ = (
         "_hub",
@@ -92,18 +97,20 @@ class Subscription:
         "_log_end",
         "_news",
         "_offer",
+        "_reached",
         "position",
         "replays",
         "topic",
     )
 
-    def __init__(self, topic: Topic, hub: Hub, *, after: int) -> None:
+    def __init__(self, topic: Topic[Key], hub: Hub[Key], *, after: int) -> None:
         self.topic = topic
         self.position = after
         # Whether the log may hold events that the tail does not: at first, and after a hole.
         self.replays = True
         self._hub = hub
         self._log_end: int | None = None
+        self._reached = after
         self._news = trio.Event()
         self._offer: Offer | None = None
         self._is_blocked = self._is_ended = False
@@ -116,7 +123,8 @@ class Subscription:
         of silence. With `offer` the hub writes by itself while nothing else is to be done;
         BLOCKED then says that the client did not take everything: what `offer` kept must leave
         before anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume
-        later). Cancellation: nothing is lost; the position is that of the last frames given.
+        later), GONE when what comes next was pruned meanwhile. Cancellation: nothing is lost; the
+        position is that of the last frames given.
         """
         while True:
             signal = self._signal()
@@ -135,6 +143,10 @@ class Subscription:
                 continue
             if not await self._wait(offer):
                 return Signal.HEARTBEAT
+
+    def log_reaches(self, last_seq: int) -> None:
+        """The log has had all events up to there: where it has them no more, they were pruned."""
+        self._reached = max(self._reached, last_seq)
 
     def log_ends(self, last_seq: int) -> None:
         """The log was seen to end there after this reader had subscribed; saves a look at it."""
@@ -192,8 +204,12 @@ class Subscription:
 
     async def _from_log(self) -> Frames | None:
         """One page of the log. What is published meanwhile is kept in the tail."""
-        page = await self._hub.pages.after(self.topic.command, self.position)
+        reached = max(self._reached, self.topic.tail.last_seq)
+        page = await self._hub.pages.after(self.topic.key, self.position)
         if page is None:
+            if self.position < reached:
+                message = f"the events after {self.position} are no longer stored"
+                raise RdevError(ErrorCode.GONE, message)
             self._catch_up()
         return page
 
@@ -248,3 +264,12 @@ class Subscription:
             topic.is_stale = True
             self._hub.mark(topic)
         return False
+
+
+async def dismiss_each(readers: Sequence[Subscription[Key]], *, over_s: float) -> None:
+    """Ask them all to go: a hundred at once, the others evenly over the time given."""
+    pause_s = over_s / max(1, len(readers) - CLOSE_AT_ONCE)
+    for number, reader in enumerate(readers):
+        if number >= CLOSE_AT_ONCE:
+            await trio.sleep(pause_s)
+        reader.dismiss()

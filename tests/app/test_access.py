@@ -88,6 +88,8 @@ class Stage:
         body = BODIES.get(route)
         if route == ("POST", "/projects"):
             body = {"id": project}
+        if route == ("POST", "/stream-tokens"):
+            body = {"stream_id": self.commands[project]}
         headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": ip}
         return await self.api.http.request(method, path, json=body, headers=headers)
 
@@ -116,6 +118,7 @@ WRONG_PROJECT = {
     Where.PATH: "FORBIDDEN",
     Where.BODY: "FORBIDDEN",
     Where.COMMAND: "NOT_FOUND",
+    Where.COMMAND_IN_BODY: "NOT_FOUND",
 }
 WARDS = ("key", "webhook", "delivery")
 # What a key of another project says nothing about.

@@ -300,3 +300,20 @@ async def test_a_deleted_endpoint_is_gone(
         answer: httpx2.Response = await api.http.delete(path)
         assert answer.status_code == expected
     assert (await api.get(path)).status_code == 404
+
+
+async def test_the_life_of_a_command_is_told_in_sequence(
+    api: Api, sink_of: Callable[..., Awaitable[Sink]]
+) -> None:
+    sink = await sink_of()
+    types = ["command.queued", "command.started", "command.completed", "command.failed"]
+    await make(api, sink, events=types, ordered=True)
+    command = await api.run("exit 3")
+    await sink.received(3)
+    bodies = sink.bodies()
+    assert [body["type"] for body in bodies] == [types[0], types[1], types[3]]
+    data = [body["data"] for body in bodies]
+    assert {one["command_id"] for one in data} == {command["id"]}
+    assert [one["sequence"] for one in data] == sorted(one["sequence"] for one in data)
+    assert (data[2]["exit_code"], data[2]["status"], data[2]["type"]) == (3, "failed", "shell")
+    print(json.dumps(bodies[2], indent=1))

@@ -3,9 +3,11 @@
 import pytest
 
 from tests.faults.arena import LEASE_S
+from tests.faults.cut_reader import CutTally
 from tests.faults.ledger import Tally
 
 _SESSION = Tally()
+_CUTS = CutTally()
 
 
 @pytest.fixture
@@ -14,9 +16,19 @@ def session_tally() -> Tally:
     return _SESSION
 
 
+@pytest.fixture
+def session_cuts() -> CutTally:
+    """The same for runs that cut clients."""
+    return _CUTS
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the ledger."""
+    """Print the ledgers."""
     if _SESSION.injections:
         terminalreporter.section("the ledger of faults")
         for line in _SESSION.render(lease_s=LEASE_S):
+            terminalreporter.write_line(line)
+    if _CUTS.cuts:
+        terminalreporter.section("the ledger of cuts")
+        for line in _CUTS.render():
             terminalreporter.write_line(line)

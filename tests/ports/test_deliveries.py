@@ -417,7 +417,7 @@ async def test_old_deliveries_go_with_their_attempts_and_messages(
     await hooks.queue.settle([accepted(owed)])
     counts = "select (select count(*) from deliveries), (select count(*) from delivery_attempts)"
     counts += ", (select count(*) from webhook_messages)"
-    upkeep = PostgresUpkeep(pool=pools.housekeeping)
+    upkeep = PostgresUpkeep(pool=pools.housekeeping, holder="one")
     async with upkeep.store_turn() as store, pools.requests.connection() as connection:
         assert store is not None
         assert await store.forget_deliveries(older_s=60, limit=10) == 0

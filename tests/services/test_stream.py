@@ -15,6 +15,7 @@ from rdev.services.stream import (
     HEARTBEAT_S,
     Frames,
     Signal,
+    Subscription,
 )
 from tests.fakes.store import StoreState
 from tests.services.hub import COMMAND, OTHER, Client, Event, Hub, SlowLog, events_of, read_all
@@ -329,6 +330,35 @@ async def test_a_log_that_cannot_be_read_can_be_read_later(hub: Hub) -> None:
         item = await reader.receive()
         assert isinstance(item, Frames)
         assert events_of(item) == hub.events
+
+
+async def test_what_is_pruned_before_a_reader_is_no_silence(hub: Hub) -> None:
+    for _ in range(3):
+        hub.commit(size_bytes=200_000)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        reader.log_reaches(3)
+        first = await reader.receive()
+        assert isinstance(first, Frames)
+        hub.chunks.clear()
+        with trio.fail_after(10), pytest.raises(RdevError) as refused:
+            await read_on(reader)
+    assert refused.value.code is ErrorCode.GONE
+
+
+async def read_on(reader: Subscription) -> None:
+    """To the third event."""
+    while reader.position < 3:
+        await reader.receive()
+
+
+async def test_what_is_published_and_pruned_at_once_is_no_silence_either(hub: Hub) -> None:
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        for _ in range(3):
+            hub.publish(size_bytes=200_000)
+        hub.chunks.clear()
+        with trio.fail_after(10), pytest.raises(RdevError) as refused:
+            await reader.receive()
+    assert refused.value.code is ErrorCode.GONE
 
 
 async def test_counts_are_those_of_the_joined_frames(hub: Hub) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from quart import Blueprint, Response
 
 from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
-from rdev.adapters.http.exchange import exchange, hold, principal
+from rdev.adapters.http.exchange import actor, hold
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
 from rdev.adapters.http.query import choice_of, cursor_of, limit_of, number_of, text_of, whole_of
@@ -17,7 +17,7 @@ from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
 from rdev.domain.requests import parse_claude, parse_git, parse_shell
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted
-from rdev.services.commands import Caller, Commands
+from rdev.services.commands import Commands
 from rdev.services.projects import Projects
 
 WAIT_MAX_S = 60.0
@@ -36,7 +36,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         wait_s = _wait()
         argv = ("sh", "-c", request.command)
         made = await commands.submit(
-            _caller(),
+            actor(),
             _project(project),
             Kind.SHELL,
             argv=argv,
@@ -51,7 +51,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         request = parse_git(body)
         wait_s = _wait()
         made = await commands.submit(
-            _caller(),
+            actor(),
             _project(project),
             Kind.GIT,
             argv=git_argv(request.args),
@@ -67,7 +67,7 @@ def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> B
         submission = parse_claude(body)
         wait_s = _wait()
         made = await commands.submit(
-            _caller(),
+            actor(),
             _project(project),
             Kind.CLAUDE,
             argv=claude_argv(claude_command, submission.request),
@@ -108,7 +108,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
 
     @routes.delete("/commands/<command>")
     async def cancel_command(command: str) -> Response:
-        return accepted(_shown(await commands.cancel(_command(command))))
+        return accepted(_shown(await commands.cancel(actor(), _command(command))))
 
     @routes.get("/commands/<command>/output")
     async def get_output(command: str) -> Response:
@@ -195,10 +195,6 @@ def _shown(command: Command) -> dict[str, object]:
         "kill": command.kill,
         "stream_url": f"/commands/{command.id}/events",
     }
-
-
-def _caller() -> Caller:
-    return Caller(key_id=principal().key_id, request_id=exchange().request_id)
 
 
 def _project(text: str) -> ProjectId:

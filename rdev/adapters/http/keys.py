@@ -3,7 +3,7 @@
 from quart import Blueprint, Response, request
 
 from rdev.adapters.http.envelope import created, read_json, success
-from rdev.adapters.http.exchange import principal
+from rdev.adapters.http.exchange import actor, principal
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.query import cursor_of, limit_of
 from rdev.domain.ids import KeyId, is_key_id
@@ -20,7 +20,9 @@ def key_routes(keys: Keys) -> Blueprint:
     @routes.post("/keys")
     async def create_key() -> Response:
         body = await read_json()
-        made = await keys.create(principal(), parse_key(body), idempotency=idempotency_of(body))
+        made = await keys.create(
+            principal(), parse_key(body), actor(), idempotency=idempotency_of(body)
+        )
         headers = replay_headers(is_replay=made.is_replay)
         return created(_once(made), location=f"/keys/{made.key.id}", headers=headers)
 
@@ -39,7 +41,7 @@ def key_routes(keys: Keys) -> Blueprint:
 
     @routes.delete("/keys/<key>")
     async def revoke_key(key: str) -> Response:
-        return success(_shown(await keys.revoke(principal(), key)))
+        return success(_shown(await keys.revoke(principal(), key, actor())))
 
     @routes.post("/keys/<key>/rotate")
     async def rotate_key(key: str) -> Response:
@@ -47,7 +49,7 @@ def key_routes(keys: Keys) -> Blueprint:
         body = await read_json() if request.mimetype or request.content_length else {}
         grace_s = parse_rotation(body)
         made = await keys.rotate(
-            principal(), key, grace_s=grace_s, idempotency=idempotency_of(body)
+            principal(), key, actor(), grace_s=grace_s, idempotency=idempotency_of(body)
         )
         headers = replay_headers(is_replay=made.is_replay)
         return created(_once(made), location=f"/keys/{made.key.id}", headers=headers)

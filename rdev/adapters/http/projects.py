@@ -4,7 +4,7 @@ from quart import Blueprint, Response
 
 from rdev.adapters.http.access import require_project
 from rdev.adapters.http.envelope import created, read_json, success
-from rdev.adapters.http.exchange import principal
+from rdev.adapters.http.exchange import actor, principal
 from rdev.adapters.http.query import cursor_of, limit_of
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, parse_project
@@ -19,7 +19,7 @@ def project_routes(projects: Projects) -> Blueprint:
     async def create_project() -> Response:
         definition = parse_project(await read_json())
         require_project(principal(), definition.id)
-        project, is_new = await projects.create(definition)
+        project, is_new = await projects.create(definition, actor())
         if is_new:
             return created(_shown(project), location=f"/projects/{project.id}")
         return success(_shown(project))

@@ -8,14 +8,13 @@ import os
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.purposes import derived_key
 
 _VERSION = b"\x01"
 _NONCE_BYTES = 12
-_PURPOSE = b"rdev webhook secrets"
+_PURPOSE = "webhook-secret"
 
 
 class AesGcmBox:
@@ -23,8 +22,7 @@ class AesGcmBox:
 
     def __init__(self, server_secret: bytes) -> None:
         """`server_secret` is the same on all servers of one database (`RDEV_SECRET_FILE`)."""
-        key = HKDF(algorithm=SHA256(), length=32, salt=None, info=_PURPOSE).derive(server_secret)
-        self._cipher = AESGCM(key)
+        self._cipher = AESGCM(derived_key(server_secret, _PURPOSE))
 
     def seal(self, secret: bytes, *, of: str) -> bytes:
         """See `SecretBox.seal`."""

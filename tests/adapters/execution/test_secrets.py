@@ -75,13 +75,18 @@ async def test_the_environment_of_the_place_is_not_the_commands(
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """As in a terminal: a shell's background job, which a test run may be, ignores these two."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    """As in a terminal: a test run may be a shell's background job, or under nohup."""
+    of_pythons_own = {signal.SIGPIPE, signal.SIGXFSZ}
+    ignored = {
+        number
+        for number in signal.valid_signals() - of_pythons_own
+        if signal.getsignal(number) is signal.SIG_IGN
+    }
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.mark.usefixtures("default_signals")
