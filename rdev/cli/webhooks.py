@@ -51,7 +51,7 @@ def create(
         "events": list(events),
         "project_ids": list(projects) or None,
         "ordered": ordered,
-        "description": description,
+        "description": description or None,
     }
     _print_once(url, key, "/webhooks", body)
 

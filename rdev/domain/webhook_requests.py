@@ -1,13 +1,12 @@
 """The bodies of the webhook routes."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
 from rdev.domain.deliveries import DeliveryStatus
 from rdev.domain.fields import Fields, Json
-from rdev.domain.ids import ProjectId, is_project_id
+from rdev.domain.ids import PROJECT_PATTERN, ProjectId
 from rdev.domain.webhook_targets import URL_CHARACTERS_MAX
 from rdev.domain.webhooks import ROTATION_GRACE_S, EventType
 
@@ -40,24 +39,15 @@ class RedeliverRequest:
     status: DeliveryStatus | None
 
 
-def parse_webhook(body: Json, *, is_new: bool) -> WebhookRequest:
-    """`POST /webhooks` (`is_new`: with a URL and events) or `PATCH /webhooks/{id}`.
+def parse_webhook(body: Json) -> WebhookRequest:
+    """`POST /webhooks`: with a URL and events. Errors: BAD_REQUEST, all faults. Whether the URL is
+    one that may be sent to is another's question."""
+    return _webhook(body, is_new=True)
 
-    Errors: BAD_REQUEST, all faults. Whether the URL is one that may be sent to is another's
-    question.
-    """
-    fields = Fields(body)
-    request = WebhookRequest(
-        url=fields.text("url", max_bytes=URL_CHARACTERS_MAX, required=is_new),
-        events=_events(fields, required=is_new),
-        project_ids=_project_ids(fields),
-        names_projects="project_ids" in body,
-        description=_description(fields, body),
-        is_enabled=_flag(fields, body, "enabled"),
-        is_ordered=_flag(fields, body, "ordered"),
-    )
-    fields.finish()
-    return request
+
+def parse_webhook_change(body: Json) -> WebhookRequest:
+    """`PATCH /webhooks/{id}`. Errors: BAD_REQUEST, all faults."""
+    return _webhook(body, is_new=False)
 
 
 def parse_rotation(body: Json) -> int:
@@ -76,7 +66,7 @@ def parse_nothing(body: Json) -> None:
 def parse_redeliver(body: Json) -> RedeliverRequest:
     """`POST /webhooks/{id}/redeliver`; without a status the dead. Errors: BAD_REQUEST."""
     fields = Fields(body)
-    text = fields.text("since", max_bytes=64, required=True)
+    text = fields.text("since", max_bytes=64, required=True, about="a time of RFC 3339")
     since = None if text is None else _moment(fields, "since", text)
     status = fields.choice("status", [DeliveryStatus.DEAD, DeliveryStatus.DELIVERED, "all"])
     fields.finish()
@@ -86,48 +76,48 @@ def parse_redeliver(body: Json) -> RedeliverRequest:
     return RedeliverRequest(since=since, status=DeliveryStatus(status or DeliveryStatus.DEAD))
 
 
+def _webhook(body: Json, *, is_new: bool) -> WebhookRequest:
+    fields = Fields(body)
+    description = fields.text("description", max_bytes=DESCRIPTION_MAX_BYTES)
+    request = WebhookRequest(
+        url=fields.text("url", max_bytes=URL_CHARACTERS_MAX, required=is_new),
+        events=_events(fields, required=is_new),
+        project_ids=_project_ids(fields),
+        names_projects="project_ids" in body,
+        description="" if "description" in body and description is None else description,
+        is_enabled=fields.flag("enabled"),
+        is_ordered=fields.flag("ordered", about="one at a time, in sequence"),
+    )
+    fields.finish()
+    return request
+
+
 def _events(fields: Fields, *, required: bool) -> tuple[EventType, ...] | None:
-    known: Collection[str] = [*EventType]
-    found = fields.texts("events", max_items=100, max_bytes=100, required=required)
+    found = fields.texts(
+        "events",
+        max_items=100,
+        max_bytes=100,
+        min_items=1,
+        required=required,
+        choices=[ALL_EVENTS, *EventType],
+        about=f"{ALL_EVENTS} is every type there is now",
+    )
     if found is None:
         return None
-    if not found:
-        fields.fault("events", "must name at least one")
-    for index, name in enumerate(found):
-        if name not in known and name != ALL_EVENTS:
-            message = f"must be {ALL_EVENTS} or one of {', '.join(known)}"
-            fields.fault("events", message, within=str(index))
-    if ALL_EVENTS in found:
-        return tuple(EventType)
-    return tuple(event for event in EventType if event in found)
+    return tuple(event for event in EventType if event in found or ALL_EVENTS in found)
 
 
 def _project_ids(fields: Fields) -> frozenset[ProjectId] | None:
-    found = fields.texts("project_ids", max_items=PROJECTS_MAX, max_bytes=100)
-    if found is None:
-        return None
-    if not found:
-        fields.fault("project_ids", "must name at least one, or be null")
-    for index, name in enumerate(found):
-        if not is_project_id(name):
-            fields.fault("project_ids", "is no project id", within=str(index))
-    return frozenset(ProjectId(name) for name in found)
-
-
-def _description(fields: Fields, body: Json) -> str | None:
-    if body.get("description") == "":
-        fields.ignore("description")
-        return ""
-    return fields.text("description", max_bytes=DESCRIPTION_MAX_BYTES)
-
-
-def _flag(fields: Fields, body: Json, name: str) -> bool | None:
-    fields.ignore(name)
-    value = body.get(name)
-    if value is None or isinstance(value, bool):
-        return value
-    fields.fault(name, "must be true or false")
-    return None
+    found = fields.texts(
+        "project_ids",
+        max_items=PROJECTS_MAX,
+        max_bytes=40,
+        min_items=1,
+        pattern=PROJECT_PATTERN,
+        mismatch="is no project id",
+        about="null is all that the key sees",
+    )
+    return None if found is None else frozenset(ProjectId(name) for name in found)
 
 
 def _moment(fields: Fields, name: str, text: str) -> datetime | None:

@@ -91,7 +91,11 @@ class Stage:
         if route == ("POST", "/stream-tokens"):
             body = {"stream_id": self.commands[project]}
         headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": ip}
-        return await self.api.http.request(method, path, json=body, headers=headers)
+        async with self.api.http.stream(method, path, json=body, headers=headers) as answer:
+            # A feed that is open has no end.
+            if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+                await answer.aread()
+            return answer
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from rdev.domain.webhook_requests import (
     parse_redeliver,
     parse_rotation,
     parse_webhook,
+    parse_webhook_change,
 )
 from rdev.domain.webhooks import Webhook, WebhookId, is_webhook_id
 from rdev.services.webhooks import DeliveryDetail, ShownWebhook, Webhooks
@@ -32,7 +33,7 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
     @routes.post("/webhooks")
     async def create_webhook() -> Response:
         body = await read_json()
-        wanted = parse_webhook(body, is_new=True)
+        wanted = parse_webhook(body)
         made = await webhooks.create(principal(), wanted, idempotency=idempotency_of(body))
         return _once(made)
 
@@ -51,7 +52,7 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
 
     @routes.patch("/webhooks/<webhook>")
     async def change_webhook(webhook: str) -> Response:
-        wanted = parse_webhook(await read_json(), is_new=False)
+        wanted = parse_webhook_change(await read_json())
         return success(_shown(await webhooks.change(principal(), webhook, wanted)))
 
     @routes.delete("/webhooks/<webhook>")
