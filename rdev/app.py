@@ -89,8 +89,12 @@ async def _serve_until_stopped(
             housekeeping=await stack.enter_async_context(
                 open_dedicated(connection, "housekeeping")
             ),
+            webhooks=await stack.enter_async_context(
+                open_pool(connection.named("webhooks"), min_size=1, max_size=3)
+            ),
         )
         server = build_server(settings, identity, pools, telemetry)
+        stack.callback(server.close)
 
         async def drain() -> None:
             server.readiness.drain()

@@ -5,6 +5,7 @@ Known to `app` and `cli` alone; everyone else gets plain values.
 
 import re
 import shlex
+import ssl
 import tomllib
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
@@ -27,6 +28,7 @@ from pydantic_settings import (
 )
 
 from rdev.domain.addresses import parse_network
+from rdev.domain.deliveries import PENDING_MAX, SCHEDULE_S, parse_schedule
 from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.purposes import SECRET_BYTES
 from rdev.domain.webhook_targets import TargetRules, parse_networks
@@ -119,6 +121,21 @@ def _ports(text: str) -> str:
     return text
 
 
+def _schedule(text: str) -> str:
+    parse_schedule(text)
+    return text
+
+
+def _authorities(path: Path) -> Path:
+    try:
+        ssl.create_default_context(cafile=path)
+    except ssl.SSLError as error:
+        raise ValueError(f"{path}: holds no certificate in PEM form") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    return path
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -163,7 +180,13 @@ class Settings(BaseSettings):
     webhook_ports: Annotated[str, AfterValidator(_ports)] = "443,8443"
     webhook_allow_nets: Annotated[str, AfterValidator(_networks)] = ""
     webhook_deny_nets: Annotated[str, AfterValidator(_networks)] = ""
-    webhook_ca_file: Path | None = None
+    webhook_ca_file: Annotated[Path, AfterValidator(_authorities)] | None = None
+    webhook_schedule: Annotated[str, AfterValidator(_schedule)] = ",".join(
+        f"{step_s:g}" for step_s in SCHEDULE_S
+    )
+    webhook_in_flight_max: int = Field(default=512, ge=8, le=10_000)
+    webhook_pending_max: int = Field(default=PENDING_MAX, ge=1, le=10_000_000)
+    webhook_retention_days: int = Field(default=14, ge=4, le=365)
     webhook_connect_s: float = Field(default=5, gt=0, le=60)
     webhook_total_s: float = Field(default=15, gt=0, le=600)
     log_level: Literal["debug", "info", "warn", "error"] = "info"

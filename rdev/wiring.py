@@ -7,7 +7,7 @@ runs what is built here.
 import os
 import pwd
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.http.tickets import ticket_routes
+from rdev.adapters.http.webhooks import delivery_routes, webhook_routes
 from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
@@ -52,6 +53,7 @@ from rdev.adapters.postgres.notifier import (
     PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
     STREAM_CHANNEL,
+    WEBHOOKS_CHANNEL,
     Notifier,
 )
 from rdev.adapters.postgres.output import PostgresOutput
@@ -88,6 +90,8 @@ from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
 from rdev.services.tickets import Tickets
+from rdev.services.webhook_dispatcher import WebhookDispatcher
+from rdev.webhook_wiring import WebhookNeeds, WebhookParts, build_webhooks
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
@@ -103,6 +107,7 @@ class Pools:
     appends: Pool
     claims: Pool
     housekeeping: Pool
+    webhooks: Pool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +118,7 @@ class Server:
     readiness: Readiness
     queue: CommandQueue
     http: HttpServer
+    close: Callable[[], None]
 
 
 def build_server(
@@ -134,7 +140,19 @@ def build_server(
         telemetry=telemetry,
     )
 
-    feed, fanout = _streams(settings, pools, log, notifier)
+    hooks = build_webhooks(
+        settings,
+        identity,
+        WebhookNeeds(
+            requests=pools.requests,
+            deliveries=pools.webhooks,
+            notifier=notifier,
+            telemetry=telemetry,
+            backoff=_backoff,
+            now=_now,
+        ),
+    )
+    feed, fanout = _streams(settings, pools, log, notifier, hooks.dispatcher)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
@@ -152,10 +170,6 @@ def build_server(
         left_alone=executor.left_alone,
     )
 
-    def wake_workers(lane: Lane) -> None:
-        queue.wake(lane)
-        feed.changed()
-
     def reach_holder(command: CommandId) -> None:
         queue.cancel(command)
         notifier.cancel_asked(command)
@@ -170,7 +184,7 @@ def build_server(
         log=log,
         gate=gate,
         fanout=fanout,
-        wake_workers=wake_workers,
+        wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
@@ -186,12 +200,16 @@ def build_server(
 
     audit, denials, audit_keeper = _audit(settings, identity, pools)
 
-    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects)
+    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects, hooks)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
         telemetry=telemetry,
-        retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        retention=Retention(
+            days=settings.retention_days,
+            log_max_bytes=settings.log_max_bytes,
+            delivery_days=settings.webhook_retention_days,
+        ),
         audit_days=settings.audit_retention_days,
         backoff=_backoff,
     )
@@ -206,6 +224,8 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            webhook_routes(hooks.webhooks),
+            delivery_routes(hooks.webhooks),
             document_routes(document(version=__version__)),
             audit_routes(audit, AuditVerifier(chain=audit)),
             ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
@@ -247,6 +267,8 @@ def build_server(
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
         "audit": audit_keeper.statistics,
+        "webhooks": hooks.dispatcher.statistics,
+        "webhook_sender": hooks.sender.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
@@ -262,13 +284,28 @@ def build_server(
             fanout,
             feed,
             poll,
+            hooks.dispatcher,
             queue,
             http,
         ),
         readiness=readiness,
         queue=queue,
         http=http,
+        close=hooks.sender.close,
     )
+
+
+def _lane_changed(
+    queue: CommandQueue, feed: Feed, dispatcher: WebhookDispatcher
+) -> Callable[[Lane], None]:
+    """Whoever heeds that a command was queued, or left the queue, here."""
+
+    def changed(lane: Lane) -> None:
+        queue.wake(lane)
+        feed.changed()
+        dispatcher.wake()
+
+    return changed
 
 
 def _event_streams(
@@ -286,7 +323,11 @@ def _event_streams(
 
 
 def _streams(
-    settings: Settings, pools: Pools, log: PostgresOutput, notifier: Notifier
+    settings: Settings,
+    pools: Pools,
+    log: PostgresOutput,
+    notifier: Notifier,
+    dispatcher: WebhookDispatcher,
 ) -> tuple[Feed, Fanout]:
     """Whoever watches: the life of all commands, and each command's own stream."""
     feed = Feed(
@@ -295,10 +336,15 @@ def _streams(
         buffer_bytes=settings.stream_buffer_bytes,
         drain_s=settings.grace_s * _CLOSING_SHARE,
     )
+
+    def status_changed() -> None:
+        feed.changed()
+        dispatcher.wake()
+
     fanout = Fanout(
         log=log,
         tell_replicas=notifier.stream_changed,
-        status_changed=feed.changed,
+        status_changed=status_changed,
         buffer_bytes=settings.stream_buffer_bytes,
         drain_s=settings.grace_s * _CLOSING_SHARE,
     )
@@ -379,6 +425,7 @@ def _listener(
     feed: Feed,
     keys: Keys,
     projects: Projects,
+    hooks: WebhookParts,
 ) -> Listener:
     """What the other servers tell, and who heeds it."""
 
@@ -393,6 +440,7 @@ def _listener(
         feed.wake()
         keys.flush()
         projects.flush()
+        hooks.dispatcher.endpoints_changed()
 
     return Listener(
         pools.settings,
@@ -403,6 +451,7 @@ def _listener(
             FEED_CHANNEL: notifier.heard_ids(lambda _: feed.wake()),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
+            WEBHOOKS_CHANNEL: notifier.heard_ids(lambda _: hooks.dispatcher.endpoints_changed()),
         },
         on_connect=look_again,
     )

@@ -19,6 +19,7 @@ _COMMANDS = {
     "projects": "projects",
     "queue": "queue",
     "keys": "keys",
+    "webhooks": "webhooks",
     "audit": "audit",
     "demo": "demo",
     "config": "config",

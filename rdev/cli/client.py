@@ -70,8 +70,12 @@ class Client:
         """The `data` of a POST. Errors: the server's, as RdevError."""
         return await self._request("POST", path, body)
 
+    async def patch(self, path: str, body: Mapping[str, object]) -> Json:
+        """The `data` of a PATCH. Errors: the server's, as RdevError."""
+        return await self._request("PATCH", path, body)
+
     async def delete(self, path: str) -> Json:
-        """The `data` of a DELETE. Errors: the server's, as RdevError."""
+        """The `data` of a DELETE, {} where there is none. Errors: the server's, as RdevError."""
         return await self._request("DELETE", path, None)
 
     async def follow(
@@ -136,7 +140,7 @@ class Client:
             raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message) from error
         if response.status_code >= 400:
             raise _refusal(response)
-        answer: Json = response.json()
+        answer: Json = response.json() if response.content else {"data": {}}
         return answer
 
 

@@ -30,6 +30,8 @@ class Retention:
 
     days: int
     log_max_bytes: int
+    # Of deliveries of webhooks, whatever became of them: longer than any schedule.
+    delivery_days: int = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,6 +59,11 @@ class StoreDuties(Protocol):
         """Delete commands that ended so long ago, of whatever reach; returns how many."""
         ...
 
+    async def forget_deliveries(self, *, older_s: float, limit: int) -> int:
+        """Delete deliveries that are so old with their attempts and messages, and endpoints that
+        were deleted so long ago; returns how many deliveries or messages, whichever is more."""
+        ...
+
 
 class PlaceDuties(Protocol):
     """What concerns the places of one reach. Errors of all: SERVICE_UNAVAILABLE."""

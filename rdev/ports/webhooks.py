@@ -1,8 +1,29 @@
-"""What the dispatcher needs from whoever sends webhooks."""
+"""What webhooks need: somebody who sends, somebody who keeps secrets, and the store of endpoints.
 
+All stamps of the store are the database's. What is claimed and settled is `ports/deliveries.py`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
+from rdev.domain.deliveries import (
+    Delivery,
+    DeliveryAttempt,
+    DeliveryId,
+    DeliveryStatus,
+    Redelivery,
+)
+from rdev.domain.idempotency import Idempotency
+from rdev.domain.ids import ProjectId
 from rdev.domain.sending import Outcome, OutgoingRequest
+from rdev.domain.webhooks import (
+    NewWebhook,
+    SecretRotation,
+    Webhook,
+    WebhookChange,
+    WebhookId,
+)
 
 
 class WebhookSender(Protocol):
@@ -19,4 +40,112 @@ class WebhookSender(Protocol):
         Cancellation: the connection is closed; the receiver may or may not have taken the request.
         Blocks: on the network, at most for the sender's total time.
         """
+        ...
+
+
+class SecretBox(Protocol):
+    """Keeps secrets so that the database alone gives none away."""
+
+    def seal(self, secret: bytes, *, of: str) -> bytes:
+        """What is stored. `of` names whose secret it is; it opens for nobody else."""
+        ...
+
+    def open(self, sealed: bytes, *, of: str) -> bytes:
+        """The secret again. Errors: INTERNAL_ERROR for what another key sealed, or for another."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookMade:
+    """What the store made of a request, or (`is_replay`) of an earlier one with the same
+    idempotency key, as it is now."""
+
+    webhook: Webhook
+    is_replay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PingMade:
+    """A delivery that was asked for, now or (`is_replay`) earlier with the same idempotency key."""
+
+    delivery: DeliveryId
+    is_replay: bool = False
+
+
+class WebhookStore(Protocol):
+    """Endpoints. Errors of all: SERVICE_UNAVAILABLE."""
+
+    async def insert(self, new: NewWebhook) -> WebhookMade:
+        """Store an endpoint and its idempotency key, in one transaction.
+
+        Errors: TOO_MANY_REQUESTS where there are `WEBHOOKS_MAX`; IDEMPOTENCY_MISMATCH; CONFLICT,
+        with a delay, when another request with this idempotency key took longer than 2 s.
+        """
+        ...
+
+    async def get(self, webhook: WebhookId) -> Webhook | None:
+        """The endpoint as it is now, or None."""
+        ...
+
+    async def list_all(
+        self, *, within: Collection[ProjectId] | None, before: WebhookId | None, limit: int
+    ) -> list[Webhook]:
+        """Endpoints, newest first, those older than `before`, at most `limit`; with `within` only
+        those that are limited to some of these projects."""
+        ...
+
+    async def change(self, webhook: WebhookId, change: WebhookChange) -> Webhook | None:
+        """Store what becomes of it, as it is then; None: there is none. Being enabled begins anew:
+        what was pending is due, and past failures are forgotten."""
+        ...
+
+    async def rotate(self, rotation: SecretRotation) -> WebhookMade | None:
+        """Give it another secret; the one before goes on signing beside it for `grace_s`, one
+        before that ends now. None: there is none. Errors: those of `insert`."""
+        ...
+
+    async def delete(self, webhook: WebhookId) -> bool:
+        """End it for ever with all that is pending; False: there is none."""
+        ...
+
+
+class DeliveryLog(Protocol):
+    """What was owed, sent and answered. Errors of all: SERVICE_UNAVAILABLE."""
+
+    async def list_of(
+        self,
+        webhook: WebhookId,
+        *,
+        status: DeliveryStatus | None,
+        before: DeliveryId | None,
+        limit: int,
+    ) -> list[Delivery]:
+        """Deliveries of an endpoint, newest first, those older than `before`, at most `limit`."""
+        ...
+
+    async def get(self, delivery: DeliveryId) -> Delivery | None:
+        """The delivery as it is now, or None; also of an endpoint that was deleted."""
+        ...
+
+    async def payload(self, delivery: DeliveryId) -> bytes | None:
+        """What its attempts send."""
+        ...
+
+    async def attempts(self, delivery: DeliveryId) -> list[DeliveryAttempt]:
+        """Its attempts, oldest first."""
+        ...
+
+    async def redeliver(self, delivery: DeliveryId) -> bool:
+        """Send it again from the start of the schedule, under the same event id; one that is
+        pending is due now. False: there is none."""
+        ...
+
+    async def redeliver_since(self, wanted: Redelivery, *, limit: int) -> int:
+        """The same for many, the oldest first, at most `limit`; returns how many."""
+        ...
+
+    async def ping(
+        self, webhook: WebhookId, data: Mapping[str, str], *, idempotency: Idempotency | None
+    ) -> PingMade | None:
+        """Owe a `ping` to an enabled endpoint; None: there is none, or it is disabled."""
         ...

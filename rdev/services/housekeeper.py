@@ -10,7 +10,8 @@ to the one that has it. Of the store:
 | the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind all | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
-| events of commands and projects (3) | 7 days | ≤ 1,000 rows, ≤ 100 ms | events |
+| deliveries of webhooks | `retention.delivery_days` | ≤ 1,000 rows, ≤ 100 ms | deliveries |
+| events of commands and projects (4) | 7 days | ≤ 1,000 rows, ≤ 100 ms | events |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -27,9 +28,9 @@ today's, and none in which a command waits or runs.
 
 (2) Their project is `failed` and starts nothing until nothing is left of them.
 
-(3) All but the newest of them, by which the feeds know that something went before it.
-
 (3) Never before the database's owner lets it (`audit_policy`), and nothing that is not sealed.
+
+(4) All but the newest of them, by which the feeds know that something went before it.
 
 A command outlives its output by a day: until then its stream answers 410, after that 404. A place
 that cannot be reached is passed by; its rows go a day later than others. Rows go in batches that
@@ -124,6 +125,10 @@ class Housekeeper:
         await self._drop_audit(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
         await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
+        deliveries_s = self._retention.delivery_days * DAY_S
+        await self._in_batches(
+            "deliveries", lambda rows: store.forget_deliveries(older_s=deliveries_s, limit=rows)
+        )
         await self._in_batches(
             "events", lambda rows: store.forget_events(older_s=FEED_KEPT_S, limit=rows)
         )

@@ -15,6 +15,8 @@ from rdev.domain.keys import Scope
 from tests.app.server import DEADLINE_S, Api, Json, Server, open_api, open_server
 
 OWN, FOREIGN = "own", "foreign"
+# Nobody listens there.
+HOOK = "http://127.0.0.1:9/"
 
 # A body that each route would take; refused or not must not depend on it.
 BODIES: Mapping[tuple[str, str], Json] = {
@@ -24,6 +26,10 @@ BODIES: Mapping[tuple[str, str], Json] = {
     ("POST", "/projects/{project}/claude"): {"prompt": "say hello"},
     # Of what a holder of `keys:write` holds: nobody grants more.
     ("POST", "/keys"): {"name": "n", "scopes": ["keys:write"], "project_ids": [OWN]},
+    # Of what happens to commands only who may read those is told.
+    ("POST", "/webhooks"): {"url": HOOK, "events": ["ping"], "project_ids": [OWN]},
+    ("PATCH", "/webhooks/{webhook}"): {"description": "d"},
+    ("POST", "/webhooks/{webhook}/redeliver"): {"since": "2026-01-15T10:30:00Z"},
 }
 
 
@@ -33,8 +39,8 @@ def server(quick_place: Path) -> Iterator[Server]:
     unlimited = dict.fromkeys(
         ("RDEV_RATE_LIMIT_ADDRESS", "RDEV_RATE_LIMIT_FAILURES", "RDEV_RATE_LIMIT_STARTS"), "off"
     )
-    proxies = {"RDEV_TRUSTED_PROXIES": "127.0.0.0/8,::1"}
-    with open_server(quick_place, **proxies, **unlimited, RDEV_CLAUDE_COMMAND="true") as server:
+    loopback = dict.fromkeys(("RDEV_TRUSTED_PROXIES", "RDEV_WEBHOOK_ALLOW_NETS"), "127.0.0.0/8,::1")
+    with open_server(quick_place, **loopback, **unlimited, RDEV_CLAUDE_COMMAND="true") as server:
         yield server
 
 
@@ -52,16 +58,31 @@ class Stage:
         data = made.json()["data"]
         return data["id"], data["key"]
 
+    async def hook(self, project: str) -> tuple[str, str]:
+        """Make an endpoint of the project and ping it; its id and the delivery's."""
+        body = {"url": HOOK, "events": ["ping"], "project_ids": [project]}
+        hook = (await self.api.post("/webhooks", body)).json()["data"]["id"]
+        ping = await self.api.post(f"/webhooks/{hook}/test", {})
+        return hook, ping.json()["data"]["delivery_id"]
+
     async def ask(
         self, route: tuple[str, str], key: str, *, project: str = OWN, ip: str = "192.0.2.1"
     ) -> httpx2.Response:
         """One request of a route with a key. `{key}` is a fresh one of the project's."""
         method, path = route
-        ward = ""
+        ward = hook = delivery = ""
+        if "{webhook}" in path or "{delivery}" in path:
+            hook, delivery = await self.hook(project)
         if "{key}" in path:
             # Nobody rotates a key that outlives their own.
             ward, _ = await self.key(scopes=["keys:write"], project_ids=[project], expires_in=3_600)
-        path = path.format(project=project, command=self.commands[project], key=ward)
+        path = path.format(
+            project=project,
+            command=self.commands[project],
+            key=ward,
+            webhook=hook,
+            delivery=delivery,
+        )
         if path.endswith("/events") and route[1] == "/projects/{project}/events":
             path += f"?stream_id={self.commands[project]}"
         body = BODIES.get(route)
@@ -70,7 +91,11 @@ class Stage:
         if route == ("POST", "/stream-tokens"):
             body = {"stream_id": self.commands[project]}
         headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": ip}
-        return await self.api.http.request(method, path, json=body, headers=headers)
+        async with self.api.http.stream(method, path, json=body, headers=headers) as answer:
+            # A feed that is open has no end.
+            if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
+                await answer.aread()
+            return answer
 
 
 @pytest.fixture
@@ -99,8 +124,11 @@ WRONG_PROJECT = {
     Where.COMMAND: "NOT_FOUND",
     Where.COMMAND_IN_BODY: "NOT_FOUND",
 }
+WARDS = ("key", "webhook", "delivery")
 # What a key of another project says nothing about.
-KEY_ROUTES = frozenset(route for route in ACCESS if "{key}" in route[1])
+WARD_ROUTES = frozenset(
+    route for route in ACCESS if any(f"{{{ward}}}" in route[1] for ward in WARDS)
+)
 
 
 @pytest.mark.slow
@@ -129,7 +157,7 @@ async def test_the_table_of_all_routes_and_scopes_holds(stage: Stage) -> None:
             wanted = expected(access, scope)
             faults += [] if found == wanted else [(route, scope, found, wanted)]
         foreign = code_of(await stage.ask(route, keys[Scope.ADMIN], project=FOREIGN))
-        wanted = "NOT_FOUND" if route in KEY_ROUTES else WRONG_PROJECT[access.project]
+        wanted = "NOT_FOUND" if route in WARD_ROUTES else WRONG_PROJECT[access.project]
         faults += [] if foreign == wanted else [(route, "wrong project", foreign, wanted)]
         for why, key in ended.items():
             found = code_of(await stage.ask(route, key))
@@ -151,7 +179,9 @@ async def test_every_route_of_the_server_is_declared_and_every_declaration_is_a_
 ) -> None:
     """A declared route without a handler would be a row that nothing holds."""
     for method, path in ACCESS:
-        asked = path.format(project=OWN, command=stage.commands[OWN], key="key_" + "0" * 32)
+        asked = path.format(
+            project=OWN, command=stage.commands[OWN], **dict.fromkeys(WARDS, "key_" + "0" * 32)
+        )
         answer = await stage.api.http.request("OPTIONS", asked)
         assert method in answer.headers["Allow"], (method, path)
 

@@ -105,6 +105,10 @@ class FakeUpkeep:
         self.idle_windows -= done
         return done
 
+    async def forget_deliveries(self, *, older_s: float, limit: int) -> int:
+        await self._state.step()
+        return 0
+
     async def forget_events(self, *, older_s: float, limit: int) -> int:
         await self._state.step()
         return self._state.record.forget(older_s, limit)

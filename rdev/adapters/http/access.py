@@ -45,6 +45,9 @@ class Access:
 
 _READ = (Scope.PROJECTS_READ, Scope.PROJECTS_EXECUTE)
 _EXECUTE = (Scope.PROJECTS_EXECUTE,)
+# Of webhooks a key sees those whose projects it sees all.
+_HOOKS_READ = Access(scopes=(Scope.WEBHOOKS_READ,), project=Where.SEEN)
+_HOOKS_WRITE = Access(scopes=(Scope.WEBHOOKS_WRITE,), project=Where.SEEN)
 # Every key holds at least one.
 _ANY = tuple(Scope)
 
@@ -75,6 +78,17 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("GET", "/audit/export"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
         ("GET", "/audit/verify"): Access(scopes=(Scope.AUDIT_READ,)),
         ("POST", "/keys/{key}/rotate"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
+        ("GET", "/webhooks"): _HOOKS_READ,
+        ("POST", "/webhooks"): _HOOKS_WRITE,
+        ("GET", "/webhooks/{webhook}"): _HOOKS_READ,
+        ("PATCH", "/webhooks/{webhook}"): _HOOKS_WRITE,
+        ("DELETE", "/webhooks/{webhook}"): _HOOKS_WRITE,
+        ("POST", "/webhooks/{webhook}/rotate-secret"): _HOOKS_WRITE,
+        ("POST", "/webhooks/{webhook}/test"): _HOOKS_WRITE,
+        ("GET", "/webhooks/{webhook}/deliveries"): _HOOKS_READ,
+        ("POST", "/webhooks/{webhook}/redeliver"): _HOOKS_WRITE,
+        ("GET", "/deliveries/{delivery}"): _HOOKS_READ,
+        ("POST", "/deliveries/{delivery}/redeliver"): _HOOKS_WRITE,
     }
 )
 

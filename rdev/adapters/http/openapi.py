@@ -20,6 +20,7 @@ from rdev.adapters.http import (
     schemas,
     stream,
     tickets,
+    webhooks_described,
 )
 from rdev.adapters.http.access import ACCESS, Access, Route
 from rdev.adapters.http.describe import JSON, Answer, Described, Description, Parameter, Schema
@@ -36,6 +37,7 @@ DESCRIBED: Final[Described] = {
     **keys.DESCRIBED,
     **tickets.DESCRIBED,
     **audit.DESCRIBED,
+    **webhooks_described.DESCRIBED,
     **probes_described.DESCRIBED,
     **documents.DESCRIBED,
 }
@@ -52,6 +54,8 @@ _PATH_FIELDS: Mapping[str, Schema] = {
     "project": schemas.PROJECT_ID,
     "command": schemas.an_id("cmd_"),
     "key": schemas.an_id("key_"),
+    "webhook": schemas.an_id("whk_"),
+    "delivery": schemas.an_id("dlv_"),
 }
 
 _HEADERS: Mapping[str, tuple[str, Schema]] = {

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from psycopg import errors
+from psycopg.rows import TupleRow
 
+from rdev.adapters.postgres.connection import TrioConnection
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency, mismatch
@@ -18,6 +20,30 @@ _FIND = """
 select digest, made from idempotency_keys
 where key_id = %s and key = %s and made_at > now() - make_interval(secs => %s)
 """
+
+
+# For a transaction of several statements: a row where the key is the request's own.
+_KEEP = """
+with bounded as materialized (
+    select set_config('lock_timeout', %(idempotency_wait)s, true)
+)
+insert into idempotency_keys as k (key_id, key, digest, made)
+select %(idempotency_key_id)s, %(idempotency_key)s, %(idempotency_digest)s, %(idempotency_made)s
+from bounded
+on conflict (key_id, key) do update
+set digest = excluded.digest, made = excluded.made, made_at = now()
+where k.made_at <= now() - make_interval(secs => %(idempotency_s)s)
+"""
+
+
+async def keep(
+    connection: TrioConnection[TupleRow], idempotency: Idempotency | None, *, made: str
+) -> bool:
+    """Keep the key in the open transaction; False where it stands for something already. Goes with
+    `translate_key_in_use`."""
+    if idempotency is None:
+        return True
+    return (await connection.execute(_KEEP, key_parameters(idempotency, made=made))).rowcount == 1
 
 
 def key_parameters(idempotency: Idempotency | None, *, made: str) -> dict[str, object]:

@@ -20,6 +20,7 @@ STREAM_CHANNEL = "rdev_stream"
 FEED_CHANNEL = "rdev_feed"
 KEYS_CHANNEL = "rdev_keys"
 PROJECTS_CHANNEL = "rdev_projects"
+WEBHOOKS_CHANNEL = "rdev_webhooks"
 PAUSE_S = 0.02
 # A notification carries at most 8,000 bytes: 100 ids of at most 40 characters, and commas.
 IDS_PER_PAYLOAD = 100
@@ -109,6 +110,10 @@ class Notifier:
     def project_changed(self, project: ProjectId) -> None:
         """What the other servers remember of the project is out of date. Never waits."""
         self._collect(PROJECTS_CHANNEL, project)
+
+    def webhooks_changed(self) -> None:
+        """An endpoint was changed, or more is owed than one server can send. Never waits."""
+        self._collect(WEBHOOKS_CHANNEL)
 
     def heard(self, heed: Callable[[Sequence[CommandId]], None]) -> Callable[[str], None]:
         """A callback for the listener: hands on the commands that other servers named."""

@@ -137,6 +137,33 @@ with recursive reaches as (
 delete from commands where id in (select id from old)
 """
 
+# Ids begin with the milliseconds of their making, so their primary keys are in order of age. A
+# message goes a day after its deliveries: they were made in the same statement.
+_FORGET_DELIVERIES = """
+with bounds as materialized (
+    select first_uuid7(at) as delivery, first_uuid7(at - interval '1 day') as message
+    from (select clock_timestamp() - make_interval(secs => %(older_s)s) as at) old
+), deliveries_gone as (
+    delete from deliveries
+    where id in (select d.id from deliveries d
+                 where d.id < (select delivery from bounds) and d.status <> 'sending'
+                 order by d.id limit %(limit)s)
+    returning id
+), attempts_gone as (
+    delete from delivery_attempts where delivery_id in (select id from deliveries_gone)
+), messages_gone as (
+    delete from webhook_messages
+    where id in (select m.id from webhook_messages m
+                 where m.id < (select message from bounds)
+                 order by m.id limit %(limit)s)
+    returning id
+), webhooks_gone as (
+    delete from webhooks
+    where deleted_at < clock_timestamp() - make_interval(secs => %(older_s)s)
+)
+select greatest((select count(*) from deliveries_gone), (select count(*) from messages_gone))
+"""
+
 _UNTIDIED = """
 select c.id, c.project, c.attempt, c.finished_at
 from commands c
@@ -298,6 +325,13 @@ class PostgresStoreDuties:
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         """See `StoreDuties.forget_commands`."""
         return await self._delete(_FORGET_COMMANDS, {"older_s": older_s, "limit": limit})
+
+    async def forget_deliveries(self, *, older_s: float, limit: int) -> int:
+        """See `StoreDuties.forget_deliveries`."""
+        values = {"older_s": older_s, "limit": limit}
+        with translate_errors():
+            row = await (await self._connection.execute(_FORGET_DELIVERIES, values)).fetchone()
+            return 0 if row is None else int(row[0])
 
     async def _delete(self, statement: str, values: Mapping[str, float]) -> int:
         with translate_errors():

@@ -1,0 +1,273 @@
+"""Webhook endpoints and the log of their deliveries: making, changing, asking again.
+
+A key sees an endpoint when it sees all of its projects. Whoever makes or enables one becomes its
+owner, and it is told what that key may see. Every change is told to the dispatcher here and to the
+other servers. Secrets are shown once, and sealed before they reach the store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rdev.domain.deliveries import (
+    REDELIVER_MAX,
+    Delivery,
+    DeliveryAttempt,
+    DeliveryId,
+    DeliveryStatus,
+    Redelivery,
+    is_delivery_id,
+)
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import Idempotency
+from rdev.domain.ids import NewUuid
+from rdev.domain.keys import Principal
+from rdev.domain.signing import SECRET_BYTES, Secret
+from rdev.domain.webhook_requests import RedeliverRequest, WebhookRequest
+from rdev.domain.webhook_targets import TargetRules, parse_target
+from rdev.domain.webhooks import (
+    NewWebhook,
+    SecretRotation,
+    Webhook,
+    WebhookChange,
+    WebhookId,
+    is_visible,
+    is_webhook_id,
+    projects_for,
+    webhook_id,
+)
+from rdev.ports.webhooks import DeliveryLog, PingMade, SecretBox, WebhookStore
+from rdev.services.shield import commit_shield
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShownWebhook:
+    """An endpoint that was made or given a secret. `secret` is its text, None in a replay."""
+
+    webhook: Webhook
+    secret: str | None = field(repr=False)
+    is_replay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeliveryDetail:
+    """A delivery with what is sent and its attempts, oldest first."""
+
+    delivery: Delivery
+    payload: bytes | None
+    attempts: list[DeliveryAttempt]
+
+
+class Webhooks:
+    """The use cases of webhooks."""
+
+    def __init__(
+        self,
+        *,
+        store: WebhookStore,
+        log: DeliveryLog,
+        box: SecretBox,
+        rules: TargetRules,
+        changed: Callable[[], None],
+        new_uuid: NewUuid,
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        """`changed` says here and to the other servers that endpoints or what is owed to them
+        changed; it never waits."""
+        self._store = store
+        self._log = log
+        self._box = box
+        self._rules = rules
+        self._changed = changed
+        self._new_uuid = new_uuid
+        self._random_bytes = random_bytes
+
+    async def create(
+        self, by: Principal, request: WebhookRequest, *, idempotency: Idempotency | None = None
+    ) -> ShownWebhook:
+        """Make an endpoint; its secret is in the answer and nowhere else.
+
+        Errors: BAD_REQUEST for a URL that may not be sent to, as far as it alone tells; FORBIDDEN
+        for projects that `by` does not see; those of `WebhookStore.insert`.
+        """
+        assert request.url is not None
+        assert request.events is not None
+        webhook = webhook_id(self._new_uuid())
+        secret = Secret(key=self._random_bytes(SECRET_BYTES))
+        new = NewWebhook(
+            id=webhook,
+            url=self._checked(request.url),
+            description=request.description or "",
+            events=request.events,
+            project_ids=projects_for(by.grant, request.project_ids, request.events),
+            is_ordered=bool(request.is_ordered),
+            is_enabled=request.is_enabled is not False,
+            owner=by.key_id,
+            secret=self._box.seal(secret.key, of=webhook),
+            idempotency=idempotency,
+        )
+        with commit_shield():
+            made = await self._store.insert(new)
+            self._changed()
+        text = None if made.is_replay else secret.text
+        return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
+
+    async def get(self, by: Principal, webhook: str) -> Webhook:
+        """The endpoint as it is now. Errors: NOT_FOUND, also for one that `by` does not see."""
+        found = await self._store.get(WebhookId(webhook)) if is_webhook_id(webhook) else None
+        if found is None or not is_visible(by.grant, found.project_ids):
+            raise _unknown("webhook", webhook)
+        return found
+
+    async def list_all(
+        self, by: Principal, *, before: WebhookId | None, limit: int
+    ) -> list[Webhook]:
+        """Endpoints that `by` sees, newest first."""
+        return await self._store.list_all(within=by.project_ids, before=before, limit=limit)
+
+    async def change(self, by: Principal, webhook: str, request: WebhookRequest) -> Webhook:
+        """Change what the request names. Who enables it, or changes where or of what it is told,
+        becomes its owner.
+
+        Errors: NOT_FOUND; those of `create`.
+        """
+        found = await self.get(by, webhook)
+        is_enabled = found.is_enabled if request.is_enabled is None else request.is_enabled
+        wanted = request.project_ids if request.names_projects else found.project_ids
+        events = found.events if request.events is None else request.events
+        is_adopted = (
+            (is_enabled and not found.is_enabled)
+            or request.url is not None
+            or request.events is not None
+            or request.names_projects
+        )
+        change = WebhookChange(
+            url=found.url if request.url is None else self._checked(request.url),
+            description=found.description if request.description is None else request.description,
+            events=events,
+            project_ids=projects_for(by.grant, wanted, events) if is_adopted else wanted,
+            is_ordered=found.is_ordered if request.is_ordered is None else request.is_ordered,
+            is_enabled=is_enabled,
+            owner=by.key_id if is_adopted else None,
+        )
+        with commit_shield():
+            changed = await self._store.change(found.id, change)
+            self._changed()
+        if changed is None:
+            raise _unknown("webhook", webhook)
+        return changed
+
+    async def delete(self, by: Principal, webhook: str) -> None:
+        """End it for ever. Errors: NOT_FOUND."""
+        found = await self.get(by, webhook)
+        with commit_shield():
+            if not await self._store.delete(found.id):
+                raise _unknown("webhook", webhook)
+            self._changed()
+
+    async def rotate(
+        self,
+        by: Principal,
+        webhook: str,
+        *,
+        grace_s: int,
+        idempotency: Idempotency | None = None,
+    ) -> ShownWebhook:
+        """Give it another secret; both sign for `grace_s`. Errors: NOT_FOUND; those of
+        `WebhookStore.rotate`."""
+        found = await self.get(by, webhook)
+        secret = Secret(key=self._random_bytes(SECRET_BYTES))
+        rotation = SecretRotation(
+            webhook=found.id,
+            secret=self._box.seal(secret.key, of=found.id),
+            grace_s=grace_s,
+            idempotency=idempotency,
+        )
+        made = await self._store.rotate(rotation)
+        if made is None:
+            raise _unknown("webhook", webhook)
+        text = None if made.is_replay else secret.text
+        return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
+
+    async def test(
+        self, by: Principal, webhook: str, *, idempotency: Idempotency | None = None
+    ) -> PingMade:
+        """Send it a `ping`. Errors: NOT_FOUND; CONFLICT where it is disabled."""
+        found = await self.get(by, webhook)
+        with commit_shield():
+            made = await self._log.ping(found.id, {"webhook_id": found.id}, idempotency=idempotency)
+            self._changed()
+        if made is None:
+            raise _disabled(found)
+        return made
+
+    async def deliveries(
+        self,
+        by: Principal,
+        webhook: str,
+        *,
+        status: DeliveryStatus | None,
+        before: DeliveryId | None,
+        limit: int,
+    ) -> list[Delivery]:
+        """What was owed to it, newest first. Errors: NOT_FOUND."""
+        found = await self.get(by, webhook)
+        return await self._log.list_of(found.id, status=status, before=before, limit=limit)
+
+    async def delivery(self, by: Principal, delivery: str) -> DeliveryDetail:
+        """One delivery with its attempts. Errors: NOT_FOUND, also where `by` does not see its
+        endpoint."""
+        found = await self._seen(by, delivery)
+        return DeliveryDetail(
+            delivery=found,
+            payload=await self._log.payload(found.id),
+            attempts=await self._log.attempts(found.id),
+        )
+
+    async def redeliver(self, by: Principal, delivery: str) -> Delivery:
+        """Send it again, under the same event id. Errors: NOT_FOUND; CONFLICT where its endpoint is
+        disabled."""
+        found = await self._seen(by, delivery)
+        self._check_enabled(await self.get(by, found.webhook))
+        with commit_shield():
+            if not await self._log.redeliver(found.id):
+                raise _unknown("delivery", delivery)
+            self._changed()
+        return await self._seen(by, delivery)
+
+    async def redeliver_since(self, by: Principal, webhook: str, request: RedeliverRequest) -> int:
+        """The same for many, the oldest `REDELIVER_MAX`; returns how many."""
+        found = await self.get(by, webhook)
+        self._check_enabled(found)
+        wanted = Redelivery(webhook=found.id, since=request.since, status=request.status)
+        with commit_shield():
+            count = await self._log.redeliver_since(wanted, limit=REDELIVER_MAX)
+            self._changed()
+        return count
+
+    def _checked(self, url: str) -> str:
+        """The URL in its one spelling. Errors: BAD_REQUEST."""
+        target = parse_target(url)
+        self._rules.check(target)
+        return target.url
+
+    def _check_enabled(self, webhook: Webhook) -> None:
+        if not webhook.is_enabled:
+            raise _disabled(webhook)
+
+    async def _seen(self, by: Principal, delivery: str) -> Delivery:
+        known = is_delivery_id(delivery)
+        found = await self._log.get(DeliveryId(delivery)) if known else None
+        webhook = None if found is None else await self._store.get(found.webhook)
+        is_seen = webhook is not None and is_visible(by.grant, webhook.project_ids)
+        if found is None or not is_seen:
+            raise _unknown("delivery", delivery)
+        return found
+
+
+def _unknown(what: str, name: str) -> RdevError:
+    return RdevError(ErrorCode.NOT_FOUND, f"there is no {what} {name!r}")
+
+
+def _disabled(webhook: Webhook) -> RdevError:
+    message = f"webhook {webhook.id!r} is disabled ({webhook.disabled_reason}): enable it first"
+    return RdevError(ErrorCode.CONFLICT, message)
