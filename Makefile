@@ -17,7 +17,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-faults test-simulation coverage bench lock hooks docs-states clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-simulation coverage bench lock hooks docs-states docs-limits clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ test-browser: setup ## streams through a real nginx and in a real Chromium (see 
 test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minutes, with a ledger
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
 
+test-contract: setup ## 100,000 requests invented from the OpenAPI document (MINUTES=60 at most)
+	$(BIN)/python -m tests.contract --minutes $(or $(MINUTES),60)
+
 test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
 
@@ -72,6 +75,9 @@ hooks: setup ## run the checks before every commit
 
 docs-states: setup ## write docs/states.md from the transition table
 	$(BIN)/python docs/generate_states.py
+
+docs-limits: setup ## write docs/api/limits.md from the code
+	PYTHONPATH=. $(BIN)/python docs/generate_limits.py
 
 clean: ## remove what was built; the state folder .rdev stays
 	rm -rf $(VENV) .venv-* build dist htmlcov coverage.xml .coverage* bench/results

@@ -61,6 +61,15 @@ def open_identity(settings: Settings) -> Iterator[Identity]:
         )
 
 
+def secret_of(settings: Settings) -> bytes:
+    """The secret that a server of these settings has. Errors: BAD_REQUEST where there is none."""
+    kept = settings.state_dir / "secret"
+    if settings.secret_file is None and not _text_in(kept):
+        message = f"RDEV_SECRET_FILE is not set, and no server has made {kept} yet"
+        raise RdevError(ErrorCode.BAD_REQUEST, message)
+    return _secret(settings, kept)
+
+
 def _secret(settings: Settings, kept: Path) -> bytes:
     """The bytes of `RDEV_SECRET_FILE`, else those of the state folder's own, made at the first
     start. Errors: BAD_REQUEST for a file that cannot serve."""

@@ -86,10 +86,11 @@ begin
         ) found
         window w as (order by is_own, xid, id rows unbounded preceding);
         get diagnostics sealed = row_count;
-        if not exists (
+        if sealed < max_rows and not exists (
             select from audit_entries e
-            where e.xid < high and not exists (select from audit_seals s where s.entry = e.id)
-        ) and sealed < max_rows then
+            where e.xid < high and not exists (
+                select from audit_seals s where s.entry = e.id and s.seq <= base_seq)
+        ) then
             insert into audit_entries (actor, actor_name, action, target, detail)
             values ('server', 'server', 'audit.resumed', 'audit',
                     jsonb_build_object('after_seq', base_seq));
@@ -102,7 +103,9 @@ begin
             from audit_entries e
             where e.day >= base_day - 1
               and (e.xid, e.id) > (base_xid, base_entry)
-              and (e.xid < low or e.xid >= high)
+              and (e.xid < low
+                   or e.xid >= high
+                      and not exists (select from audit_seals s where s.entry = e.id))
             order by e.xid, e.id
             limit max_rows
         ) found
@@ -119,6 +122,7 @@ begin
     from audit_entries e
     where e.day >= coalesce(base_day, '-infinity') - 1
       and (e.xid, e.id) > (coalesce(base_xid, '0'), coalesce(base_entry, 0))
+      and e.xid < high
     order by e.xid, e.id
     limit 1;
 end
