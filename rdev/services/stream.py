@@ -19,16 +19,25 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk
 from rdev.ports.output import OutputLog
+from rdev.services.stream_group import Group, OfferEach, Outlet
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_reader import HEARTBEAT_S, Signal, Subscription, Topic
 from rdev.services.stream_tail import Frames
 
-__all__ = ["BUFFER_BYTES", "HEARTBEAT_S", "Fanout", "Frames", "Signal", "Subscription"]
+__all__ = [
+    "BUFFER_BYTES",
+    "HEARTBEAT_S",
+    "Fanout",
+    "Frames",
+    "OfferEach",
+    "Outlet",
+    "Signal",
+    "Subscription",
+]
 
 BUFFER_BYTES = 262_144
-# So long the delivery loop works at most before others run; it looks at the clock this often.
+# So long the delivery loop works before others run; it looks at the clock after each group.
 YIELD_S = 0.002
-_READERS_A_LOOK = 16
 # Reads of the log at once for streams that other servers append to; the pool has more connections.
 LOOKS_AT_ONCE = 4
 # After a look that failed, and between two looks of a server that drains and is told nothing more.
@@ -171,7 +180,7 @@ class Fanout:
         finally:
             self._open -= 1
             topic.readers.discard(reader)
-            topic.waiting.pop(reader, None)
+            reader.stop_waiting()
             if not topic.readers:
                 del self._topics[command]
                 self._marked.pop(topic, None)
@@ -192,7 +201,7 @@ class Fanout:
     def mark(self, topic: Topic) -> None:
         """The topic has something for its readers. Never waits."""
         if self._nursery is None:
-            for reader in tuple(topic.waiting):
+            for reader in topic.all_waiting():
                 reader.wake()
         else:
             self._marked[topic] = None
@@ -225,34 +234,40 @@ class Fanout:
     async def _deliver_to(self, topic: Topic, yield_at_s: float) -> float:
         """One write to each reader of a stream that waits; returns when to yield again."""
         self._start_look(topic)
-        last: Frames | None = None
-        position = count = 0
-        for number, reader in enumerate(tuple(topic.waiting), 1):
-            # Most readers stand at the same place: the same frames, and no question asked.
-            if last is not None and reader.position == position and reader.takes(last):
-                count += 1
-            else:
-                self._count(topic, last, count)
-                position, last = reader.position, reader.give()
-                count = 1
-            if not number % _READERS_A_LOOK and trio.current_time() >= yield_at_s:
+        for reader in tuple(topic.waiting):
+            if reader.position < topic.tail.last_seq and not reader.lets_write:
+                reader.wake()  # it takes by itself
+        topic.gather()
+        for group in tuple(topic.groups):
+            if group.members and group.position < topic.tail.last_seq:
+                self._write_to(topic, group)
+            if trio.current_time() >= yield_at_s:
                 await trio.lowlevel.checkpoint()
                 yield_at_s = trio.current_time() + YIELD_S
-        self._count(topic, last, count)
-        if any(reader.position < topic.tail.last_seq for reader in topic.waiting):
+        if topic.is_behind:
             self._marked[topic] = None
-        elif len(topic.waiting) == len(topic.readers):
+        elif topic.all_wait:
             topic.tail.forget(topic.tail.last_seq)
         return yield_at_s
 
-    def _count(self, topic: Topic, given: Frames | None, readers: int) -> None:
+    def _write_to(self, topic: Topic, group: Group) -> None:
+        """The next frames to all of a group; who cannot have them so sees to it by itself."""
+        given = topic.tail.after(group.position)
+        readers = list(group.members)
         if given is None:
+            for reader in readers:
+                reader.wake()  # there is a hole: it reads the log
             return
+        for reader in group.write(given):
+            reader.block()
+        if given.is_final:
+            for reader in readers:
+                reader.end()
         topic.written_at_s = trio.current_time()
-        self._written += readers
+        self._written += len(readers)
         if topic.tally is not None:
             for event_type, events in given.counts.items():
-                topic.tally(event_type, events * readers)
+                topic.tally(event_type, events * len(readers))
 
     def _start_look(self, topic: Topic) -> None:
         if self._nursery is None or topic.is_looking or not topic.is_stale:
@@ -294,6 +309,7 @@ class Fanout:
             await trio.sleep(_SWEEP_S)
             for topic in tuple(self._topics.values()):
                 topic.forget_taken()
+                topic.regroup()
             if self.draining:
                 self.wake_all()
 
