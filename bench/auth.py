@@ -24,6 +24,7 @@ from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.pool import open_pool
+from rdev.domain.audit import Actor
 from rdev.domain.errors import RdevError
 from rdev.domain.key_requests import parse_key
 from rdev.domain.key_text import ENTROPY_BYTES, PREFIX, checksum_of, make_secret
@@ -38,6 +39,7 @@ TARGET_DIFFERENCE_PERCENT = 1.0
 
 ADMIN_KEY = "the bootstrap key of the benchmark, long enough"
 CLIENT_IP = "10.1.2.3"
+ACTOR = Actor(key_id="key_admin", key_name="bootstrap", ip=CLIENT_IP, request_id="bench")
 BODY = {
     "name": "bench",
     "scopes": ["projects:read", "projects:execute"],
@@ -112,7 +114,7 @@ def _measure(context: Context) -> Measurement:
 
 
 async def _repeat(keys: Keys, context: Context) -> dict[str, list[float]]:
-    made = await keys.create(ADMIN, parse_key(BODY))
+    made = await keys.create(ADMIN, parse_key(BODY), ACTOR)
     assert made.text is not None
     samples: dict[str, list[float]] = {}
     for number in range(context.warm_ups + context.repetitions):

@@ -7,7 +7,7 @@ when everybody is connected, prints what that cost, and ends at the next line.
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,16 +17,21 @@ from uuid import UUID
 import trio
 
 from rdev.adapters.http.app import HttpLimits, build_app
+from rdev.adapters.http.feed import Feeds
+from rdev.adapters.http.following import Followers
 from rdev.adapters.http.server import HttpServer
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.commands import Command, Kind, Lease, Priority, Status
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.feed import START, Position
 from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.keys import ADMIN, KeyEnd, Principal
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.authentication import Authenticate
+from rdev.ports.feed import FeedBounds, FeedPage
 from rdev.ports.output import Append, AppendResult
+from rdev.services.feed import Feed
 from rdev.services.key_watch import Watch
 from rdev.services.stream import Fanout
 
@@ -107,6 +112,28 @@ def _only(key: str) -> Authenticate:
     return authenticate
 
 
+class Nothing:
+    """A `FeedLog` in which nothing happens: the feeds are not measured here."""
+
+    async def read(
+        self, *, after: Position, limit: int, projects: Collection[ProjectId] | None
+    ) -> FeedPage:
+        """Nothing."""
+        return FeedPage(events=(), end=after, is_held=False)
+
+    async def bounds(self) -> FeedBounds:
+        """None."""
+        return FeedBounds(oldest=START, head=START)
+
+    async def held_back_s(self) -> float:
+        """Nothing is."""
+        return 0.0
+
+
+async def _known(project: ProjectId) -> None:
+    """Every project is."""
+
+
 @contextmanager
 def _lasting(principal: Principal, on_end: Callable[[KeyEnd], None]) -> Iterator[Watch]:
     """The benchmark's key does not end."""
@@ -116,9 +143,12 @@ def _lasting(principal: Principal, on_end: Callable[[KeyEnd], None]) -> Iterator
 async def _serve(plan: dict[str, int], key: str) -> None:
     memory, telemetry, numbers = Memory(), PrometheusTelemetry(), count(1)
     fanout = Fanout(log=memory, tell_replicas=lambda _: None)
+    followers = Followers(_lasting, telemetry)
+    feed = Feed(log=Nothing(), tell_replicas=lambda: None)
+    feeds = Feeds(feed, followers, _known)
     shell = build_app(
         routes=(),
-        plain=stream_routes(memory, fanout, _lasting, telemetry),
+        plain=stream_routes(memory, fanout, feeds, followers),
         authenticate=_only(key),
         project_of=memory.project_of,
         telemetry=telemetry,

@@ -18,6 +18,7 @@ from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
 from rdev.adapters.postgres.migrate import up
 from rdev.adapters.postgres.pool import open_dedicated, open_pool
+from rdev.adapters.postgres.roles import as_server
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.identity import Identity
@@ -63,6 +64,10 @@ async def _serve_until_stopped(
     settings: Settings, identity: Identity, control: Control, on_serving: Callable[[str], None]
 ) -> None:
     """Open what the server stands on, run it, and close it in reverse."""
+    if identity.is_secret_own and not settings.is_embedded:
+        _log.warning(
+            "RDEV_SECRET_FILE is not set: sessions and stream tokens are good on this server alone"
+        )
     async with AsyncExitStack() as stack:
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)
@@ -121,7 +126,7 @@ async def _database(settings: Settings) -> AsyncIterator[str]:
     async with open_embedded(settings.state_dir) as dsn:
         for name in await trio.to_thread.run_sync(up, dsn):
             _log.info("migration applied", extra={"migration": name})
-        yield dsn
+        yield as_server(dsn)
 
 
 async def _heed_signals(
@@ -133,8 +138,7 @@ async def _heed_signals(
     and a parent may pass on what its child got too.
     """
     stopped_at_s = -math.inf
-    # A shell's background job begins with SIGQUIT ignored, and commands would inherit that.
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    _ignore_for_itself()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
@@ -149,6 +153,15 @@ async def _heed_signals(
                 control.server.queue.cancel_running()
             stopped_at_s = trio.current_time()
             control.stop.set()
+
+
+def _ignore_for_itself() -> None:
+    """What whoever started this server had it ignore (a background job's SIGQUIT, nohup's SIGHUP)
+    stays without effect on it, but is not inherited: an exec resets handlers, not what is ignored.
+    Those that Python itself ignores, it resets in its children."""
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def _write_address(state_dir: Path, url: str) -> None:

@@ -28,6 +28,7 @@ from pydantic_settings import (
 
 from rdev.domain.addresses import parse_network
 from rdev.domain.limiter import parse_rate_limit
+from rdev.domain.purposes import SECRET_BYTES
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
@@ -61,6 +62,17 @@ def _key_file(path: Path) -> Path:
         raise ValueError(f"{path}: {error.strerror}") from error
     if len(text.strip()) < ADMIN_KEY_CHARACTERS_MIN:
         raise ValueError(f"{path}: must hold at least {ADMIN_KEY_CHARACTERS_MIN} characters")
+    return path
+
+
+def _secret_file(path: Path) -> Path:
+    try:
+        with path.open("rb") as file:
+            size_bytes = len(file.read(SECRET_BYTES))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    if size_bytes < SECRET_BYTES:
+        raise ValueError(f"{path}: must hold at least {SECRET_BYTES} bytes")
     return path
 
 
@@ -123,6 +135,7 @@ class Settings(BaseSettings):
     database_pool_max: int = Field(default=12, ge=2, le=200)
     admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None
     admin_key_file: Annotated[Path, AfterValidator(_key_file)] | None = None
+    secret_file: Annotated[Path, AfterValidator(_secret_file)] | None = None
     executor: Literal["local"] = "local"
     projects_dir: Path | None = None
     claude_command: Annotated[str, AfterValidator(_words)] = "claude"
@@ -133,6 +146,8 @@ class Settings(BaseSettings):
     queue_project_max: int = Field(default=10_000, ge=1, le=10_000_000)
     queue_max: int = Field(default=100_000, ge=1, le=10_000_000)
     retention_days: int = Field(default=7, ge=1, le=3_650)
+    audit_retention_days: int = Field(default=400, ge=1, le=36_500)
+    audit_checkpoint: str | None = None
     log_max_bytes: int = Field(default=10 << 30, ge=1 << 20, le=1 << 50)
     streams_max: int = Field(default=3_000, ge=1, le=100_000)
     stream_buffer_bytes: int = Field(default=262_144, ge=4_096, le=67_108_864)

@@ -1,13 +1,13 @@
 """Who this server is, over its restarts: what its state folder keeps.
 
 The folder's lock makes it one server at a time; its files name the holder of leases and hold the
-administrator's bootstrap key.
+administrator's bootstrap key and the service's secret.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uuid_utils.compat
@@ -15,6 +15,10 @@ import uuid_utils.compat
 from rdev.adapters.postgres.state import hold_state
 from rdev.config import ADMIN_KEY_CHARACTERS_MIN, Settings
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.purposes import SECRET_BYTES
+
+# A larger file was not meant: a device, a log.
+_SECRET_BYTES_MAX = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +28,17 @@ class Identity:
     holder: str
     machine: str
     admin_key: str
+    # What sessions and stream tokens are sealed with: the same on all servers of a service.
+    secret: bytes = field(repr=False)
+    # The secret is the state folder's, so that no other server has it.
+    is_secret_own: bool
     # Where the key was written, when this start made it.
     made_admin_key: Path | None = None
+
+    @property
+    def secrets(self) -> list[str]:
+        """What no log may show."""
+        return [self.admin_key, self.secret.decode("latin-1").strip()]
 
 
 @contextmanager
@@ -43,7 +56,36 @@ def open_identity(settings: Settings) -> Iterator[Identity]:
             machine=_machine(),
             admin_key=given or _long_enough(_kept(key_file, _new_admin_key), str(key_file)),
             made_admin_key=key_file if is_first else None,
+            secret=_secret(settings, state_dir / "secret"),
+            is_secret_own=settings.secret_file is None,
         )
+
+
+def secret_of(settings: Settings) -> bytes:
+    """The secret that a server of these settings has. Errors: BAD_REQUEST where there is none."""
+    kept = settings.state_dir / "secret"
+    if settings.secret_file is None and not _text_in(kept):
+        message = f"RDEV_SECRET_FILE is not set, and no server has made {kept} yet"
+        raise RdevError(ErrorCode.BAD_REQUEST, message)
+    return _secret(settings, kept)
+
+
+def _secret(settings: Settings, kept: Path) -> bytes:
+    """The bytes of `RDEV_SECRET_FILE`, else those of the state folder's own, made at the first
+    start. Errors: BAD_REQUEST for a file that cannot serve."""
+    if settings.secret_file is None:
+        # As text: what was torn, or emptied, is seen before it seals anything.
+        return _long_enough(_kept(kept, lambda: os.urandom(32).hex()), str(kept)).encode()
+    try:
+        with settings.secret_file.open("rb") as file:
+            secret = file.read(_SECRET_BYTES_MAX + 1)
+    except OSError as error:
+        message = f"RDEV_SECRET_FILE: {settings.secret_file}: {error.strerror}"
+        raise RdevError(ErrorCode.BAD_REQUEST, message) from error
+    if not SECRET_BYTES <= len(secret) <= _SECRET_BYTES_MAX:
+        message = f"RDEV_SECRET_FILE: must hold {SECRET_BYTES} to {_SECRET_BYTES_MAX} bytes"
+        raise RdevError(ErrorCode.BAD_REQUEST, message)
+    return secret
 
 
 def _given_admin_key(settings: Settings) -> str | None:

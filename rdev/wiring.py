@@ -10,23 +10,36 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 import uuid_utils.compat
 
+from rdev import __version__
+from rdev.adapters.checkpoints.lines import Signer
+from rdev.adapters.checkpoints.sinks import FileSink, UrlSink
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
+from rdev.adapters.http.audit import audit_routes
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.documents import document_routes
+from rdev.adapters.http.feed import Feeds
+from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.openapi import document
+from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
+from rdev.adapters.http.tickets import ticket_routes
+from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
+from rdev.adapters.postgres.feed import PostgresFeed
 from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
@@ -34,6 +47,7 @@ from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.notifier import (
     CANCEL_CHANNEL,
+    FEED_CHANNEL,
     KEYS_CHANNEL,
     PROJECTS_CHANNEL,
     QUEUE_CHANNEL,
@@ -50,12 +64,19 @@ from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
 from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
+from rdev.domain.lanes import Lane
 from rdev.domain.limiter import parse_rate_limit
-from rdev.domain.retention import Retention
+from rdev.domain.retention import FEED_KEPT_S, Retention
+from rdev.domain.tickets import Seals
 from rdev.identity import Identity
+from rdev.ports.audit import CheckpointSink
 from rdev.services.appender import Appender
+from rdev.services.audit import AuditKeeper
+from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.denials import Denials
 from rdev.services.depths import QueueGate
+from rdev.services.feed import Feed
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
@@ -66,6 +87,7 @@ from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
+from rdev.services.tickets import Tickets
 
 # Of the grace, for telling very many streams one after the other that they end.
 _CLOSING_SHARE = 0.7
@@ -112,12 +134,7 @@ def build_server(
         telemetry=telemetry,
     )
 
-    fanout = Fanout(
-        log=log,
-        tell_replicas=notifier.stream_changed,
-        buffer_bytes=settings.stream_buffer_bytes,
-        drain_s=settings.grace_s * _CLOSING_SHARE,
-    )
+    feed, fanout = _streams(settings, pools, log, notifier)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
@@ -132,7 +149,12 @@ def build_server(
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,
+        left_alone=executor.left_alone,
     )
+
+    def wake_workers(lane: Lane) -> None:
+        queue.wake(lane)
+        feed.changed()
 
     def reach_holder(command: CommandId) -> None:
         queue.cancel(command)
@@ -148,7 +170,7 @@ def build_server(
         log=log,
         gate=gate,
         fanout=fanout,
-        wake_workers=queue.wake,
+        wake_workers=wake_workers,
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
     )
@@ -159,13 +181,18 @@ def build_server(
         tell_replicas=notifier.project_changed,
     )
     keys, key_watch = _keys(identity, pools, notifier)
+    seals = Seals(identity.secret)
+    tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
 
-    listener = _listener(pools, notifier, queue, fanout, keys, projects)
+    audit, denials, audit_keeper = _audit(settings, identity, pools)
+
+    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects)
     housekeeper = Housekeeper(
-        upkeep=PostgresUpkeep(pool=pools.housekeeping),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
         telemetry=telemetry,
         retention=Retention(days=settings.retention_days, log_max_bytes=settings.log_max_bytes),
+        audit_days=settings.audit_retention_days,
         backoff=_backoff,
     )
 
@@ -179,8 +206,11 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            document_routes(document(version=__version__)),
+            audit_routes(audit, AuditVerifier(chain=audit)),
+            ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=stream_routes(commands, fanout, key_watch.watch, telemetry),
+        plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
         authenticate=keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
@@ -193,18 +223,22 @@ def build_server(
             body_bytes=settings.body_max_bytes,
         ),
         rate_limits=_rate_limits(settings, pools, telemetry),
+        denied=denials.note,
+        check_ticket=tickets.check,
     )
     http = HttpServer(
         app=app,
         bind=[settings.bind],
         grace_s=settings.grace_s,
         telemetry=telemetry,
+        refusal=app.unreadable,
         tls=_tls(settings),
     )
     for part, statistics in {
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
+        "feed": feed.statistics,
         "pool": pools.requests.statistics,
         "listener": listener.statistics,
         "notifier": notifier.statistics,
@@ -212,17 +246,63 @@ def build_server(
         "keys": keys.statistics,
         "key_watch": key_watch.statistics,
         "projects": projects.statistics,
+        "audit": audit_keeper.statistics,
     }.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )
     return Server(
-        subsystems=(notifier, listener, key_watch, housekeeper, fanout, poll, queue, http),
+        subsystems=(
+            notifier,
+            listener,
+            key_watch,
+            housekeeper,
+            audit_keeper,
+            fanout,
+            feed,
+            poll,
+            queue,
+            http,
+        ),
         readiness=readiness,
         queue=queue,
         http=http,
     )
+
+
+def _event_streams(
+    commands: Commands,
+    fanout: Fanout,
+    feed: Feed,
+    projects: Projects,
+    key_watch: KeyWatch,
+    telemetry: PrometheusTelemetry,
+) -> list[PlainRoute]:
+    """The streams of single commands, and the feeds."""
+    followers = Followers(key_watch.watch, telemetry)
+    feeds = Feeds(feed, followers, projects.check_known)
+    return stream_routes(commands, fanout, feeds, followers)
+
+
+def _streams(
+    settings: Settings, pools: Pools, log: PostgresOutput, notifier: Notifier
+) -> tuple[Feed, Fanout]:
+    """Whoever watches: the life of all commands, and each command's own stream."""
+    feed = Feed(
+        log=PostgresFeed(pool=pools.requests, kept_s=FEED_KEPT_S),
+        tell_replicas=notifier.feed_changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+    fanout = Fanout(
+        log=log,
+        tell_replicas=notifier.stream_changed,
+        status_changed=feed.changed,
+        buffer_bytes=settings.stream_buffer_bytes,
+        drain_s=settings.grace_s * _CLOSING_SHARE,
+    )
+    return feed, fanout
 
 
 def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
@@ -252,7 +332,7 @@ def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetr
 def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
     """Who may come in, and who must leave."""
     store = PostgresKeys(pool=pools.requests)
-    watch = KeyWatch(store=store)
+    watch = KeyWatch(store=store, now=_now)
     keys = Keys(
         store=store,
         admin_key=identity.admin_key,
@@ -266,11 +346,37 @@ def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, K
     return keys, watch
 
 
+def _audit(
+    settings: Settings, identity: Identity, pools: Pools
+) -> tuple[PostgresAudit, Denials, AuditKeeper]:
+    """The record of who did what, and what keeps it."""
+    audit = PostgresAudit(pool=pools.requests)
+    denials = Denials()
+    keeper = AuditKeeper(
+        log=audit, denials=denials, sink=_checkpoints(settings, identity), now=_now
+    )
+    return audit, denials, keeper
+
+
+def _checkpoints(settings: Settings, identity: Identity) -> CheckpointSink | None:
+    """Where the chain's checkpoints go: in the state folder when the database is there too."""
+    signer = Signer(identity.secret, server=identity.holder)
+    place = settings.audit_checkpoint
+    if place is not None and place.startswith(("http://", "https://")):
+        return UrlSink(place, signer=signer)
+    if place is not None:
+        return FileSink(Path(place), signer=signer)
+    if settings.is_embedded:
+        return FileSink(settings.state_dir / "audit-checkpoints", signer=signer)
+    return None
+
+
 def _listener(
     pools: Pools,
     notifier: Notifier,
     queue: CommandQueue,
     fanout: Fanout,
+    feed: Feed,
     keys: Keys,
     projects: Projects,
 ) -> Listener:
@@ -284,6 +390,7 @@ def _listener(
         """Notifications may have been missed."""
         queue.wake()
         fanout.wake_all()
+        feed.wake()
         keys.flush()
         projects.flush()
 
@@ -293,6 +400,7 @@ def _listener(
             QUEUE_CHANNEL: notifier.heard(lambda _: queue.wake()),
             CANCEL_CHANNEL: notifier.heard(cancel_each),
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
+            FEED_CHANNEL: notifier.heard_ids(lambda _: feed.wake()),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
             PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
         },

@@ -84,8 +84,23 @@ def test_imports_run_one_way() -> None:
         ("domain/intruder.py", "import cryptography", "the domain is pure"),
         (
             "adapters/http/intruder.py",
-            "import httpcore2",
+            "import h2",
             "connections to receivers only in adapters.webhooks",
+        ),
+        (
+            "adapters/http/intruder.py",
+            "import httpcore2",
+            "connections below HTTP only in adapters.webhooks and adapters.kubernetes",
+        ),
+        (
+            "adapters/execution/intruder.py",
+            "import wsproto",
+            "lightkube and wsproto only in adapters.kubernetes",
+        ),
+        (
+            "adapters/execution/intruder.py",
+            "import rdev.adapters.kubernetes.exec",
+            "adapters are independent",
         ),
     ],
 )

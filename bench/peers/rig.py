@@ -25,6 +25,7 @@ from rdev.adapters.postgres.notifier import QUEUE_CHANNEL, STREAM_CHANNEL, Notif
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import open_dedicated, open_pool
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
+from rdev.domain.audit import Actor
 from rdev.domain.backoff import Backoff
 from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.depths import DepthLimits
@@ -34,7 +35,7 @@ from rdev.domain.lanes import Lane
 from rdev.domain.requests import Common
 from rdev.ports.commands import Claims
 from rdev.services.appender import Appender
-from rdev.services.commands import Caller, Commands
+from rdev.services.commands import Commands
 from rdev.services.depths import QueueGate
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
@@ -48,7 +49,7 @@ POOL_MAX = 12
 RUNNING_MAX = 64
 LEASE_S = 30.0
 DEPTH_MAX = 10_000_000
-CALLER = Caller(key_id="bench", request_id="bench")
+CALLER = Actor(key_id="bench", key_name="bench", ip="127.0.0.1", request_id="bench")
 COMMON = Common(
     env={}, cwd="", stdin=b"", timeout_s=60, priority=Priority.NORMAL, expires_in_s=None,
     retry=Retry.NEVER,
@@ -129,11 +130,17 @@ class TimedLanes(PostgresLanes):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         """See `Lanes.claim`."""
         began = time.perf_counter()
         found = await super().claim(
-            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+            reach=reach,
+            instance=instance,
+            holder=holder,
+            limit=limit,
+            touched=touched,
+            closed=closed,
         )
         self.claims_ms.append((time.perf_counter() - began) * 1e3)
         self.claims_found.append(len(found.claimed))

@@ -27,19 +27,21 @@ class Event:
 
     name: str
     data: Json
+    id: str = ""
 
 
 @dataclass(slots=True)
 class _Position:
-    """How far a stream was read, over all its connections."""
+    """How far a stream was read, over all its connections. A feed goes on after a `complete`, which
+    says whose it is."""
 
     last_id: str = ""
     is_complete: bool = False
     failures: int = 0
 
-    def advance(self, name: str, event_id: str) -> None:
-        self.last_id = event_id or self.last_id
-        self.is_complete = name == "complete"
+    def advance(self, event: Event) -> None:
+        self.last_id = event.id or self.last_id
+        self.is_complete = event.name == "complete" and "command_id" not in event.data
         self.failures = 0
 
 
@@ -73,14 +75,20 @@ class Client:
         return await self._request("DELETE", path, None)
 
     async def follow(
-        self, path: str, heed: Callable[[Event], None], *, lost: Callable[[str], None]
+        self,
+        path: str,
+        heed: Callable[[Event], None],
+        *,
+        lost: Callable[[str], None],
+        after: str = "",
     ) -> None:
-        """Give every event of a command's stream to `heed`, in order and once, up to `complete`.
+        """Give every event of a stream after the id `after` to `heed`, in order and once: those of
+        a command up to `complete`, those of a feed for ever.
 
         A stream that ends earlier, for whatever reason, is resumed after the last event; `lost` is
         told why. Errors: the server's refusals (RdevError); a server that is away is waited for.
         """
-        position = _Position()
+        position = _Position(last_id=after)
         while True:
             try:
                 await self._read_stream(path, position, heed)
@@ -105,12 +113,17 @@ class Client:
         timeout = httpx2.Timeout(CONNECT_TIMEOUT_S, read=SILENCE_S)
         async with self._http.sse(path, headers=headers, timeout=timeout) as source:
             response = source.response
+            if response.status_code == 204:
+                position.is_complete = True  # nothing comes after `after`
+                return
             if response.status_code != 200:
                 await response.aread()
                 raise _refusal(response)
             async for event in source:
-                heed(Event(name=event.event, data=msgspec.json.decode(event.data)))
-                position.advance(event.event, event.id)
+                data = msgspec.json.decode(event.data, type=Json)
+                told = Event(name=event.event, data=data, id=event.id)
+                heed(told)
+                position.advance(told)
 
     async def _request(self, method: str, path: str, body: Mapping[str, object] | None) -> Json:
         return msgspec.convert((await self._answer(method, path, body))["data"], Json)

@@ -21,7 +21,7 @@ def demo() -> None:
 
     async def main() -> int:
         with open_identity(settings) as identity:
-            configure_logs(level="warn", secrets=[identity.admin_key])
+            configure_logs(level="warn", secrets=identity.secrets)
             click.echo("starting PostgreSQL and rdev …")
 
             async def show(url: str) -> None:

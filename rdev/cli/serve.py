@@ -20,7 +20,7 @@ def serve(config_file: Path | None) -> None:
 
     async def main() -> int:
         with open_identity(settings) as identity:
-            configure_logs(level=settings.log_level, secrets=[identity.admin_key])
+            configure_logs(level=settings.log_level, secrets=identity.secrets)
             if identity.made_admin_key is not None:
                 tell_admin_key(identity.admin_key, identity.made_admin_key)
             await run_server(settings, identity)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+from rdev.domain.audit import Actor
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec, Why
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ATTEMPTS_MAX, CommandId, ProjectId
@@ -113,8 +114,7 @@ class NewCommand:
     priority: Priority
     retry: Retry
     expires_in_s: int | None
-    key_id: str
-    request_id: str
+    actor: Actor
     idempotency: Idempotency | None = None
 
 

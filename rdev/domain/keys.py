@@ -82,13 +82,15 @@ class Grant:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Principal:
     """The holder of an accepted credential: fit for logs, since it holds nothing of the secret.
-    `public_id` is the credential's, None for the bootstrap key."""
+    `public_id` is the credential's, None for the bootstrap key. `ends_at`: when the credential ends
+    although its key does not (a session, a stream token)."""
 
     key_id: KeyId
     name: str
     grant: Grant
     public_id: str | None = None
     rate_limit: RateLimit | None = None
+    ends_at: datetime | None = None
 
     @property
     def project_ids(self) -> frozenset[ProjectId] | None:

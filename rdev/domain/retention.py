@@ -6,6 +6,9 @@ from datetime import date, datetime
 
 from rdev.domain.ids import AttemptId, CommandId, ProjectId
 
+# So long what happened to commands is kept for the feeds (the contract: 7 days).
+FEED_KEPT_S = 7 * 86_400.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDay:

@@ -36,15 +36,16 @@ _NAMES = {tag[0]: name for name, tag in TAGS.items()}
 _OUTPUT_FRAME = "id: %d\nevent: output\ndata: %s\n\n"
 
 
-def frame(event: str, data: bytes, seq: int | None, retry_ms: int | None = None) -> bytes:
-    """One event as bytes on the wire; `seq` is its id, None for an event that has none.
+def frame(event: str, data: bytes, seq: int | str | None, retry_ms: int | None = None) -> bytes:
+    """One event as bytes on the wire; `seq` is its id: its number, or a feed's text in ASCII; None
+    for an event that has none.
 
     `data` is JSON. Errors: ValueError where it has a raw line end, which would end the field.
     """
     if b"\n" in data or b"\r" in data:
         raise ValueError("the data of an event has no raw line end")
     retry = b"" if retry_ms is None else b"retry: %d\n" % retry_ms
-    number = b"" if seq is None else b"id: %d\n" % seq
+    number = b"" if seq is None else b"id: %b\n" % str(seq).encode()
     return b"%b%bevent: %b\ndata: %b\n\n" % (retry, number, event.encode(), data)
 
 

@@ -2,12 +2,19 @@
 
 All stamps are the database's. A lease is a fence: every write of an attempt compares it, and a
 writer whose lease is no longer the command's changes nothing.
+
+Whatever changes a command, here and in the log (`rdev/ports/output.py`), is recorded in the same
+transaction: each change of its status as an event, with the number of the event of its own stream
+that tells the same (of an end, `complete`); each change but a heartbeat, output and a release as an
+audit entry, under the `Actor` who asked or the holder that did it by itself. What changes nothing
+records nothing. Of one command, the records stand in the order in which it changed.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Status
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
@@ -98,9 +105,9 @@ class CommandStore(Protocol):
         so many"."""
         ...
 
-    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+    async def request_cancel(self, command: CommandId, actor: Actor) -> CancelResult | None:
         """End a queued command as `cancelled` (with its last events), or record the request on a
-        running one. Ended commands are returned as they are. None: no such command.
+        running one; `actor` asks. Ended commands are returned as they are. None: no such command.
         Needs no lease: it only asks.
         """
         ...
@@ -125,6 +132,7 @@ class Lanes(Protocol):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         """Touch these lanes, then take up to `limit` (≥ 1) commands: heads of lanes of this reach,
         in the order of `due`; a lane that gave one stands behind those that wait.
@@ -135,6 +143,9 @@ class Lanes(Protocol):
         `instance` where it is given; what was claimed never expires, though it be queued again. A
         lane that another claim holds is left out; nothing taken and nothing ended means that there
         is nothing for this claim.
+
+        Lanes of `closed` projects are passed by: nothing is taken there, they keep their place for
+        the next claim that does not name them, and they take none of this one's.
         """
         ...
 
@@ -143,8 +154,9 @@ class Lanes(Protocol):
         returns how many there were."""
         ...
 
-    async def expire(self, *, limit: int) -> list[CommandId]:
-        """End queued commands whose `expires_in_s` has passed, with their last events."""
+    async def expire(self, *, holder: str, limit: int) -> list[CommandId]:
+        """End queued commands whose `expires_in_s` has passed, with their last events, in the name
+        of `holder`."""
         ...
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from rdev.domain.audit import Actor
 from rdev.domain.ids import KeyId, ProjectId
 from rdev.domain.keys import Key, NewKey, Rotation, Standing
 
@@ -35,26 +36,26 @@ class KeyMade:
 class KeyStore(Protocol):
     """API keys with their secrets."""
 
-    async def insert(self, new: NewKey) -> KeyMade:
-        """Store a key with its secret and its idempotency key, where it has one, in one
-        transaction. An idempotency key that stands for something already makes nothing.
+    async def insert(self, new: NewKey, actor: Actor) -> KeyMade:
+        """Store a key with its secret, its audit entry and its idempotency key, where it has one,
+        in one transaction. An idempotency key that stands for something already makes nothing.
 
         Errors: IDEMPOTENCY_MISMATCH when it stands for another request; CONFLICT, with a delay,
         when another request with it took longer than 2 s.
         """
         ...
 
-    async def rotate(self, rotation: Rotation) -> KeyMade | None:
+    async def rotate(self, rotation: Rotation, actor: Actor) -> KeyMade | None:
         """Give a key another secret; None: there is no such key. The one before stays good for
-        `grace_s`; older ones end now, so that no more than two are ever good.
+        `grace_s`; older ones end now, so that no more than two are ever good. With an audit entry.
 
         Errors: CONFLICT for a key that is revoked or expired; those of `insert`.
         """
         ...
 
-    async def revoke(self, key: KeyId) -> Key | None:
+    async def revoke(self, key: KeyId, actor: Actor) -> Key | None:
         """End a key now and for ever; None: there is no such key. Again is fine, and keeps the
-        time of the first."""
+        time of the first, whose audit entry is the only one."""
         ...
 
     async def get(self, key: KeyId) -> Key | None:

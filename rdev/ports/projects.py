@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Protocol
 
+from rdev.domain.audit import Actor
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition
 
@@ -11,10 +12,11 @@ class ProjectStore(Protocol):
     """Projects by id."""
 
     async def insert(
-        self, definition: ProjectDefinition, *, executor: str, reach: str
+        self, definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
     ) -> tuple[Project, bool]:
-        """Store a project; the flag says whether this call made it. An existing one with the same
-        definition is returned as it is. Errors: CONFLICT when it exists with another one."""
+        """Store a project with its audit entry; the flag says whether this call made it. An
+        existing one with the same definition is returned as it is. Errors: CONFLICT when it exists
+        with another one."""
         ...
 
     async def get(self, project: ProjectId) -> Project | None:

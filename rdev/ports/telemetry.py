@@ -77,7 +77,8 @@ class UpkeepTelemetry(Protocol):
 
     def kept_house(self, duty: str, count: int) -> None:
         """So many things were put away. `duty` comes from a closed set in the code: `output_days`,
-        `idempotency_keys`, `rate_windows`, `commands`, `folders`, `orphans`."""
+        `audit_days`, `idempotency_keys`, `rate_windows`, `events`, `commands`, `folders`,
+        `orphans`."""
         ...
 
 

@@ -16,8 +16,9 @@ from rdev.domain.retention import Ended, OutputDay
 class StoreDuties(Protocol):
     """What concerns the store alone. Errors of all: SERVICE_UNAVAILABLE."""
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """Make the partitions of today and of the days that follow."""
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
+        """Make the partitions of today and of the days that follow, for output and for the audit
+        log: without one for the day no command is accepted, claimed or ended."""
         ...
 
     async def output_days(self) -> list[OutputDay]:
@@ -29,6 +30,16 @@ class StoreDuties(Protocol):
         (a dump, a long read), and nothing was done. Blocks: at most 0.1 s behind others."""
         ...
 
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        """Days of the audit log that are older than this and than the owner's policy, oldest
+        first."""
+        ...
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        """Drop a day of the audit log, and enter that it was dropped. False: nothing was done: it
+        is in use, too young, or not all of it is sealed. Blocks: at most 0.1 s behind others."""
+        ...
+
     async def forget_keys(self, *, limit: int) -> int:
         """Delete idempotency keys that stand for nothing any more; returns how many."""
         ...
@@ -36,6 +47,10 @@ class StoreDuties(Protocol):
     async def forget_windows(self, *, limit: int) -> int:
         """Delete windows of rate limits in which no hit counts any more; returns how many. One that
         is being asked is left to the next time."""
+        ...
+
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        """Delete what happened so long ago (not the audit log), oldest first; returns how many."""
         ...
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:

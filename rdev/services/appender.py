@@ -116,14 +116,14 @@ class Writer:
             await self._moved.park()
         self._raise_failure()
 
-    async def queue_again(self, last: NewChunk) -> bool:
+    async def queue_again(self, last: NewChunk, *, reason: str) -> bool:
         """End the attempt with its last event, and let the command wait for another one; returns
-        when that is committed and published. False: a cancel was asked for, so nothing was done,
-        and the command is to be finished.
+        when that is committed and published. `reason`: why it did not finish. False: a cancel was
+        asked for, so nothing was done, and the command is to be finished.
 
         Errors: LeaseLostError.
         """
-        self._end(Outcome(status=Status.QUEUED), last)
+        self._end(Outcome(status=Status.QUEUED, reason=reason), last)
         await self.finished()
         return not self._refused
 

@@ -299,7 +299,7 @@ class Attempt:
         """Whether the command waits for another attempt now; not when its cancel came first."""
         event = status_line(Status.QUEUED, attempt=self.claimed.attempt, reason=end.reason)
         last = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=event)
-        return await self._writer.queue_again(last)
+        return await self._writer.queue_again(last, reason=end.reason)
 
 
 @dataclass(slots=True)

@@ -1,10 +1,10 @@
 """Submitting, reading, awaiting and cancelling commands."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import LANE_CLASS, Command, Kind, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Spec
@@ -24,14 +24,6 @@ from rdev.services.stream import Fanout
 WAIT_POLL_S = 1.0
 # What one read of the log brings at most.
 PAGE_BYTES = 1_048_576
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks: what is stored with a command."""
-
-    key_id: str
-    request_id: str
 
 
 class Commands:
@@ -63,7 +55,7 @@ class Commands:
 
     async def submit(
         self,
-        caller: Caller,
+        actor: Actor,
         project: ProjectId,
         kind: Kind,
         *,
@@ -94,8 +86,7 @@ class Commands:
             priority=common.priority,
             retry=common.retry,
             expires_in_s=common.expires_in_s,
-            key_id=caller.key_id,
-            request_id=caller.request_id,
+            actor=actor,
             idempotency=idempotency,
         )
         try:
@@ -166,13 +157,13 @@ class Commands:
                 with trio.move_on_after(min(WAIT_POLL_S, left_s)):
                     await hint.wait()
 
-    async def cancel(self, command: CommandId) -> Command:
+    async def cancel(self, actor: Actor, command: CommandId) -> Command:
         """Ask for the end of a command: a queued one ends now, a running one is killed.
 
         Errors: NOT_FOUND. Cancelling an ended command changes nothing.
         """
         with commit_shield():
-            result = await self._store.request_cancel(command)
+            result = await self._store.request_cancel(command, actor)
             if result is not None:
                 self._reach_holder(command)
                 self._fanout.announce(command)

@@ -1,8 +1,8 @@
 """An executor behind breakers, one for each project: a place that cannot be reached is left alone.
 
 While a project's breaker is open, everything that would start or touch something there is refused
-at once with SERVICE_UNAVAILABLE; whoever claims skips the project (`is_open`, `open_projects`),
-and what is submitted waits in its queue. Kills are never refused. Only the way to the place counts:
+at once with SERVICE_UNAVAILABLE; whoever claims skips the project (`left_alone`), and what is
+submitted waits in its queue. Kills are never refused. Only the way to the place counts:
 a command that fails was reached, and so was one whose end is any `Lost` but `UNREACHABLE`.
 
 An attachment lasts as long as its command, so it holds no permit: it asks once, and what it sees
@@ -15,7 +15,9 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from rdev.domain.breaker import BreakerSettings, CallOutcome
+import trio
+
+from rdev.domain.breaker import BreakerReason, BreakerSettings, BreakerState, CallOutcome
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Piece, Spec
 from rdev.domain.ids import AttemptId, CommandId, ProjectId
@@ -24,6 +26,9 @@ from rdev.ports.telemetry import BreakerTelemetry
 from rdev.services.breaker import CircuitBreaker
 
 PROJECTS_MAX = 10_000
+# How often a project that is to be tried again is left to a claim. One takes at most the heads of
+# its two lanes: fewer than the breaker's trials, so that none is refused and loses its lease.
+TRIAL_EVERY_S = 1.0
 # What breakers of executors are called, in metrics and to clients.
 NAME = "exec"
 
@@ -51,6 +56,8 @@ class GuardedExecutor:
         self._telemetry = telemetry
         self._settings = settings
         self._breakers: OrderedDict[ProjectId, CircuitBreaker] = OrderedDict()
+        # Those that are not closed, and when a claim may try them next (seconds of trio's clock).
+        self._not_closed: dict[ProjectId, float] = {}
 
     @property
     def reach(self) -> str:
@@ -68,8 +75,22 @@ class GuardedExecutor:
         return found is not None and found.refuses
 
     def open_projects(self) -> list[ProjectId]:
-        """All projects of which `is_open` says so. Cost: in the breakers known."""
-        return [project for project, breaker in self._breakers.items() if breaker.refuses]
+        """All projects of which `is_open` says so. Cost: in the breakers that are not closed."""
+        # A copy: to ask a breaker may change its state.
+        return [project for project in list(self._not_closed) if self.is_open(project)]
+
+    def left_alone(self) -> list[ProjectId]:
+        """The projects that a claim made now is to pass by: the open ones, and those that another
+        claim is trying. One that is due for a trial is left to this claim, and to no other for
+        `TRIAL_EVERY_S`. Cost: in the breakers that are not closed."""
+        now_s = trio.current_time()
+        passed_by = []
+        for project in list(self._not_closed):
+            if self.is_open(project) or now_s < self._not_closed[project]:
+                passed_by.append(project)
+            else:
+                self._not_closed[project] = now_s + TRIAL_EVERY_S
+        return passed_by
 
     def statistics(self) -> ExecBreakerStatistics:
         """What is now."""
@@ -131,7 +152,8 @@ class GuardedExecutor:
         """The project's breaker, now the most recently used."""
         found = self._breakers.get(project)
         if found is None:
-            found = CircuitBreaker(name=NAME, telemetry=self._telemetry, settings=self._settings)
+            changes = _Changes(self._telemetry, self._not_closed, project)
+            found = CircuitBreaker(name=NAME, telemetry=changes, settings=self._settings)
             self._breakers[project] = found
             self._forget()
         self._breakers.move_to_end(project)
@@ -143,7 +165,31 @@ class GuardedExecutor:
             return
         oldest = next(iter(self._breakers))
         at_rest = (one for one, breaker in self._breakers.items() if breaker.is_at_rest)
-        del self._breakers[next(at_rest, oldest)]
+        gone = next(at_rest, oldest)
+        del self._breakers[gone]
+        self._not_closed.pop(gone, None)
+
+
+class _Changes:
+    """Keeps one project among those that are not closed, and passes on what it hears."""
+
+    def __init__(
+        self,
+        telemetry: BreakerTelemetry,
+        not_closed: dict[ProjectId, float],
+        project: ProjectId,
+    ) -> None:
+        self._telemetry = telemetry
+        self._not_closed = not_closed
+        self._project = project
+
+    def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
+        """See `BreakerTelemetry.breaker_changed`."""
+        if state is BreakerState.CLOSED:
+            self._not_closed.pop(self._project, None)
+        else:
+            self._not_closed.setdefault(self._project, 0.0)
+        self._telemetry.breaker_changed(breaker, state, reason)
 
 
 class _Watched:

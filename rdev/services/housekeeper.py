@@ -5,10 +5,12 @@ to the one that has it. Of the store:
 
 | what | from what age on | at once | duty in `rdev_housekeeping_total` |
 |---|---|---|---|
-| partitions for output | `DAYS_AHEAD` days ahead | made | |
+| partitions for output and the audit log | `DAYS_AHEAD` days ahead | made | |
 | output, by whole days (1) | `retention.days` days | a day, ≤ 100 ms behind others | output_days |
+| the audit log, by whole days (3) | `audit_days` days | a day, ≤ 100 ms behind all | audit_days |
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
+| events of commands and projects | `EVENT_DAYS` days | ≤ 1,000 rows, ≤ 100 ms | events |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -24,6 +26,8 @@ and of the places of this server's reach:
 today's, and none in which a command waits or runs.
 
 (2) Their project is `failed` and starts nothing until nothing is left of them.
+
+(3) Never before the database's owner lets it (`audit_policy`), and nothing that is not sealed.
 
 A command outlives its output by a day: until then its stream answers 410, after that 404. A place
 that cannot be reached is passed by; its rows go a day later than others. Rows go in batches that
@@ -46,6 +50,8 @@ from rdev.ports.upkeep import PlaceDuties, StoreDuties, Upkeep
 INTERVAL_S = 60.0
 DAYS_AHEAD = 3
 DAY_S = 86_400.0
+# How far back a feed can be resumed (the HTTP contract).
+EVENT_DAYS = 7
 # Long after the last reader of a command's folder has read its end.
 TIDY_AGE_S = 300.0
 # So many folders at once: an exec of about a second.
@@ -68,6 +74,7 @@ class Housekeeper:
         executor: Executor,
         telemetry: UpkeepTelemetry,
         retention: Retention,
+        audit_days: int,
         backoff: Callable[[], Backoff],
     ) -> None:
         """Opens nothing."""
@@ -75,6 +82,7 @@ class Housekeeper:
         self._executor = executor
         self._telemetry = telemetry
         self._retention = retention
+        self._audit_days = audit_days
         self._backoff = backoff
         self._stop = trio.Event()
 
@@ -111,10 +119,14 @@ class Housekeeper:
 
     async def _keep_store(self, store: StoreDuties) -> None:
         # First: without a partition for the day no command is accepted.
-        await store.ensure_output_partitions(days_ahead=DAYS_AHEAD)
+        await store.ensure_partitions(days_ahead=DAYS_AHEAD)
         await self._drop_output(store)
+        await self._drop_audit(store)
         await self._in_batches("idempotency_keys", lambda rows: store.forget_keys(limit=rows))
         await self._in_batches("rate_windows", lambda rows: store.forget_windows(limit=rows))
+        await self._in_batches(
+            "events", lambda rows: store.forget_events(older_s=EVENT_DAYS * DAY_S, limit=rows)
+        )
         older_s = (self._retention.days + 2) * DAY_S
         await self._in_batches(
             "commands", lambda rows: store.forget_commands(older_s=older_s, limit=rows)
@@ -132,6 +144,14 @@ class Housekeeper:
         size_bytes = sum(one.size_bytes for one in stored)
         if size_bytes > self._retention.log_max_bytes:
             _log.warning("output is over its limit", extra={"bytes": size_bytes})
+
+    async def _drop_audit(self, store: StoreDuties) -> None:
+        for day in await store.old_audit_days(keep_days=self._audit_days):
+            if not await store.drop_audit(day, keep_days=self._audit_days):
+                _log.info("audit log is in use", extra={"day": str(day)})
+                return
+            self._telemetry.kept_house("audit_days", 1)
+            _log.info("audit log dropped", extra={"day": str(day)})
 
     async def _in_batches(self, duty: str, step: Callable[[int], Awaitable[int]]) -> None:
         """Repeat a step that takes at most so many rows, until it finds less than that."""

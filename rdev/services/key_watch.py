@@ -3,15 +3,17 @@
 Whoever holds something open for a key (a stream) watches it. Woken when a key is changed, here or
 elsewhere, and every `TICK_S`, it asks for all watched credentials in one statement (none where
 nothing is watched); so a revocation ends what it must within `TICK_S` + `LOOK_S`, also where
-every notification is lost. An end that is known beforehand (expiry, grace) needs no database.
+every notification is lost. An end that is known beforehand (expiry, grace, the end of a session or
+a stream token) needs no database.
 `last_used_at` is collected and written with the tick, so that no request waits for it: for each key
 at most once in `USED_EVERY_S`. Bounds: watchers are bounded by the HTTP edge, what is collected by
 the keys that were used within the last minute.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import trio
 
@@ -44,6 +46,8 @@ class Watch:
     """One watcher of one credential. `ended` is set once `reason` is."""
 
     on_end: Callable[[KeyEnd], None] | None = None
+    # When the credential ends although its key does not (`Principal.ends_at`).
+    ends_at: datetime | None = None
     ended: trio.Event = field(default_factory=trio.Event)
     reason: KeyEnd | None = None
 
@@ -71,9 +75,11 @@ class KeyWatch:
 
     name = "keys"
 
-    def __init__(self, *, store: KeyStore) -> None:
+    def __init__(self, *, store: KeyStore, now: Callable[[], datetime]) -> None:
         self._store = store
+        self._now = now
         self._watched: dict[str, _Watched] = {}
+        self._ending: set[Watch] = set()
         # When each key was last collected, and what is not yet written.
         self._noted_at_s: dict[KeyId, float] = {}
         self._used: set[KeyId] = set()
@@ -109,13 +115,23 @@ class KeyWatch:
         """Watch the credential of an authenticated request for the length of the block.
 
         When it stops being good, `ended` is set and `on_end` called, once; `on_end` never waits.
-        The bootstrap key never ends.
+        The bootstrap key never ends, but a session or a token of it does.
         """
-        watch = Watch(on_end=on_end)
-        public_id = principal.public_id
-        if public_id is None:
-            yield watch
-            return
+        watch = Watch(on_end=on_end, ends_at=principal.ends_at)
+        if watch.ends_at is not None:
+            self._ending.add(watch)
+        try:
+            if principal.public_id is None:
+                yield watch
+            else:
+                with self._watching(principal.public_id, watch):
+                    yield watch
+        finally:
+            self._ending.discard(watch)
+
+    @contextmanager
+    def _watching(self, public_id: str, watch: Watch) -> Iterator[None]:
+        """Watch one secret of a key."""
         watched = self._watched.get(public_id)
         if watched is None:
             # The request may have been let in by what was true up to the cache's TTL ago.
@@ -125,7 +141,7 @@ class KeyWatch:
         if watched.ended is not None:
             watch.end(watched.ended)
         try:
-            yield watch
+            yield
         finally:
             watched.watches.discard(watch)
             if not watched.watches and self._watched.get(public_id) is watched:
@@ -144,6 +160,8 @@ class KeyWatch:
         for watched in list(self._watched.values()):
             if now_s >= watched.ends_at_s:
                 self._end(watched, watched.ends_as)
+        now = self._now()
+        self._end_each([w for w in self._ending if w.ends_at and now >= w.ends_at], KeyEnd.EXPIRED)
         await self._write_used()
 
     def statistics(self) -> KeyWatchStatistics:
@@ -178,7 +196,10 @@ class KeyWatch:
 
     def _end(self, watched: _Watched, reason: KeyEnd) -> None:
         watched.ended = reason
-        for watch in list(watched.watches):
+        self._end_each(list(watched.watches), reason)
+
+    def _end_each(self, watches: Sequence[Watch], reason: KeyEnd) -> None:
+        for watch in watches:
             self._ended += watch.reason is None
             watch.end(reason)
 

@@ -1,17 +1,19 @@
 """API keys: checking credentials, and making, showing, rotating and revoking keys.
 
-A credential is looked up by its SHA-256, so an unknown id and a wrong secret take the same path.
-What was found is remembered for at most `TTL_S` (`cached.py`); a change is told to all servers. The
-bootstrap key of the administrator is known without the database.
+A credential is looked up by its SHA-256, so an unknown id and a wrong secret take the same path;
+one that was accepted before (a session's) by its name. What was found is remembered for at most
+`TTL_S` (`cached.py`); a change is told to all servers. The bootstrap key of the administrator is
+known without the database.
 """
 
 import hmac
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, NewUuid, is_key_id, key_id
@@ -37,9 +39,12 @@ from rdev.domain.keys import (
     check_projects,
     check_scopes,
 )
-from rdev.ports.keys import KeyMade, KeyStore
+from rdev.ports.keys import FoundKey, KeyMade, KeyStore
 from rdev.services.cached import Cached, CachedStatistics
 from rdev.services.shield import commit_shield
+
+# A key, and the public id of one of its secrets.
+_Named = tuple[KeyId, str]
 
 _ENDED = {
     KeyEnd.REVOKED: (ErrorCode.KEY_REVOKED, "the API key was revoked, or replaced by a rotation"),
@@ -92,7 +97,7 @@ class Keys:
         self._new_uuid = new_uuid
         self._random_bytes = random_bytes
         self._now = now
-        self._cached: Cached[bytes, _Known] = Cached(
+        self._cached: Cached[bytes | _Named, _Known] = Cached(
             self._load, tag=lambda _, known: None if known is None else known.principal.key_id
         )
 
@@ -109,6 +114,17 @@ class Keys:
         known = self._cached.peek(digest)
         if known is None and public_id_of(text) is not None:
             known = await self._cached.get(digest)
+        return self._accepted(known, client_ip)
+
+    async def authenticate_named(self, key: KeyId, public_id: str, client_ip: str) -> Principal:
+        """The principal of a key and one of its secrets, which whoever asks has shown before.
+
+        Errors: those of `authenticate`. Also for a secret that has since ended, as for its text.
+        """
+        return self._accepted(await self._cached.get((key, public_id)), client_ip)
+
+    def _accepted(self, known: _Known | None, client_ip: str) -> Principal:
+        """What is good now, from here. Errors: see `authenticate`."""
         if known is None:
             raise _unauthorized()
         now_s = trio.current_time()
@@ -123,7 +139,12 @@ class Keys:
         return principal
 
     async def create(
-        self, by: Principal, request: KeyRequest, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        request: KeyRequest,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> ShownKey:
         """Make a key; its text is in the answer and nowhere else.
 
@@ -155,10 +176,16 @@ class Keys:
             created_by=by.key_id,
             idempotency=idempotency,
         )
-        return _shown(await self._store.insert(new), secret)
+        return _shown(await self._store.insert(new, actor), secret)
 
     async def rotate(
-        self, by: Principal, key: str, *, grace_s: int, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        key: str,
+        actor: Actor,
+        *,
+        grace_s: int,
+        idempotency: Idempotency | None = None,
     ) -> ShownKey:
         """Give a key another secret. Who learns it can do all that the key can: `by` must hold it.
 
@@ -170,7 +197,7 @@ class Keys:
         rotation = Rotation(key=found.id, secret=secret, grace_s=grace_s, idempotency=idempotency)
         with commit_shield():
             try:
-                made = await self._store.rotate(rotation)
+                made = await self._store.rotate(rotation, actor)
             finally:
                 # Also where it failed: the reply alone may be lost.
                 self._announce(found.id)
@@ -178,7 +205,7 @@ class Keys:
             raise _unknown(key)
         return _shown(made, secret)
 
-    async def revoke(self, by: Principal, key: str) -> Key:
+    async def revoke(self, by: Principal, key: str, actor: Actor) -> Key:
         """End a key now and for ever; again is fine.
 
         Errors: NOT_FOUND; FORBIDDEN for a key that may do what `by` may not.
@@ -187,7 +214,7 @@ class Keys:
         check_scopes(by.grant, found.grant.scopes)
         with commit_shield():
             try:
-                revoked = await self._store.revoke(found.id)
+                revoked = await self._store.revoke(found.id, actor)
             finally:
                 # Also where it failed: the reply alone may be lost.
                 self._announce(found.id)
@@ -220,9 +247,12 @@ class Keys:
         """What is remembered."""
         return self._cached.statistics()
 
-    async def _load(self, digest: bytes) -> _Known | None:
+    async def _load(self, asked: bytes | _Named) -> _Known | None:
         began_s = trio.current_time()
-        found = await self._store.find(digest)
+        if isinstance(asked, bytes):
+            found = await self._store.find(asked)
+        else:
+            found = await self._find_named(*asked)
         if found is None:
             return None
         key, standing = found.key, found.standing
@@ -235,6 +265,15 @@ class Keys:
             rate_limit=key.rate_limit,
         )
         return _Known(principal, standing.ended, began_s + good_for_s, standing.ends_as)
+
+    async def _find_named(self, id_: KeyId, public_id: str) -> FoundKey | None:
+        """As `KeyStore.find`, by name. The standing is read last: what a key holds never changes,
+        how it stands may."""
+        key = await self._store.get(id_)
+        standing = (await self._store.standings([public_id])).get(public_id)
+        if key is None or standing is None:
+            return None
+        return FoundKey(key=replace(key, public_id=public_id), standing=standing)
 
     def _announce(self, key: KeyId) -> None:
         """The key was changed, or may have been."""

@@ -6,6 +6,7 @@ commands never are.
 
 from collections.abc import Callable, Collection, Sequence
 
+from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, ProjectDefinition
@@ -33,7 +34,7 @@ class Projects:
         self._tell_replicas = tell_replicas
         self._cached: Cached[ProjectId, Project] = Cached(store.get, tag=lambda project, _: project)
 
-    async def create(self, definition: ProjectDefinition) -> tuple[Project, bool]:
+    async def create(self, definition: ProjectDefinition, actor: Actor) -> tuple[Project, bool]:
         """Make the project's place, then its row; the flag says whether it is new.
 
         The place first: a project that is known can be used. Errors: CONFLICT when it exists with
@@ -43,7 +44,7 @@ class Projects:
         with commit_shield():
             try:
                 return await self._store.insert(
-                    definition, executor=self._executor_name, reach=self._executor.reach
+                    definition, actor, executor=self._executor_name, reach=self._executor.reach
                 )
             finally:
                 # Also where it failed: the reply alone may be lost.

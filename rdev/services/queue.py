@@ -9,7 +9,7 @@ the commands go on; `cancel_running` ends them instead.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from rdev.domain.backoff import Backoff
 from rdev.domain.commands import LANE_CLASS, Claimed, Lease
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Why
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
 from rdev.domain.rate import RecentRate
 from rdev.ports.commands import Lanes, Leases
@@ -82,11 +82,12 @@ class CommandQueue:
         holder: str,
         lease_s: float,
         running_max: int,
+        left_alone: Callable[[], Collection[ProjectId]] = tuple,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once. `announce` says that a stream has events which no appender published (a
         claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
-        waits."""
+        waits. `left_alone` names the projects that the next claim is to pass by, for now."""
         self._lanes = lanes
         self._leases = leases
         self._executor = executor
@@ -99,6 +100,7 @@ class CommandQueue:
         self._holder = holder
         self._lease_s = lease_s
         self._running_max = running_max
+        self._left_alone = left_alone
         # Half: while some are on their way to their commit, the others are being claimed.
         self._claim_max = max(1, running_max // CLAIMS_IN_TURN)
         self._running: dict[Lease, _Running] = {}
@@ -186,6 +188,7 @@ class CommandQueue:
                 holder=self._holder,
                 limit=limit,
                 touched=touched,
+                closed=self._left_alone(),
             )
             for command in found.expired:
                 self._announce(command)
@@ -201,7 +204,7 @@ class CommandQueue:
         """What no wake-up tells of: commands that expired, lanes that were not touched (for those,
         and after a crash), and leases that ran out. Errors: SERVICE_UNAVAILABLE."""
         with commit_shield():
-            for command in await self._lanes.expire(limit=EXPIRE_MAX):
+            for command in await self._lanes.expire(holder=self._holder, limit=EXPIRE_MAX):
                 self._announce(command)
         await self._lanes.repair(reach=self._executor.reach)
         permits = self._running_max - len(self._running)

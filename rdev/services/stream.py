@@ -17,11 +17,18 @@ import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
-from rdev.domain.stream import Chunk
+from rdev.domain.stream import Chunk, Source
 from rdev.ports.output import OutputLog
-from rdev.services.stream_group import Group, OfferEach, Outlet
+from rdev.services.stream_group import OfferEach, Outlet
 from rdev.services.stream_pages import Pages
-from rdev.services.stream_reader import HEARTBEAT_S, Signal, Subscription, Topic
+from rdev.services.stream_reader import (
+    CLOSE_AT_ONCE,
+    HEARTBEAT_S,
+    Signal,
+    Subscription,
+    Topic,
+    dismiss_each,
+)
 from rdev.services.stream_tail import Frames
 
 __all__ = [
@@ -42,8 +49,6 @@ YIELD_S = 0.002
 LOOKS_AT_ONCE = 4
 # After a look that failed, and between two looks of a server that drains and is told nothing more.
 LOOK_PAUSE_S = 1.0
-# So many streams are closed at once; with more, their clients come back over a while.
-CLOSE_AT_ONCE = 100
 _SWEEP_S = 1.0
 
 
@@ -68,20 +73,23 @@ class Fanout:
         *,
         log: OutputLog,
         tell_replicas: Callable[[CommandId], None],
+        status_changed: Callable[[], None] = lambda: None,
         buffer_bytes: int = BUFFER_BYTES,
         drain_s: float = 0.0,
     ) -> None:
-        """`tell_replicas` says to the others that a stream has news; it never waits. `drain_s` is
-        how long the closing of very many streams may take."""
+        """`tell_replicas` says to the others that a stream has news, `status_changed` that a
+        command has another status; neither waits. `drain_s` is how long the closing of very many
+        streams may take."""
         self.draining = False
         self.fell_back = 0
-        self.pages = Pages(log)
+        self.pages: Pages[CommandId] = Pages(log)
         self._tell_replicas = tell_replicas
+        self._status_changed = status_changed
         self._buffer_bytes = buffer_bytes
         self._drain_s = drain_s
-        self._topics: dict[CommandId, Topic] = {}
+        self._topics: dict[CommandId, Topic[CommandId]] = {}
         self._ends: dict[CommandId, list[trio.Event]] = {}
-        self._marked: dict[Topic, None] = {}
+        self._marked: dict[Topic[CommandId], None] = {}
         self._work = trio.Event()
         self._stop = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -100,7 +108,7 @@ class Fanout:
                 self._nursery.start_soon(self._sweep)
                 task_status.started()
                 await self._stop.wait()
-                await self._dismiss_all()
+                await dismiss_each(self._readers(), over_s=self._drain_s)
                 self._nursery.cancel_scope.cancel()
         finally:
             self._nursery = None
@@ -136,6 +144,8 @@ class Fanout:
         """Hand a committed chunk to the readers here and tell the other replicas. Never waits."""
         self._published += 1
         self._tell_replicas(chunk.command)
+        if chunk.source is Source.LIFE:
+            self._status_changed()
         if chunk.is_final:
             self._end(chunk.command)
         topic = self._topics.get(chunk.command)
@@ -159,6 +169,7 @@ class Fanout:
     def announce(self, command: CommandId) -> None:
         """A stream got events that were not published here (a cancel): everybody looks."""
         self._tell_replicas(command)
+        self._status_changed()
         self.wake(command)
 
     def wake_all(self) -> None:
@@ -167,7 +178,7 @@ class Fanout:
             self.wake(command)
 
     @contextmanager
-    def subscribe(self, command: CommandId, *, after: int) -> Iterator[Subscription]:
+    def subscribe(self, command: CommandId, *, after: int) -> Iterator[Subscription[CommandId]]:
         """A reader for the length of the block; leaving it is synchronous."""
         topic = self._topics.get(command)
         if topic is None:
@@ -198,7 +209,7 @@ class Fanout:
             if not waiters:
                 self._ends.pop(command, None)
 
-    def mark(self, topic: Topic) -> None:
+    def mark(self, topic: Topic[CommandId]) -> None:
         """The topic has something for its readers. Never waits."""
         if self._nursery is None:
             for reader in topic.all_waiting():
@@ -207,7 +218,7 @@ class Fanout:
             self._marked[topic] = None
             self._work.set()
 
-    async def look(self, topic: Topic) -> None:
+    async def look(self, topic: Topic[CommandId]) -> None:
         """Bring into the tail what somebody else appended; where the loop runs, it does that.
 
         Errors: as `OutputLog.read`; the next one looks again.
@@ -231,45 +242,22 @@ class Fanout:
             yield_at_s = await self._deliver_to(topic, yield_at_s)
             self._is_writing = False
 
-    async def _deliver_to(self, topic: Topic, yield_at_s: float) -> float:
+    async def _deliver_to(self, topic: Topic[CommandId], yield_at_s: float) -> float:
         """One write to each reader of a stream that waits; returns when to yield again."""
         self._start_look(topic)
-        for reader in tuple(topic.waiting):
-            if reader.position < topic.tail.last_seq and not reader.lets_write:
-                reader.wake()  # it takes by itself
-        topic.gather()
-        for group in tuple(topic.groups):
-            if group.members and group.position < topic.tail.last_seq:
-                self._write_to(topic, group)
+        for group in topic.groups_behind():
+            written = topic.write_to(group)
+            self._written += written[1] if written else 0
             if trio.current_time() >= yield_at_s:
                 await trio.lowlevel.checkpoint()
                 yield_at_s = trio.current_time() + YIELD_S
-        if topic.is_behind:
+        if topic.groups_behind():
             self._marked[topic] = None
         elif topic.all_wait:
             topic.tail.forget(topic.tail.last_seq)
         return yield_at_s
 
-    def _write_to(self, topic: Topic, group: Group) -> None:
-        """The next frames to all of a group; who cannot have them so sees to it by itself."""
-        given = topic.tail.after(group.position)
-        readers = list(group.members)
-        if given is None:
-            for reader in readers:
-                reader.wake()  # there is a hole: it reads the log
-            return
-        for reader in group.write(given):
-            reader.block()
-        if given.is_final:
-            for reader in readers:
-                reader.end()
-        topic.written_at_s = trio.current_time()
-        self._written += len(readers)
-        if topic.tally is not None:
-            for event_type, events in given.counts.items():
-                topic.tally(event_type, events * len(readers))
-
-    def _start_look(self, topic: Topic) -> None:
+    def _start_look(self, topic: Topic[CommandId]) -> None:
         if self._nursery is None or topic.is_looking or not topic.is_stale:
             return
         # While all of them still replay, the log after the tail is what they read anyway.
@@ -277,7 +265,7 @@ class Fanout:
             topic.is_looking = True
             self._nursery.start_soon(self._look_for_all, topic)
 
-    async def _look_for_all(self, topic: Topic) -> None:
+    async def _look_for_all(self, topic: Topic[CommandId]) -> None:
         """One look for all readers of a stream; after one that failed, another."""
         try:
             while topic.is_stale and topic.readers:
@@ -291,11 +279,11 @@ class Fanout:
         finally:
             topic.is_looking = False
 
-    async def _look(self, topic: Topic) -> None:
+    async def _look(self, topic: Topic[CommandId]) -> None:
         topic.is_stale = False
         topic.looked_at_s = trio.current_time()
         try:
-            while page := await self.pages.after(topic.command, topic.tail.last_seq):
+            while page := await self.pages.after(topic.key, topic.tail.last_seq):
                 topic.tail.append_page(page)
                 self.mark(topic)
         except BaseException:
@@ -313,16 +301,7 @@ class Fanout:
             if self.draining:
                 self.wake_all()
 
-    async def _dismiss_all(self) -> None:
-        """A hundred at once, the others evenly over the time given."""
-        readers = self._readers()
-        pause_s = self._drain_s / max(1, len(readers) - CLOSE_AT_ONCE)
-        for number, reader in enumerate(readers):
-            if number >= CLOSE_AT_ONCE:
-                await trio.sleep(pause_s)
-            reader.dismiss()
-
-    def _readers(self) -> list[Subscription]:
+    def _readers(self) -> list[Subscription[CommandId]]:
         return [reader for topic in self._topics.values() for reader in topic.readers]
 
     def _end(self, command: CommandId) -> None:

@@ -6,19 +6,19 @@ a check, a call) cost 1 µs beside the 5.5 of the send. Bounds: `MEMBERS_MAX` re
 written to without a pause, so that the hub can yield between two of them.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, Protocol, Self, TypeVar
 
 from rdev.services.stream_tail import Frames
-
-if TYPE_CHECKING:
-    from rdev.services.stream_reader import Subscription
 
 # Some 0.4 ms of writes of one event each; of 16 KiB each 1.5 ms.
 MEMBERS_MAX = 64
 
 # Writes frames to several clients; says which of them, by place, did not take everything.
 OfferEach = Callable[[Frames], Sequence[int]]
+
+
+Member = TypeVar("Member", bound=Hashable)
 
 
 class Outlet(Protocol):
@@ -30,14 +30,14 @@ class Outlet(Protocol):
         ...
 
 
-class Group:
+class Group(Generic[Member]):
     """Some readers that wait. `position` is the last event that they all were given."""
 
     __slots__ = ("_offer_each", "members", "position")
 
     def __init__(self, position: int) -> None:
         self.position = position
-        self.members: dict[Subscription, Outlet] = {}
+        self.members: dict[Member, Outlet] = {}
         # As long as the members are the same.
         self._offer_each: OfferEach | None = None
 
@@ -46,18 +46,19 @@ class Group:
         """Whether another reader may join."""
         return len(self.members) < MEMBERS_MAX
 
-    def add(self, reader: "Subscription", outlet: Outlet) -> None:
+    def add(self, reader: Member, outlet: Outlet) -> None:
         """A reader that stands where the group does joins it."""
         self.members[reader] = outlet
         self._offer_each = None
 
-    def remove(self, reader: "Subscription") -> None:
+    def remove(self, reader: Member) -> None:
         """A reader leaves; from now on nothing is written to it here."""
         del self.members[reader]
         self._offer_each = None
 
-    def write(self, frames: Frames) -> list["Subscription"]:
-        """Give all members the frames that follow; those who did not take everything."""
+    def write(self, frames: Frames) -> list[Member]:
+        """Give all members the frames that follow; those who did not take everything. Nobody joins
+        or leaves meanwhile: no outlet calls back."""
         if self._offer_each is None:
             outlets = list(self.members.values())
             self._offer_each = outlets[0].together(outlets)

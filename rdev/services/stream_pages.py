@@ -7,19 +7,32 @@ before the read began.
 """
 
 from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from math import inf
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
-from rdev.domain.ids import CommandId
-from rdev.ports.output import OutputLog
+from rdev.domain.stream import Chunk
 from rdev.services.stream_tail import Frames, framed, join
 
 PAGE_BYTES = 262_144
 REMEMBERED_BYTES = 8 * 1024 * 1024
 SMALL_PAGE_S = 1.0
 
-_Key = tuple[CommandId, int]
+Key = TypeVar("Key", bound=Hashable)
+_Named = TypeVar("_Named", contravariant=True)
+
+
+class Log(Protocol[_Named]):
+    """What pages are read from: `OutputLog`, or a feed."""
+
+    async def read(
+        self, key: _Named, /, *, after: int, limit_bytes: int
+    ) -> Sequence[Chunk] | Sequence[Frames]:
+        """What follows a position, in order, until `limit_bytes` of it; the first may begin
+        earlier where it is a chunk."""
+        ...
 
 
 class _Reading:
@@ -33,12 +46,12 @@ class _Reading:
         self.page: Frames | None = None
 
 
-class Pages:
+class Pages(Generic[Key]):
     """The log, read in pages."""
 
     def __init__(
         self,
-        log: OutputLog,
+        log: Log[Key],
         *,
         page_bytes: int = PAGE_BYTES,
         remembered_bytes: int = REMEMBERED_BYTES,
@@ -48,16 +61,16 @@ class Pages:
         self._log = log
         self._page_bytes = page_bytes
         self._room_bytes = remembered_bytes
-        self._under_way: dict[_Key, _Reading] = {}
+        self._under_way: dict[tuple[Key, int], _Reading] = {}
         # Each with the time until which it is good.
-        self._remembered: OrderedDict[_Key, tuple[Frames, float]] = OrderedDict()
+        self._remembered: OrderedDict[tuple[Key, int], tuple[Frames, float]] = OrderedDict()
 
-    async def after(self, command: CommandId, position: int) -> Frames | None:
+    async def after(self, name: Key, position: int) -> Frames | None:
         """The events after `position`, or None when there were none when it was asked.
 
-        Errors: as `OutputLog.read`. Cancellation: whoever waits for the same read begins it anew.
+        Errors: as the log's `read`. Cancellation: whoever waits for the same read begins it anew.
         """
-        key = command, position
+        key = name, position
         known = self._known(key)
         if known is not None:
             # Whoever replays a long history out of memory lets the others run too.
@@ -71,12 +84,12 @@ class Pages:
             began_after_us = True
         return await self._read(key)
 
-    async def _read(self, key: _Key) -> Frames | None:
-        command, position = key
+    async def _read(self, key: tuple[Key, int]) -> Frames | None:
+        name, position = key
         reading = self._under_way[key] = _Reading()
         self.reads += 1
         try:
-            chunks = await self._log.read(command, after=position, limit_bytes=self._page_bytes)
+            chunks = await self._log.read(name, after=position, limit_bytes=self._page_bytes)
             reading.succeeded = True
             if chunks:
                 reading.page = join([framed(chunk, after=position) for chunk in chunks])
@@ -87,7 +100,7 @@ class Pages:
                 del self._under_way[key]
             reading.done.set()
 
-    def _known(self, key: _Key) -> Frames | None:
+    def _known(self, key: tuple[Key, int]) -> Frames | None:
         found = self._remembered.get(key)
         if found is None:
             return None
@@ -99,7 +112,7 @@ class Pages:
         self._remembered.move_to_end(key)
         return page
 
-    def _remember(self, key: _Key, page: Frames) -> None:
+    def _remember(self, key: tuple[Key, int], page: Frames) -> None:
         is_small = len(page.data) < self._page_bytes // 2
         until_s = trio.current_time() + SMALL_PAGE_S if is_small else inf
         replaced = self._remembered.pop(key, None)

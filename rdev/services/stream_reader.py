@@ -1,23 +1,27 @@
-"""One reader of one command's stream: where it stands, and how it is given what comes next.
+"""One reader of one stream (a command's, or a feed): where it stands, and how it is given what
+comes next. `Key` names a stream; its positions are numbers that grow.
 
 A reader takes by itself (`receive`); while it waits there, it may let the hub write straight to its
 client (`Outlet`). Either way its position is the guard: nothing twice, nothing left out. It holds
 no events: what it has not taken yet is in the stream's tail, or in the log.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from enum import StrEnum
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.ids import CommandId
 from rdev.services.stream_group import MEMBERS_MAX, Group, Outlet
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_tail import Frames, Tail
 
 HEARTBEAT_S = 15.0
+# So many streams are closed at once; with more, their clients come back over a while.
+CLOSE_AT_ONCE = 100
+
+Key = TypeVar("Key", bound=Hashable)
 
 # Told what the hub wrote: a type of event, and how many.
 Tally = Callable[[str, int], None]
@@ -32,14 +36,14 @@ class Signal(StrEnum):
     END = "end"
 
 
-class Topic:
+class Topic(Generic[Key]):
     """One stream that is watched here: its newest events and its readers."""
 
     __slots__ = (
-        "command",
         "groups",
         "is_looking",
         "is_stale",
+        "key",
         "looked_at_s",
         "readers",
         "tail",
@@ -48,13 +52,13 @@ class Topic:
         "written_at_s",
     )
 
-    def __init__(self, command: CommandId, *, limit_bytes: int) -> None:
-        self.command = command
+    def __init__(self, key: Key, *, limit_bytes: int) -> None:
+        self.key = key
         self.tail = Tail(limit_bytes=limit_bytes)
-        self.readers: set[Subscription] = set()
+        self.readers: set[Subscription[Key]] = set()
         # Those that are inside `receive` and wait: each by itself, or in groups.
-        self.waiting: dict[Subscription, None] = {}
-        self.groups: dict[Group, None] = {}
+        self.waiting: dict[Subscription[Key], None] = {}
+        self.groups: dict[Group[Subscription[Key]], None] = {}
         # The log may hold more than the tail: somebody else appended.
         self.is_stale = self.is_looking = False
         self.looked_at_s = self.written_at_s = float("-inf")
@@ -66,28 +70,38 @@ class Topic:
         grouped = sum([len(group.members) for group in self.groups])
         return len(self.waiting) + grouped == len(self.readers)
 
-    def all_waiting(self) -> list["Subscription"]:
+    def all_waiting(self) -> list["Subscription[Key]"]:
         """Those that wait, by themselves or in groups."""
         return [*self.waiting, *(reader for group in self.groups for reader in group.members)]
 
-    @property
-    def is_behind(self) -> bool:
-        """Whether somebody who waits does not have everything."""
+    def groups_behind(self) -> list[Group["Subscription[Key]"]]:
+        """Those that can be written to now; whoever is behind and takes by itself is woken."""
         last_seq = self.tail.last_seq
-        places: Iterable[Group | Subscription] = (*self.groups, *self.waiting)
-        return any(place.position < last_seq for place in places)
-
-    def gather(self) -> None:
-        """Those who wait by themselves and let the hub write join a group where they stand."""
-        open_groups = {group.position: group for group in self.groups if group.has_room}
         for reader in tuple(self.waiting):
-            position = reader.position
-            group = open_groups.get(position)
-            if group is None or not group.has_room:
-                group = Group(position)
-            if reader.join(group):
-                self.groups[group] = None
-                open_groups[position] = group
+            if reader.position < last_seq and not reader.lets_write:
+                reader.wake()
+        self._gather()
+        return [group for group in self.groups if group.position < last_seq]
+
+    def write_to(self, group: Group["Subscription[Key]"]) -> tuple[Frames, int] | None:
+        """The next frames to all of a group; what was written, and to how many. None: they have
+        left meanwhile, or there is a hole, and they read the log."""
+        readers = list(group.members)
+        given = self.tail.after(group.position) if readers else None
+        if given is None:
+            for reader in readers:
+                reader.wake()
+            return None
+        for reader in group.write(given):
+            reader.block()
+        if given.is_final:
+            for reader in readers:
+                reader.end()
+        self.written_at_s = trio.current_time()
+        if self.tally is not None:
+            for event_type, events in given.counts.items():
+                self.tally(event_type, events * len(readers))
+        return given, len(readers)
 
     def regroup(self) -> None:
         """Groups that have become small are dissolved; their members gather anew."""
@@ -98,30 +112,43 @@ class Topic:
                     reader.leave_group()
                     self.waiting[reader] = None
 
+    def _gather(self) -> None:
+        """Those who wait by themselves and let the hub write join a group where they stand."""
+        if not self.waiting:
+            return
+        open_groups = {group.position: group for group in self.groups if group.has_room}
+        for reader in tuple(self.waiting):
+            group = open_groups.get(reader.position)
+            if group is None or not group.has_room:
+                group = Group(reader.position)
+            if reader.join(group):
+                self.groups[group] = None
+                open_groups[group.position] = group
+
     def forget_taken(self) -> None:
         """Let go of what all have that do not read the log anyway."""
         behind = [reader.position for reader in self.readers if not reader.replays]
         self.tail.forget(min(behind, default=self.tail.last_seq))
 
 
-class Hub(Protocol):
+class Hub(Protocol[Key]):
     """What a reader needs of the hub."""
 
-    pages: Pages
+    pages: Pages[Key]
     draining: bool
     fell_back: int
 
-    def mark(self, topic: Topic) -> None:
+    def mark(self, topic: Topic[Key]) -> None:
         """The topic has something for its readers. Never waits."""
         ...
 
-    async def look(self, topic: Topic) -> None:
+    async def look(self, topic: Topic[Key]) -> None:
         """Bring into the tail what somebody else appended, unless the hub's loop does."""
         ...
 
 
-class Subscription:
-    """A reader. Made by `Fanout.subscribe`."""
+class Subscription(Generic[Key]):
+    """A reader. Made by `Fanout` and `Feed`."""
 
     __slots__ = (
         "_group",
@@ -138,10 +165,10 @@ class Subscription:
         "topic",
     )
 
-    def __init__(self, topic: Topic, hub: Hub, *, after: int) -> None:
+    def __init__(self, topic: Topic[Key], hub: Hub[Key], *, after: int) -> None:
         self.topic = topic
         self._position = after
-        self._group: Group | None = None
+        self._group: Group[Subscription[Key]] | None = None
         # Whether the log may hold events that the tail does not: at first, and after a hole.
         self.replays = True
         self._hub = hub
@@ -167,10 +194,10 @@ class Subscription:
 
         END after the final frames; DISMISSED when the reader was asked to go; HEARTBEAT after 15 s
         of silence. With `outlet` the hub writes by itself while nothing else is to be done;
-        BLOCKED then says that the client did not take everything: what was kept must leave before
-        anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume later),
-        GONE when what comes next was pruned meanwhile. Cancellation: nothing is lost; the position
-        is that of the last frames given.
+        BLOCKED then says that the client did not take everything: what was kept must leave
+        before anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume
+        later), GONE when what comes next was pruned meanwhile. Cancellation: nothing is lost; the
+        position is that of the last frames given.
         """
         while True:
             signal = self._signal()
@@ -200,7 +227,7 @@ class Subscription:
         if self.position >= last_seq:
             self._catch_up()
 
-    def join(self, group: Group) -> bool:
+    def join(self, group: Group["Subscription[Key]"]) -> bool:
         """Be written to with a group from now on; whether it lets the hub write at all."""
         if self._outlet is None:
             return False
@@ -256,7 +283,7 @@ class Subscription:
     async def _from_log(self) -> Frames | None:
         """One page of the log. What is published meanwhile is kept in the tail."""
         reached = max(self._reached, self.topic.tail.last_seq)
-        page = await self._hub.pages.after(self.topic.command, self.position)
+        page = await self._hub.pages.after(self.topic.key, self.position)
         if page is None:
             if self.position < reached:
                 message = f"the events after {self.position} are no longer stored"
@@ -314,3 +341,12 @@ class Subscription:
             topic.is_stale = True
             self._hub.mark(topic)
         return False
+
+
+async def dismiss_each(readers: Sequence[Subscription[Key]], *, over_s: float) -> None:
+    """Ask them all to go: a hundred at once, the others evenly over the time given."""
+    pause_s = over_s / max(1, len(readers) - CLOSE_AT_ONCE)
+    for number, reader in enumerate(readers):
+        if number >= CLOSE_AT_ONCE:
+            await trio.sleep(pause_s)
+        reader.dismiss()

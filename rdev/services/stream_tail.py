@@ -30,8 +30,10 @@ class Frames:
     counts: Mapping[str, int]
 
 
-def framed(chunk: Chunk, *, after: int) -> Frames:
-    """The chunk without the events numbered `after` or less."""
+def framed(chunk: Chunk | Frames, *, after: int) -> Frames:
+    """The chunk without the events numbered `after` or less; frames as they are."""
+    if isinstance(chunk, Frames):
+        return chunk
     return Frames(
         data=frames(chunk.payload, chunk.first_seq, chunk.last_seq, after=after),
         first_seq=max(chunk.first_seq, after + 1),

@@ -252,6 +252,8 @@ class Event:
     seq: int | None
     data: Json
     retry_ms: int | None = None
+    # As it came; `seq` where it is a number.
+    id: str | None = None
 
     @property
     def content(self) -> bytes:
@@ -419,9 +421,11 @@ async def read_events(wire: Wire) -> AsyncIterator[Event]:
 def _event(block: bytes) -> Event:
     fields = dict(line.split(b": ", 1) for line in block.split(b"\n"))
     assert fields.keys() <= {b"id", b"event", b"data", b"retry"}, block
+    event_id = fields[b"id"].decode() if b"id" in fields else None
     return Event(
         name=fields[b"event"].decode(),
-        seq=int(fields[b"id"]) if b"id" in fields else None,
+        id=event_id,
+        seq=int(event_id) if event_id is not None and event_id.isdigit() else None,
         data=msgspec.json.decode(fields[b"data"], type=Json),
         retry_ms=int(fields[b"retry"]) if b"retry" in fields else None,
     )

@@ -67,6 +67,8 @@ class Stage:
         body = BODIES.get(route)
         if route == ("POST", "/projects"):
             body = {"id": project}
+        if route == ("POST", "/stream-tokens"):
+            body = {"stream_id": self.commands[project]}
         headers = {"Authorization": f"Bearer {key}", "X-Forwarded-For": ip}
         return await self.api.http.request(method, path, json=body, headers=headers)
 
@@ -95,6 +97,7 @@ WRONG_PROJECT = {
     Where.PATH: "FORBIDDEN",
     Where.BODY: "FORBIDDEN",
     Where.COMMAND: "NOT_FOUND",
+    Where.COMMAND_IN_BODY: "NOT_FOUND",
 }
 # What a key of another project says nothing about.
 KEY_ROUTES = frozenset(route for route in ACCESS if "{key}" in route[1])

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from signal import SIGINT, SIGTERM
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGQUIT, SIGTERM, signal
 
 import pytest
 import trio
@@ -251,3 +251,21 @@ async def test_ready_fails_before_the_streams_end_and_clients_come_back_apart(
     ends = [stream[-1] for stream in streams]
     assert {(end.name, end.data["reason"]) for end in ends} == {("disconnecting", "draining")}
     assert len({end.retry_ms for end in ends}) == len(ends)
+
+
+@pytest.mark.slow
+async def test_what_the_server_was_started_to_ignore_its_commands_do_not(quick_place: Path) -> None:
+    """As under nohup, in the background: it outlives a hang-up, its commands need not."""
+    before = {number: signal(number, SIG_IGN) for number in (SIGHUP, SIGQUIT)}
+    try:
+        with open_server(quick_place) as server, trio.fail_after(DEADLINE_S):
+            server.signal(SIGHUP)
+            async with open_api(server) as api:
+                await api.project()
+                command = await api.submit("grep SigIgn /proc/self/status")
+                told = output_of(await api.events(command))
+    finally:
+        for number, handler in before.items():
+            signal(number, handler)
+    ignored = int(told.split()[1], 16)
+    assert not ignored & (1 << SIGHUP - 1 | 1 << SIGQUIT - 1)

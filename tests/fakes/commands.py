@@ -5,6 +5,7 @@ from datetime import datetime
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
@@ -44,6 +45,7 @@ class FakeCommands:
         state.chunks[new.id] = []
         position = self._position(row)
         state.put(row, Source.LIFE, 1, 0, queued_line(queue_position=position))
+        state.record.changed(row.command, "command.submitted", new.actor)
         state.reply()
         return Accepted(command=row.command, queue_position=position)
 
@@ -91,16 +93,17 @@ class FakeCommands:
             return None
         return self._position(row)
 
-    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+    async def request_cancel(self, command: CommandId, actor: Actor) -> CancelResult | None:
         await self._state.step()
         row = self._state.rows.get(command)
         if row is None:
             return None
         ended_now = row.command.status is Status.QUEUED
         if ended_now:
-            self._state.end(row, Status.CANCELLED)
-        elif row.command.status is Status.RUNNING:
+            self._state.end(row, Status.CANCELLED, actor)
+        elif row.command.status is Status.RUNNING and not row.cancel_requested:
             row.cancel_requested = True
+            self._state.record.did(row.command, "command.cancel_requested", actor)
         self._state.reply()
         return CancelResult(command=row.command, ended_now=ended_now)
 
@@ -111,6 +114,7 @@ class FakeCommands:
         taken = [row for row in late if row.command.id not in self._state.held][:limit]
         for row in taken:
             self._state.lease(row, holder, self._lease_s)
+            self._state.record.did(row.command, "command.taken_over", holder)
         self._state.reply()
         return [claimed_of(row, take_over=True) for row in taken]
 
@@ -176,7 +180,7 @@ def _accepted(new: NewCommand, now: datetime) -> Command:
         dropped_bytes=0,
         truncated=False,
         argv=new.argv,
-        key_id=new.key_id,
+        key_id=new.actor.key_id,
         last_seq=0,
         attempt_seq=0,
         **nothing,

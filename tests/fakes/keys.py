@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, ProjectId
@@ -40,7 +41,7 @@ class FakeKeys:
     # Called between the reading and the answer of `find`.
     on_find: Callable[[], object] = lambda: None
 
-    async def insert(self, new: NewKey) -> KeyMade:
+    async def insert(self, new: NewKey, actor: Actor) -> KeyMade:
         await self.state.step()
         if (earlier := self._kept(new.idempotency, new.id)) is not None:
             return earlier
@@ -61,7 +62,7 @@ class FakeKeys:
         self.state.reply()
         return KeyMade(key=self._shown(self.keys[new.id]))
 
-    async def rotate(self, rotation: Rotation) -> KeyMade | None:
+    async def rotate(self, rotation: Rotation, actor: Actor) -> KeyMade | None:
         await self.state.step()
         key = self.keys.get(rotation.key)
         if key is None:
@@ -86,7 +87,7 @@ class FakeKeys:
         self.state.reply()
         return KeyMade(key=self._shown(made))
 
-    async def revoke(self, key: KeyId) -> Key | None:
+    async def revoke(self, key: KeyId, actor: Actor) -> Key | None:
         await self.state.step()
         found = self.keys.get(key)
         if found is None:

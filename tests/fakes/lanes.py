@@ -6,7 +6,7 @@ from dataclasses import replace
 import trio
 
 from rdev.domain.commands import Status
-from rdev.domain.ids import CommandId
+from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane, due
 from rdev.domain.stream import Source, status_line
 from rdev.ports.commands import Claims
@@ -35,23 +35,32 @@ class FakeLanes:
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         await self._state.step()
         for lane in touched:
             if lane in self._state.lanes:
                 self._place(lane)
         found = Claims(claimed=[], expired=[])
-        while self._claim_in_order(reach, instance, holder, limit, found):
+        while self._claim_in_order(reach, instance, holder, limit, found, closed):
             pass
         self._state.reply()
         return found
 
     def _claim_in_order(
-        self, reach: str, instance: str | None, holder: str, limit: int, found: Claims
+        self,
+        reach: str,
+        instance: str | None,
+        holder: str,
+        limit: int,
+        found: Claims,
+        closed: Collection[ProjectId],
     ) -> bool:
         """One pass over the lanes, up to one that stood too early; whether there was one."""
         for lane in self._in_order(reach):
-            found.expired.extend(self._expire_heads(lane))
+            if lane.project in closed:
+                continue
+            found.expired.extend(self._expire_heads(lane, holder))
             stood_at = self._state.lanes[lane].due
             self._place(lane)
             stands_at = self._state.lanes[lane].due
@@ -81,12 +90,12 @@ class FakeLanes:
         self._state.reply()
         return len(late)
 
-    async def expire(self, *, limit: int) -> list[CommandId]:
+    async def expire(self, *, holder: str, limit: int) -> list[CommandId]:
         await self._state.step()
         queued = [row for row in self._state.rows.values() if is_queued(row)]
         late = [row for row in queued if row.expires_at <= trio.current_time()][:limit]
         for row in late:
-            self._state.end(row, Status.EXPIRED)
+            self._state.end(row, Status.EXPIRED, holder)
         self._state.reply()
         return [row.command.id for row in late]
 
@@ -113,12 +122,12 @@ class FakeLanes:
     def _place(self, lane: Lane) -> None:
         self._state.lanes[lane].due = self._due(lane)
 
-    def _expire_heads(self, lane: Lane) -> list[CommandId]:
+    def _expire_heads(self, lane: Lane, holder: str) -> list[CommandId]:
         ended = []
         while self._state.has_room(lane) and (queued := self._state.queued(lane)):
             if queued[0].expires_at > trio.current_time():
                 break
-            self._state.end(queued[0], Status.EXPIRED)
+            self._state.end(queued[0], Status.EXPIRED, holder)
             ended.append(queued[0].command.id)
         return ended
 
@@ -138,3 +147,4 @@ class FakeLanes:
         self._state.lease(row, holder, self._lease_s)
         self._state.lanes[row.lane].last_start = self._state.moment()
         self._state.put(row, Source.LIFE, 1, 0, status_line(Status.RUNNING, attempt=attempt))
+        self._state.record.changed(row.command, "command.started", holder)

@@ -117,12 +117,12 @@ class FakeOutput:
             row.command, stdout_bytes=append.end.stdout, stderr_bytes=append.end.stderr
         )
         if append.queues_again:
-            self._queue_again(row)
+            self._queue_again(row, append.outcome)
         elif append.outcome is not None:
             self._finish(row, append.outcome)
         return _applied(command, _numbered(append))
 
-    def _queue_again(self, row: Row) -> None:
+    def _queue_again(self, row: Row, outcome: Outcome | None) -> None:
         row.command = replace(
             row.command,
             status=Status.QUEUED,
@@ -132,6 +132,9 @@ class FakeOutput:
             truncated=False,
             attempt_seq=row.command.last_seq,
         )
+        assert outcome is not None
+        assert row.holder is not None
+        self._state.record.changed(row.command, "command.queued", row.holder, reason=outcome.reason)
 
     def _finish(self, row: Row, outcome: Outcome) -> None:
         row.has_spec = False
@@ -147,6 +150,8 @@ class FakeOutput:
             usage=outcome.agent.usage if outcome.agent else None,
             finished_at=self._state.now,
         )
+        assert row.holder is not None
+        self._state.record.changed(row.command, "command.finished", row.holder)
 
 
 def _applied(command: CommandId, chunks: Iterable[Chunk]) -> AppendResult:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
@@ -18,7 +19,7 @@ class FakeProjects:
         self._state = state
 
     async def insert(
-        self, definition: ProjectDefinition, *, executor: str, reach: str
+        self, definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
     ) -> tuple[Project, bool]:
         await self._state.step()
         found = self._state.projects.get(definition.id)

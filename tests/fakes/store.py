@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import trio
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import (
     LANE_CLASS,
     Claimed,
@@ -32,8 +33,11 @@ from rdev.domain.stream import (
     final_lines,
 )
 from tests.fakes.idempotency import KeptKeys
+from tests.fakes.record import Record
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
+# Who asks, where it does not matter.
+ACTOR = Actor(key_id="key_admin", key_name="bootstrap", ip="127.0.0.1", request_id="req-1")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -86,6 +90,7 @@ class StoreState:
     chunks: dict[CommandId, list[Chunk]] = field(default_factory=dict)
     keys: KeptKeys = field(default_factory=KeptKeys)
     lanes: dict[Lane, LaneRow] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
     # Rows that "another connection" has locked: appends and take-overs pass them by.
     held: set[CommandId] = field(default_factory=set)
     # The database is gone.
@@ -108,6 +113,7 @@ class StoreState:
         """Make all that is stored so much older."""
         back = timedelta(seconds=seconds)
         self.keys.age(seconds)
+        self.record.age(seconds)
         for row in self.rows.values():
             row.started_at_s -= seconds
             ended_at = row.command.finished_at
@@ -141,7 +147,7 @@ class StoreState:
         self.chunks[row.command.id].append(chunk)
         return chunk
 
-    def end(self, row: Row, status: Status) -> None:
+    def end(self, row: Row, status: Status, by: Actor | str) -> None:
         """End a queued command."""
         outcome = Outcome(status=status, reason=status.value)
         attempt = row.command.attempt
@@ -151,6 +157,7 @@ class StoreState:
         self.put(row, Source.LIFE, 2, 0, payload)
         row.command = replace(row.command, status=status, reason=status.value, finished_at=self.now)
         row.has_spec = False
+        self.record.changed(row.command, f"command.{status}", by)
 
     def lease(self, row: Row, holder: str, lease_s: float) -> None:
         """Put a command under a fresh lease."""

@@ -22,6 +22,7 @@ class FakeUpkeep:
         self._places: dict[str, FakePlaceDuties] = {}
         # Days that somebody reads.
         self.in_use: set[date] = set()
+        self.audit_days: set[date] = set()
         # Windows of rate limits that are over.
         self.idle_windows = 0
 
@@ -48,7 +49,7 @@ class FakeUpkeep:
         finally:
             self._taken.discard(name)
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
         await self._state.step()
         self._days_ahead = days_ahead
 
@@ -82,6 +83,18 @@ class FakeUpkeep:
                 self._state.chunks[row.command.id] = []
         return True
 
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        await self._state.step()
+        today = self._state.now.date()
+        return sorted(day for day in self.audit_days if (today - day).days > keep_days)
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        await self._state.step()
+        if day in self.in_use:
+            return False
+        self.audit_days.discard(day)
+        return True
+
     async def forget_keys(self, *, limit: int) -> int:
         await self._state.step()
         return self._state.keys.forget(IDEMPOTENCY_S + 3_600, limit)
@@ -91,6 +104,10 @@ class FakeUpkeep:
         done = min(limit, self.idle_windows)
         self.idle_windows -= done
         return done
+
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        await self._state.step()
+        return self._state.record.forget(older_s, limit)
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         await self._state.step()

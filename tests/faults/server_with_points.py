@@ -50,7 +50,7 @@ NAMES = {
 
 def name_of(query: object, params: object) -> str | None:
     """What the statement is called; None for one without points."""
-    if query == output._APPEND:
+    if query in (output._APPEND, output._APPEND_ENDS):
         assert isinstance(params, dict)
         return "finish" if any(params["status"]) else "append"
     return NAMES.get(query) if isinstance(query, str) else None

@@ -42,13 +42,15 @@ from tests.fakes.depths import FakeDepths
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.record import Entry, Event, Record
+from tests.fakes.store import ACTOR, StoreState
 from tests.fakes.upkeep import FakeUpkeep
 
 REACH = "local:machine:/projects"
 LEASE_S = 600.0
 PROJECT = ProjectId("demo")
 _AGE = (
+    "update events set at = at - make_interval(secs => %(seconds)s)",
     "update idempotency_keys set made_at = made_at - make_interval(secs => %(seconds)s)",
     """
     update commands
@@ -57,6 +59,18 @@ _AGE = (
         finished_at = finished_at - make_interval(secs => %(seconds)s)
     """,
 )
+_EVENTS = """
+select type, command_id, status, attempt, seq, detail
+from events
+where command_id is not null
+order by xid, position
+"""
+_ENTRIES = """
+select actor, actor_name, action, target
+from audit_entries
+where action like 'command.%'
+order by xid, id
+"""
 LINE = b'{"stream":"stdout","line":"%d"}'
 
 
@@ -75,6 +89,8 @@ class World:
     other_upkeep: Callable[[], Upkeep]
     # Make all that is stored so many seconds older.
     age: Callable[[float], Awaitable[None]]
+    # What was recorded of changes, in order.
+    record: Callable[[], Awaitable[Record]]
     # Lock a command's row from another connection.
     hold: Callable[[CommandId], AbstractAsyncContextManager[None]]
     serial: Iterator[int] = field(default_factory=lambda: count(1))
@@ -82,7 +98,7 @@ class World:
     async def project(self, name: str = PROJECT, reach: str = REACH) -> None:
         """A project to submit to."""
         definition = ProjectDefinition(id=ProjectId(name))
-        await self.projects.insert(definition, executor="local", reach=reach)
+        await self.projects.insert(definition, ACTOR, executor="local", reach=reach)
 
     def new(
         self,
@@ -105,8 +121,7 @@ class World:
             priority=priority,
             retry=retry,
             expires_in_s=expires_in_s,
-            key_id="key_admin",
-            request_id="req-1",
+            actor=ACTOR,
         )
 
     async def queued(
@@ -256,6 +271,30 @@ async def pools(migrated_dsn: str) -> AsyncIterator[Pools]:
         )
 
 
+async def stored_record(pools: Pools) -> Record:
+    """What the tables say of commands."""
+    async with pools.requests.connection() as connection:
+        events = await connection.execute(_EVENTS)
+        entries = await connection.execute(_ENTRIES)
+        return Record(
+            events=[
+                Event(
+                    type=type_,
+                    command=command_id(command),
+                    status=Status(status),
+                    attempt=attempt,
+                    seq=seq,
+                    detail=detail,
+                )
+                for type_, command, status, attempt, seq, detail in await events.fetchall()
+            ],
+            entries=[
+                Entry(actor=actor, actor_name=name, action=action, target=target)
+                for actor, name, action, target in await entries.fetchall()
+            ],
+        )
+
+
 def postgres_world(pools: Pools) -> World:
     """The ports on PostgreSQL."""
 
@@ -283,9 +322,10 @@ def postgres_world(pools: Pools) -> World:
         output=PostgresOutput(pool=pools.requests, appends=pools.appends),
         projects=PostgresProjects(pool=pools.requests),
         depths=PostgresDepths(pool=pools.requests),
-        upkeep=PostgresUpkeep(pool=pools.housekeeping),
-        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests),
+        upkeep=PostgresUpkeep(pool=pools.housekeeping, holder="keeper"),
+        other_upkeep=lambda: PostgresUpkeep(pool=pools.requests, holder="two"),
         age=age,
+        record=lambda: stored_record(pools),
         hold=hold,
     )
 
@@ -301,6 +341,9 @@ def fake_world_on(state: StoreState) -> World:
     async def age(seconds: float) -> None:
         state.age(seconds)
 
+    async def record() -> Record:
+        return state.record
+
     commands = FakeCommands(state, lease_s=LEASE_S)
     upkeep = FakeUpkeep(state)
     return World(
@@ -313,6 +356,7 @@ def fake_world_on(state: StoreState) -> World:
         upkeep=upkeep,
         other_upkeep=lambda: upkeep,
         age=age,
+        record=record,
         hold=hold,
     )
 

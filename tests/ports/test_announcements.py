@@ -11,13 +11,13 @@ from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.errors import RdevError
 from rdev.domain.ids import CommandId, command_id
 from rdev.domain.requests import Common
-from rdev.services.commands import Caller, Commands
+from rdev.services.commands import Commands
 from rdev.services.stream import Fanout
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, Pools, World
 from tests.services.scripted import gate_of
 
 ROUNDS = 400
-CALLER = Caller(key_id="key_admin", request_id="req-1")
 COMMON = Common(
     env={},
     cwd="",
@@ -61,7 +61,7 @@ async def test_a_submission_is_stored_and_announced_or_neither(real: World, pool
     )
 
     async def submit() -> None:
-        await commands.submit(CALLER, PROJECT, Kind.SHELL, argv=("true",), common=COMMON)
+        await commands.submit(ACTOR, PROJECT, Kind.SHELL, argv=("true",), common=COMMON)
 
     for _ in range(ROUNDS):
         await _cancelled_at_random(submit, chance)
@@ -90,7 +90,7 @@ async def test_a_cancel_is_stored_and_announced_or_neither(real: World, pools: P
         command = await real.queued()
 
         async def cancel(command: CommandId = command) -> None:
-            await commands.cancel(command)
+            await commands.cancel(ACTOR, command)
 
         await _cancelled_at_random(cancel, chance)
         found = await real.commands.get(command)

@@ -22,6 +22,7 @@ from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
 from rdev.domain.stream import Source, final_lines, queued_line, status_line
 from rdev.ports.commands import Claims
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk, lines
 
 WORK = Lane(project=PROJECT, lane_class=LaneClass.WORK)
@@ -110,7 +111,7 @@ async def test_a_list_is_filtered_by_status_and_kind(world: World) -> None:
     shell = await world.queued(kind=Kind.SHELL)
     git = await world.queued(kind=Kind.GIT)
     ended = await world.queued(kind=Kind.SHELL)
-    await world.commands.request_cancel(ended)
+    await world.commands.request_cancel(ended, ACTOR)
 
     async def found(status: Status | None, kind: Kind | None) -> list[CommandId]:
         commands = await world.commands.list_for_project(
@@ -130,7 +131,7 @@ async def test_a_list_is_filtered_by_status_and_kind(world: World) -> None:
 async def test_a_cancel_ends_a_queued_command_with_its_last_events(world: World) -> None:
     await world.project()
     command = await world.queued()
-    result = await world.commands.request_cancel(command)
+    result = await world.commands.request_cancel(command, ACTOR)
     assert result is not None
     assert result.ended_now
     assert (result.command.status, result.command.reason) == (Status.CANCELLED, "cancelled")
@@ -147,7 +148,7 @@ async def test_a_cancel_ends_a_queued_command_with_its_last_events(world: World)
 
 async def test_a_cancel_is_recorded_on_a_running_command(world: World) -> None:
     claimed = await world.running()
-    result = await world.commands.request_cancel(claimed.lease.command)
+    result = await world.commands.request_cancel(claimed.lease.command, ACTOR)
     assert result is not None
     assert not result.ended_now
     assert result.command.status is Status.RUNNING
@@ -162,7 +163,7 @@ async def test_an_ended_command_is_returned_as_it_is(world: World) -> None:
     outcome = Outcome(status=Status.SUCCEEDED, exit_code=0)
     await world.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
     before = await world.commands.get(claimed.lease.command)
-    result = await world.commands.request_cancel(claimed.lease.command)
+    result = await world.commands.request_cancel(claimed.lease.command, ACTOR)
     assert result is not None
     assert not result.ended_now
     assert result.command == before
@@ -171,8 +172,8 @@ async def test_an_ended_command_is_returned_as_it_is(world: World) -> None:
 async def test_a_second_cancel_changes_nothing(world: World) -> None:
     await world.project()
     command = await world.queued()
-    first = await world.commands.request_cancel(command)
-    second = await world.commands.request_cancel(command)
+    first = await world.commands.request_cancel(command, ACTOR)
+    second = await world.commands.request_cancel(command, ACTOR)
     assert first is not None
     assert second is not None
     assert second.command == first.command
@@ -180,7 +181,7 @@ async def test_a_second_cancel_changes_nothing(world: World) -> None:
 
 
 async def test_a_cancel_of_an_unknown_command_is_none(world: World) -> None:
-    assert await world.commands.request_cancel(UNKNOWN) is None
+    assert await world.commands.request_cancel(UNKNOWN, ACTOR) is None
 
 
 # Claiming
@@ -358,7 +359,7 @@ async def test_a_touched_lane_does_not_overtake_those_behind_one_that_stood_too_
         await world.project(name)
     head = await world.queued("cancelled", priority=Priority.HIGH)
     waiting = await world.queued("waiting")
-    await world.commands.request_cancel(head)
+    await world.commands.request_cancel(head, ACTOR)
     touched = await _untouched(world, "touched")
     assert _ids((await _claim_once(world, 1, touched=["touched"])).claimed) == [waiting]
     assert _ids((await _claim_once(world, 1)).claimed) == [touched]
@@ -472,7 +473,7 @@ async def test_a_cancelled_head_leaves_its_turn_to_others(world: World) -> None:
     head = await world.queued("one", priority=Priority.HIGH)
     normal = await world.queued("two")
     behind = await world.queued("one", priority=Priority.LOW)
-    await world.commands.request_cancel(head)
+    await world.commands.request_cancel(head, ACTOR)
     assert _ids((await _claim_once(world, 1)).claimed) == [normal]
     assert _ids((await _claim_once(world, 1)).claimed) == [behind]
 
@@ -589,8 +590,8 @@ async def test_what_waited_too_long_ends_as_expired(world: World) -> None:
     due = await world.queued(expires_in_s=0)
     waiting = await world.queued(expires_in_s=10_000)
     forever = await world.queued()
-    assert await world.lanes.expire(limit=10) == [due]
-    assert await world.lanes.expire(limit=10) == []
+    assert await world.lanes.expire(holder="one", limit=10) == [due]
+    assert await world.lanes.expire(holder="one", limit=10) == []
     ended = await world.commands.get(due)
     assert ended is not None
     assert (ended.status, ended.reason, ended.last_seq) == (Status.EXPIRED, "expired", 3)
@@ -604,8 +605,8 @@ async def test_expiry_is_bounded(world: World) -> None:
     await world.project()
     for _ in range(3):
         await world.queued(expires_in_s=0)
-    assert len(await world.lanes.expire(limit=2)) == 2
-    assert len(await world.lanes.expire(limit=2)) == 1
+    assert len(await world.lanes.expire(holder="one", limit=2)) == 2
+    assert len(await world.lanes.expire(holder="one", limit=2)) == 1
 
 
 # Races (only PostgreSQL can show them)
@@ -663,7 +664,7 @@ async def test_a_cancel_that_races_a_claim_is_never_lost(real: World) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(claim, claimed)
-            nursery.start_soon(real.commands.request_cancel, command)
+            nursery.start_soon(real.commands.request_cancel, command, ACTOR)
         found = await real.commands.get(command)
         assert found is not None
         if not claimed:

@@ -4,6 +4,7 @@ from rdev.domain.commands import Kind, Priority
 from rdev.domain.depths import Depth, ProjectDepth
 from rdev.domain.ids import ProjectId
 from rdev.ports.commands import POSITION_MAX
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, Pools, World
 
 
@@ -47,7 +48,7 @@ async def test_what_runs_is_counted_apart_and_what_ended_not_at_all(world: World
     await world.running()
     ended = await world.queued()
     await world.queued()
-    await world.commands.request_cancel(ended)
+    await world.commands.request_cancel(ended, ACTOR)
     depths = await world.depths.count()
     assert depths.running == 1
     found = depths.projects[PROJECT]

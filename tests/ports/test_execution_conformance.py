@@ -1,4 +1,4 @@
-"""Every sentence of rdev/ports/execution.py, on real shells and on the fake."""
+"""Every sentence of rdev/ports/execution.py: real shells, local and behind execs, and the fake."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +12,7 @@ from rdev.domain.ids import ProjectId, attempt_id
 from rdev.ports.execution import Executor
 from tests.adapters.execution.observing import (
     PROJECT,
+    SYSTEM_PATH,
     local,
     new_command,
     observe,
@@ -22,7 +23,9 @@ from tests.adapters.execution.observing import (
     spec,
     until,
 )
+from tests.adapters.execution.pods import cluster
 from tests.fakes.executor import FakeExecutor, FakeRun
+from tests.fakes.pod_exec import V4, V5
 
 # The same programs twice: as scripts on the PATH of real projects, as coroutines for the fake.
 SCRIPTS = {
@@ -86,7 +89,7 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(params=["dash", "bash", "busybox", "fake"])
+@pytest.fixture(params=["dash", "bash", "busybox", "exec v5", "exec v4", "fake"])
 async def executor(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Executor]:
     if request.param == "fake":
         async with trio.open_nursery() as nursery:
@@ -100,8 +103,17 @@ async def executor(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
     for name, text in SCRIPTS.items():
         (programs / name).write_text(f"#!/bin/sh\n{text}\n")
         (programs / name).chmod(0o755)
+    projects = tmp_path / "projects"
+    if request.param in ("exec v5", "exec v4"):
+        agreed = V5 if request.param == "exec v5" else V4
+        path = f"{SYSTEM_PATH}:{programs}"
+        async with cluster(projects, path, supported=(agreed,)) as made:
+            await made.executor.prepare(PROJECT)
+            yield made.executor
+            await until(lambda: not processes_in(tmp_path), "all processes are gone")
+        return
     with shell_path(request.param, tmp_path) as path:
-        executor = local(tmp_path / "projects", f"{path}:{programs}")
+        executor = local(projects, f"{path}:{programs}")
         await executor.prepare(PROJECT)
         yield executor
         await until(lambda: not processes_in(tmp_path), "all processes are gone")

@@ -12,6 +12,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
 from rdev.domain.ids import CommandId, command_uuid
 from rdev.ports.commands import Accepted
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, Pools, World
 
 KEY = Idempotency(key_id="key_admin", key="once", digest=b"one request")
@@ -52,7 +53,7 @@ async def test_a_repeat_makes_nothing_and_tells_what_was_made(world: World) -> N
 async def test_a_repeat_tells_the_present_state(world: World) -> None:
     await world.project()
     first = await world.commands.insert(keyed(world))
-    await world.commands.request_cancel(first.command.id)
+    await world.commands.request_cancel(first.command.id, ACTOR)
     again = await world.commands.insert(keyed(world))
     assert again.command == await world.commands.get(first.command.id)
     assert (again.command.status, again.queue_position) == (Status.CANCELLED, None)

@@ -15,6 +15,7 @@ from rdev.domain.commands import Claimed, Kind, Outcome, Status
 from rdev.domain.ids import CommandId, command_uuid
 from rdev.domain.stream import Source
 from rdev.ports.output import AppendState
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import REACH, Pools, World, append_to, last_chunk, lines
 
 # What other servers do to a row, as they do it; `%s` is the command.
@@ -221,7 +222,7 @@ async def test_a_cancel_that_waited_for_a_claim_is_recorded(real: World, pools: 
         "lease_until = now() + interval '1 hour', started_at = now() where id = %s"
     )
     async with trio.open_nursery() as nursery, held(pools, claim, command):
-        nursery.start_soon(real.commands.request_cancel, command)
+        nursery.start_soon(real.commands.request_cancel, command, ACTOR)
         await until_blocked(pools)
     found = await real.commands.get(command)
     assert found is not None

@@ -26,7 +26,7 @@ from rdev.domain.limiter import RateLimit
 from rdev.ports.keys import USED_EVERY_S, KeyStore
 from tests.fakes.key_samples import new_key, secret
 from tests.fakes.keys import FakeKeys
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.ports.conftest import Pools
 
 NOWHERE = key_id(UUID(int=7))
@@ -70,7 +70,7 @@ def world(request: pytest.FixtureRequest) -> World:
 
 
 async def made(world: World, new: NewKey) -> Key:
-    found = await world.keys.insert(new)
+    found = await world.keys.insert(new, ACTOR)
     assert not found.is_replay
     return found.key
 
@@ -104,9 +104,9 @@ async def test_all_projects_and_every_address_are_kept_as_such(world: World) -> 
 
 async def test_an_unknown_key_is_none(world: World) -> None:
     assert await world.keys.get(NOWHERE) is None
-    assert await world.keys.revoke(NOWHERE) is None
+    assert await world.keys.revoke(NOWHERE, ACTOR) is None
     rotation = Rotation(key=NOWHERE, secret=secret(), grace_s=0)
-    assert await world.keys.rotate(rotation) is None
+    assert await world.keys.rotate(rotation, ACTOR) is None
 
 
 async def test_a_key_ends_after_its_seconds_and_at_its_grants_end_at_the_latest(
@@ -140,11 +140,11 @@ async def test_a_revoked_key_stays_revoked_from_the_first_time_on(world: World) 
     new = new_key()
     key = await made(world, new)
     assert await end_of(world, new.secret.credential) is None
-    first = await world.keys.revoke(key.id)
+    first = await world.keys.revoke(key.id, ACTOR)
     assert first is not None
     assert first.status is KeyStatus.REVOKED
     assert first.revoked_at is not None
-    assert await world.keys.revoke(key.id) == first
+    assert await world.keys.revoke(key.id, ACTOR) == first
     assert await world.keys.get(key.id) == first
     assert await end_of(world, new.secret.credential) is KeyEnd.REVOKED
 
@@ -166,7 +166,7 @@ async def test_a_key_expires_by_the_clock_of_the_store(world: World) -> None:
 async def test_the_secret_before_a_rotation_is_good_for_the_grace(world: World) -> None:
     new, fresh = new_key(), secret()
     await made(world, new)
-    turned = await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=100))
+    turned = await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=100), ACTOR)
     assert turned is not None
     assert (turned.is_replay, turned.key.public_id) == (False, fresh.credential.public_id)
     found = await world.keys.find(new.secret.credential.digest)
@@ -184,7 +184,7 @@ async def test_no_more_than_two_secrets_of_a_key_are_good(world: World) -> None:
     new, second, third = new_key(), secret(), secret()
     await made(world, new)
     for fresh in (second, third):
-        await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=1_000))
+        await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=1_000), ACTOR)
     assert await end_of(world, new.secret.credential) is KeyEnd.REVOKED
     assert await end_of(world, second.credential) is None
     assert await end_of(world, third.credential) is None
@@ -193,7 +193,7 @@ async def test_no_more_than_two_secrets_of_a_key_are_good(world: World) -> None:
 async def test_without_grace_the_secret_before_ends_at_once(world: World) -> None:
     new = new_key()
     await made(world, new)
-    await world.keys.rotate(Rotation(key=new.id, secret=secret(), grace_s=0))
+    await world.keys.rotate(Rotation(key=new.id, secret=secret(), grace_s=0), ACTOR)
     assert await end_of(world, new.secret.credential) is KeyEnd.REVOKED
 
 
@@ -204,7 +204,7 @@ async def test_rotations_at_once_leave_one_newest_secret(world: World) -> None:
     async with trio.open_nursery() as nursery:
         for each in fresh:
             rotation = Rotation(key=new.id, secret=each, grace_s=1_000)
-            nursery.start_soon(world.keys.rotate, rotation)
+            nursery.start_soon(world.keys.rotate, rotation, ACTOR)
     standings = await world.keys.standings([each.credential.public_id for each in fresh])
     good = [each for each in standings.values() if each.ended is None]
     assert len(standings) == 5
@@ -217,11 +217,11 @@ async def test_what_has_ended_is_not_rotated(world: World, end: str) -> None:
     new, fresh = new_key(expires_in_s=100), secret()
     await made(world, new)
     if end == "revoked":
-        await world.keys.revoke(new.id)
+        await world.keys.revoke(new.id, ACTOR)
     else:
         await world.age(101)
     with pytest.raises(RdevError) as caught:
-        await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=0))
+        await world.keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=0), ACTOR)
     assert caught.value.code is ErrorCode.CONFLICT
     assert await end_of(world, fresh.credential) == "unknown"
 
@@ -253,7 +253,7 @@ async def test_the_standings_of_many_are_told_at_once(world: World) -> None:
     good, revoked, ending = new_key(), new_key(), new_key(expires_in_s=50)
     for new in (good, revoked, ending):
         await made(world, new)
-    await world.keys.revoke(revoked.id)
+    await world.keys.revoke(revoked.id, ACTOR)
     ids = [new.secret.credential.public_id for new in (good, revoked, ending)]
     found = await world.keys.standings([*ids, secret().credential.public_id])
     assert found.keys() == set(ids)
@@ -290,12 +290,12 @@ def same(key: str = "once", digest: bytes = b"d") -> Idempotency:
 async def test_a_repeated_insert_makes_nothing_and_gives_the_first(world: World) -> None:
     first = await made(world, new_key(idempotency=same()))
     again = new_key(idempotency=same())
-    replayed = await world.keys.insert(again)
+    replayed = await world.keys.insert(again, ACTOR)
     assert (replayed.key, replayed.is_replay) == (first, True)
     assert await world.keys.get(again.id) is None
     assert await end_of(world, again.secret.credential) == "unknown"
     with pytest.raises(RdevError) as caught:
-        await world.keys.insert(new_key(idempotency=same(digest=b"other")))
+        await world.keys.insert(new_key(idempotency=same(digest=b"other")), ACTOR)
     assert caught.value.code is ErrorCode.IDEMPOTENCY_MISMATCH
 
 
@@ -303,7 +303,7 @@ async def test_inserts_at_once_with_one_idempotency_key_make_one_key(world: Worl
     ids = set()
 
     async def insert() -> None:
-        ids.add((await world.keys.insert(new_key(idempotency=same()))).key.id)
+        ids.add((await world.keys.insert(new_key(idempotency=same()), ACTOR)).key.id)
 
     async with trio.open_nursery() as nursery:
         for _ in range(5):
@@ -317,7 +317,7 @@ async def test_a_repeated_rotation_makes_no_further_secret(world: World) -> None
     await made(world, new)
     for each in (fresh, never):
         rotation = Rotation(key=new.id, secret=each, grace_s=0, idempotency=same())
-        turned = await world.keys.rotate(rotation)
+        turned = await world.keys.rotate(rotation, ACTOR)
         assert turned is not None
         assert turned.is_replay is (each is never)
         assert turned.key.public_id == fresh.credential.public_id
@@ -329,14 +329,14 @@ async def test_a_refused_rotation_keeps_no_idempotency_key(world: World) -> None
     new, other = new_key(), new_key()
     await made(world, new)
     await made(world, other)
-    await world.keys.revoke(new.id)
+    await world.keys.revoke(new.id, ACTOR)
     for _ in range(2):
         rotation = Rotation(key=new.id, secret=secret(), grace_s=0, idempotency=same())
         with pytest.raises(RdevError) as caught:
-            await world.keys.rotate(rotation)
+            await world.keys.rotate(rotation, ACTOR)
         assert caught.value.code is ErrorCode.CONFLICT
     free = Rotation(key=other.id, secret=secret(), grace_s=0, idempotency=same())
-    turned = await world.keys.rotate(free)
+    turned = await world.keys.rotate(free, ACTOR)
     assert turned is not None
     assert not turned.is_replay
 
@@ -344,8 +344,8 @@ async def test_a_refused_rotation_keeps_no_idempotency_key(world: World) -> None
 async def test_nothing_of_the_text_is_in_the_database(pools: Pools) -> None:
     keys = PostgresKeys(pool=pools.requests)
     new, fresh = new_key(), secret()
-    await keys.insert(new)
-    await keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=10))
+    await keys.insert(new, ACTOR)
+    await keys.rotate(Rotation(key=new.id, secret=fresh, grace_s=10), ACTOR)
     for text in (new.secret.text, fresh.text):
         hidden = text.rsplit("_", 1)[1][:43]
         async with pools.requests.connection() as connection:

@@ -8,6 +8,7 @@ import trio
 from rdev.domain.commands import Claimed, Kind, LaneClass
 from rdev.domain.ids import ProjectId
 from rdev.domain.lanes import Lane
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import REACH, Pools, World
 from tests.ports.test_interleavings import held, until_blocked
 
@@ -36,7 +37,7 @@ async def test_a_touched_lane_that_stood_too_early_makes_way(
     gone = await world.queued("first")
     waiting = await world.queued("second")
     await world.queued("first", expires_in_s=expires_in_s)
-    await world.commands.request_cancel(gone)
+    await world.commands.request_cancel(gone, ACTOR)
     claimed = await claim(world, 1, [lane_of("first")])
     assert [one.lease.command for one in claimed] == [waiting]
 
@@ -46,7 +47,7 @@ async def test_a_touched_lane_with_nothing_queued_makes_way(world: World) -> Non
         await world.project(name)
     gone = await world.queued("first")
     waiting = await world.queued("second")
-    await world.commands.request_cancel(gone)
+    await world.commands.request_cancel(gone, ACTOR)
     claimed = await claim(world, 1, [lane_of("first")])
     assert [one.lease.command for one in claimed] == [waiting]
 

@@ -2,8 +2,8 @@
 
 The second one runs as far as it can while the first is not committed, so it decides on what was
 there before; where it waits, it goes on at the commit. Afterwards the lanes must be where a claim
-needs them, no cap exceeded, no stale row accepted. Deadlocks need two statements that are both in
-the middle: the storm at the end looks for those.
+needs them, no cap exceeded, no stale row accepted, every change recorded. Deadlocks need two
+statements that are both in the middle: the storm at the end looks for those.
 """
 
 import random
@@ -26,7 +26,9 @@ from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.lanes import Lane, due
 from rdev.domain.stream import status_line
 from rdev.ports.output import AppendState
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import LEASE_S, Pools, World, append_to, last_chunk, lines
+from tests.ports.witness import check_record, install
 
 SUCCEEDED = Outcome(status=Status.SUCCEEDED, exit_code=0)
 NUMBERS = count(1)
@@ -152,16 +154,16 @@ async def append(world: World, scene: Scene) -> None:
 
 
 async def cancel_queued(world: World, scene: Scene) -> None:
-    await world.commands.request_cancel(scene.queued[1])
+    await world.commands.request_cancel(scene.queued[1], ACTOR)
     scene.touches.add(scene.lane(LaneClass.WORK))
 
 
 async def cancel_running(world: World, scene: Scene) -> None:
-    await world.commands.request_cancel(scene.late.lease.command)
+    await world.commands.request_cancel(scene.late.lease.command, ACTOR)
 
 
 async def expire(world: World, scene: Scene) -> None:
-    await world.lanes.expire(limit=10)
+    await world.lanes.expire(holder="one", limit=10)
     scene.touches.add(scene.lane(LaneClass.WORK))  # the tick repairs behind it
 
 
@@ -209,6 +211,7 @@ OPERATIONS: tuple[Operation, ...] = (
 async def test_an_operation_that_meets_an_uncommitted_one_leaves_the_lanes_right(
     real: World, pools: Pools, first: Operation
 ) -> None:
+    await install(pools)
     left, right = [await open_connection(pools.settings) for _ in range(2)]
     for second in OPERATIONS:
         scene = await set_scene(real)
@@ -226,6 +229,7 @@ async def test_an_operation_that_meets_an_uncommitted_one_leaves_the_lanes_right
 
 async def test_a_repair_finds_what_a_crash_left_untouched(real: World, pools: Pools) -> None:
     """Committed and not touched: room where an end was, in both lanes."""
+    await install(pools)
     scene = await set_scene(real)
     await claim(real, scene)
     assert await real.lanes.repair(reach=scene.reach) == 0
@@ -238,6 +242,7 @@ async def test_a_repair_finds_what_a_crash_left_untouched(real: World, pools: Po
 
 async def test_many_at_once_do_not_deadlock(real: World, pools: Pools) -> None:
     """A storm of all operations over three projects; PostgreSQL names every deadlock."""
+    await install(pools)
     scenes = [await set_scene(real) for _ in range(3)]
     chance = random.Random(5)
 
@@ -312,6 +317,7 @@ async def _check(pools: Pools, world: World, scene: Scene, what: str) -> None:
             assert lane["due"] <= exact, what
     for row in commands:
         await _check_log(world, row, what)
+    await check_record(pools, project=scene.project)
     now_of = {command_id(row["id"]): row["lease_id"] for row in commands}
     leases = [one.lease.id for one in scene.taken]
     assert len(set(leases)) == len(leases), what

@@ -14,7 +14,7 @@ from trio.testing import MockClock
 from rdev.domain.commands import LANE_CAP, Kind, LaneClass, Outcome, Priority, Status
 from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.lanes import AGE_STEP_S, Lane, due, rank
-from tests.fakes.store import Row, StoreState
+from tests.fakes.store import ACTOR, Row, StoreState
 from tests.ports.conftest import REACH, Pools, World, append_to, fake_world_on, last_chunk
 
 PROJECTS = ("a", "b", "c")
@@ -60,7 +60,7 @@ async def _act(actions: list[Action]) -> None:
                 await world.lanes.repair(reach=REACH)
             case "cancel":
                 if queued := state.queued(Lane(project=ProjectId(project), lane_class=WORK)):
-                    await world.commands.request_cancel(queued[0].command.id)
+                    await world.commands.request_cancel(queued[0].command.id, ACTOR)
                     await world.lanes.touch([queued[0].lane])
             case "end" if running:
                 claimed = running.pop(0)
@@ -191,7 +191,7 @@ async def test_postgresql_serves_what_the_domain_would(real: World, pools: Pools
         served += 1
         touched = []
         if served % 3 == 0 and (gone := await _first(pools)) is not None:
-            await real.commands.request_cancel(gone)
+            await real.commands.request_cancel(gone, ACTOR)
             if served % 2:
                 await real.lanes.touch(LANES)
             else:

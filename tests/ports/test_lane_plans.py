@@ -22,6 +22,11 @@ CLAIM = f"""
 select * from claim_commands(
     '{REACH}', 'one', null, 60, 30, 4, 'r', 'e', array['busy-0', 'free-1'], array['work', 'work'])
 """
+CLAIM_BUT = f"""
+select * from claim_commands(
+    '{REACH}', 'one', null, 60, 30, 4, 'r', 'e', array['busy-0', 'free-1'], array['work', 'work'],
+    array['free-1', 'free-2', 'free-3'])
+"""
 TOUCH = "select touch_lanes(array['busy-0', 'free-1'], array['work', 'work'], 30)"
 REPAIR = f"select repair_lanes('{REACH}', 30)"
 EXPLAIN_NESTED = """
@@ -82,7 +87,7 @@ async def test_no_statement_of_the_lanes_scans_a_table(
     if analyzed:
         async with pools.requests.connection() as connection:
             await connection.execute("analyze commands, lanes")
-    for statement in (CLAIM, TOUCH, REPAIR):
+    for statement in (CLAIM, CLAIM_BUT, TOUCH, REPAIR):
         plans = await _nested_plans(pools, statement)
         assert len(plans) > 1
         for plan in plans:

@@ -23,7 +23,7 @@ async def back_and_forth(pools: Pools, version: str) -> None:
     await trio.to_thread.run_sync(run)
 
 
-@pytest.mark.parametrize("version", ["0006", "0005", "0004", "0003", "0002"])
+@pytest.mark.parametrize("version", ["0012", "0006", "0005", "0004", "0003", "0002"])
 async def test_what_was_queued_is_served_after_a_way_back_and_forth(
     real: World, pools: Pools, version: str
 ) -> None:

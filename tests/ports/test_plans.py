@@ -52,6 +52,7 @@ async def test_no_statement_of_one_command_scans_the_table(real: World, pools: P
     page = {"id": id_, "after": 0, "limit": 1_000, "limit_bytes": 1_000_000}
     plans = {
         "append": await _plan(pools, output_sql._APPEND, append),
+        "append ends": await _plan(pools, output_sql._APPEND_ENDS, append),
         "read": await _plan(pools, output_sql._READ, page),
         "tail": await _plan(
             pools, output_sql._READ_TAIL, {"id": id_, "source": 1, "tail_bytes": 1_000}
@@ -84,6 +85,7 @@ async def test_a_plan_that_is_made_for_an_empty_table_serves_a_full_one(
     async with pools.appends.connection() as appends, pools.heartbeats.connection() as beats:
         for connection, statement, given in (
             (appends, output_sql._APPEND, append),
+            (appends, output_sql._APPEND_ENDS, append),
             (beats, leases_sql._HEARTBEAT, leases),
             (beats, leases_sql._RELEASE, leases),
         ):

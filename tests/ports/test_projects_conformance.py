@@ -9,13 +9,14 @@ from rdev.adapters.postgres.upkeep import PostgresStoreDuties
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition, ProjectStatus
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World
 
 DEFINITION = ProjectDefinition(id=PROJECT, image="debian", env={"A": "b"})
 
 
 async def test_a_project_is_stored_and_found(world: World) -> None:
-    project, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    project, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     assert is_new
     assert (project.id, project.name, project.definition) == (PROJECT, PROJECT, DEFINITION)
     assert (project.executor, project.reach, project.image) == ("local", REACH, "debian")
@@ -24,15 +25,17 @@ async def test_a_project_is_stored_and_found(world: World) -> None:
 
 
 async def test_the_same_definition_again_gives_the_same_project(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
-    again, is_new = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    again, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     assert (again, is_new) == (first, False)
 
 
 async def test_another_definition_of_the_same_id_is_a_conflict(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, executor="local", reach=REACH)
+    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     with pytest.raises(RdevError) as caught:
-        await world.projects.insert(ProjectDefinition(id=PROJECT), executor="local", reach=REACH)
+        await world.projects.insert(
+            ProjectDefinition(id=PROJECT), ACTOR, executor="local", reach=REACH
+        )
     assert caught.value.code is ErrorCode.CONFLICT
     assert await world.projects.get(PROJECT) == first
 
@@ -47,7 +50,7 @@ async def test_a_project_counts_its_commands(world: World) -> None:
     await world.queued("other")
     await world.queued()
     cancelled = await world.queued()
-    await world.commands.request_cancel(cancelled)
+    await world.commands.request_cancel(cancelled, ACTOR)
     found = await world.projects.get(PROJECT)
     assert found is not None
     assert (found.queued, found.running) == (1, 1)
@@ -83,7 +86,9 @@ async def test_of_racing_requests_for_one_project_one_makes_it(real: World) -> N
     made: list[bool] = []
 
     async def insert() -> None:
-        made.append((await real.projects.insert(DEFINITION, executor="local", reach=REACH))[1])
+        made.append(
+            (await real.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH))[1]
+        )
 
     async with trio.open_nursery() as nursery:
         for _ in range(10):
@@ -105,7 +110,7 @@ def _names(days: int) -> set[str]:
 
 async def _make_partitions(pools: Pools, days_ahead: int) -> None:
     async with pools.requests.connection() as connection:
-        await PostgresStoreDuties(connection).ensure_output_partitions(days_ahead=days_ahead)
+        await PostgresStoreDuties(connection).ensure_partitions(days_ahead=days_ahead)
 
 
 async def test_partitions_are_made_for_today_and_the_days_ahead(pools: Pools) -> None:

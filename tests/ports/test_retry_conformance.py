@@ -9,6 +9,7 @@ from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.domain.stream import Source, final_lines, status_line
 from rdev.ports.output import Append, AppendState, NewChunk
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import (
     PROJECT,
     Pools,
@@ -116,7 +117,7 @@ async def test_what_was_started_once_does_not_expire(world: World) -> None:
     [claimed] = await world.claim()
     await world.output.append([_ends(claimed)])
     await trio.sleep(1.1)
-    assert await world.lanes.expire(limit=10) == []
+    assert await world.lanes.expire(holder="one", limit=10) == []
     [again] = await _claim(world)
     assert (again.lease.command, again.attempt) == (command, 2)
 
@@ -160,7 +161,7 @@ async def test_a_stale_lease_queues_nothing_again(world: World) -> None:
 
 async def test_after_a_cancel_nothing_is_queued_again(world: World) -> None:
     claimed = await world.running()
-    await world.commands.request_cancel(claimed.lease.command)
+    await world.commands.request_cancel(claimed.lease.command, ACTOR)
     assert await _state(world, _ends(claimed, lines(2))) is AppendState.REFUSED
     command = await world.commands.get(claimed.lease.command)
     assert command is not None
@@ -172,7 +173,7 @@ async def test_after_a_cancel_nothing_is_queued_again(world: World) -> None:
 
 async def test_a_refusal_concerns_its_own_command_only(world: World) -> None:
     refused, other = await world.running(), await world.running()
-    await world.commands.request_cancel(refused.lease.command)
+    await world.commands.request_cancel(refused.lease.command, ACTOR)
     batch = [_ends(refused), _ends(other)]
     states = [result.state for result in await world.output.append(batch)]
     assert states == [AppendState.REFUSED, AppendState.APPLIED]
@@ -188,7 +189,7 @@ async def test_a_locked_command_is_queued_again_later(world: World) -> None:
 async def test_a_cancel_ends_what_is_queued_again_and_names_its_attempt(world: World) -> None:
     claimed = await world.running()
     await world.output.append([_ends(claimed, lines(2))])
-    result = await world.commands.request_cancel(claimed.lease.command)
+    result = await world.commands.request_cancel(claimed.lease.command, ACTOR)
     assert result is not None
     assert result.ended_now
     assert (result.command.status, result.command.attempt) == (Status.CANCELLED, 1)
@@ -297,7 +298,7 @@ async def test_a_cancel_waits_for_queueing_again_and_is_not_lost(real: World, po
     claimed = await real.running()
     again = "update commands set status = 'queued', attempt_seq = last_seq where id = %s"
     async with trio.open_nursery() as nursery, held(pools, again, claimed.lease.command):
-        nursery.start_soon(real.commands.request_cancel, claimed.lease.command)
+        nursery.start_soon(real.commands.request_cancel, claimed.lease.command, ACTOR)
         await until_blocked(pools)
     command = await real.commands.get(claimed.lease.command)
     assert command is not None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from datetime import date
 
+import psycopg
 import pytest
 import trio
 
@@ -15,6 +16,8 @@ from rdev.domain.lanes import Lane
 from rdev.domain.limiter import Hit, Policy, RateLimit
 from rdev.domain.projects import ProjectStatus
 from rdev.ports.upkeep import Upkeep
+from rdev.services.housekeeper import DAYS_AHEAD
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
 
 DAY_S = 86_400
@@ -93,8 +96,8 @@ async def test_a_turn_that_failed_is_over(world: World) -> None:
 async def test_partitions_are_made_for_today_and_the_days_that_follow(world: World) -> None:
     async with world.upkeep.store_turn() as store:
         assert store is not None
-        await store.ensure_output_partitions(days_ahead=4)
-        await store.ensure_output_partitions(days_ahead=4)
+        await store.ensure_partitions(days_ahead=4)
+        await store.ensure_partitions(days_ahead=4)
         ages = [one.age_days for one in await store.output_days()]
     assert ages == [0, -1, -2, -3, -4]
 
@@ -105,7 +108,7 @@ async def test_a_day_is_settled_when_all_its_commands_have_ended(world: World) -
     async def today() -> tuple[bool, bool]:
         async with world.upkeep.store_turn() as store:
             assert store is not None
-            await store.ensure_output_partitions(days_ahead=0)
+            await store.ensure_partitions(days_ahead=0)
             found = next(one for one in await store.output_days() if one.age_days == 0)
             return found.is_settled, found.size_bytes > 0
 
@@ -150,11 +153,42 @@ async def test_keys_go_when_they_stand_for_nothing_any_more(world: World) -> Non
         assert await store.forget_keys(limit=2) == 0
 
 
+async def test_old_events_go_and_audit_entries_stay(world: World) -> None:
+    old = await ended(world)
+    await world.age(8 * DAY_S)
+    young = await ended(world)
+    async with world.upkeep.store_turn() as store:
+        assert store is not None
+        assert await store.forget_events(older_s=7 * DAY_S, limit=2) == 2
+        assert await store.forget_events(older_s=7 * DAY_S, limit=2) == 1
+        assert await store.forget_events(older_s=7 * DAY_S, limit=2) == 0
+    record = await world.record()
+    assert {one.command for one in record.events} == {young}
+    assert len(record.events) == 3
+    assert {one.target for one in record.entries} == {old, young}
+
+
+async def test_a_record_is_kept_behind_the_next_midnights(real: World, pools: Pools) -> None:
+    """What the housekeeper makes ahead takes the entries of those days, and no more than those."""
+    async with real.upkeep.store_turn() as store:
+        assert store is not None
+        await store.ensure_partitions(days_ahead=DAYS_AHEAD)
+    insert = """
+        insert into audit_entries (day, actor, actor_name, action, target)
+        values ((now() at time zone 'utc')::date + %s, 'server', 'one', 'ping', 'x')
+    """
+    async with pools.requests.connection() as connection:
+        for days in range(DAYS_AHEAD + 1):
+            await connection.execute(insert, (days,))
+        with pytest.raises(psycopg.errors.CheckViolation):
+            await connection.execute(insert, (DAYS_AHEAD + 1,))
+
+
 async def test_old_commands_go_whatever_their_reach_and_living_ones_stay(world: World) -> None:
     old = [await ended(world)]
     await world.project("there", reach="local:b")
     old.append(await world.queued("there"))
-    await world.commands.request_cancel(old[1])
+    await world.commands.request_cancel(old[1], ACTOR)
     living = await world.queued()
     await world.age(10 * DAY_S)
     young = await ended(world)
@@ -179,7 +213,7 @@ async def test_what_ended_is_tidied_once_in_the_order_of_its_end(world: World) -
 
 async def test_what_never_started_has_nothing_to_tidy(world: World) -> None:
     await world.project()
-    await world.commands.request_cancel(await world.queued())
+    await world.commands.request_cancel(await world.queued(), ACTOR)
     await world.queued()
     await world.age(1)
     assert await untidied(world) == []
@@ -345,6 +379,32 @@ async def test_a_project_serves_again_when_nothing_is_left_of_all_its_kills(worl
     assert await status_of_project(world) is ProjectStatus.FAILED
     await confirm(world, second)
     assert await status_of_project(world) is ProjectStatus.READY
+
+
+async def test_what_becomes_of_a_project_is_told_and_by_whom(real: World, pools: Pools) -> None:
+    first = await unkilled(real)
+    second = real.new()
+    await confirm(real, first)
+    await real.commands.insert(second)
+    await real.lanes.repair(reach=REACH)
+    [claimed] = await real.claim(holder="two")
+    kill = KillReport(confirmed=False)
+    outcome = Outcome(status=Status.TIMED_OUT, reason="timeout", kill=kill)
+    await real.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+    query = """
+        select e.project, e.status, e.detail ->> 'command_id', a.actor_name, a.detail ->> 'status'
+        from events e
+        join audit_entries a on a.xid = e.xid and a.action = e.type
+        where e.type = 'project.status'
+        order by e.xid, e.position
+    """
+    async with pools.requests.connection() as connection:
+        found = await (await connection.execute(query)).fetchall()
+    assert found == [
+        (PROJECT, "failed", first, "one", "failed"),
+        (PROJECT, "ready", first, "keeper", "ready"),
+        (PROJECT, "failed", second.id, "two", "failed"),
+    ]
 
 
 async def test_a_kill_that_left_nothing_closes_nothing(world: World) -> None:

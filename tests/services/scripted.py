@@ -18,6 +18,7 @@ from rdev.ports.telemetry import Silence
 from rdev.services.appender import Appender
 from rdev.services.attempts import Attempt
 from rdev.services.depths import QueueGate
+from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.queue import CommandQueue
 from rdev.services.stream import Fanout
 from tests.fakes.commands import FakeCommands
@@ -25,7 +26,7 @@ from tests.fakes.executor import FakeExecutor, FakeRun, Program
 from tests.fakes.lanes import FakeLanes
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 
 PROJECT = ProjectId("demo")
 LEASE_S = 30.0
@@ -73,6 +74,8 @@ class Server:
     place: Place
     holder: str = "one"
     running_max: int = 64
+    # Breakers around the place, where the test is about those.
+    guard: GuardedExecutor | None = None
     store: FakeCommands = field(init=False)
     lanes: FakeLanes = field(init=False)
     log: FakeOutput = field(init=False)
@@ -96,7 +99,7 @@ class Server:
         self.queue = CommandQueue(
             lanes=self.lanes,
             leases=self.store,
-            executor=self.place,
+            executor=self.guard or self.place,
             appender=self.appender,
             log=self.log,
             telemetry=Silence(),
@@ -106,6 +109,7 @@ class Server:
             holder=self.holder,
             lease_s=LEASE_S,
             running_max=self.running_max,
+            left_alone=self.guard.left_alone if self.guard else tuple,
         )
 
     def attempt(self, claimed: Claimed) -> Attempt:
@@ -162,7 +166,7 @@ async def make_project(server: Server, name: str = PROJECT) -> None:
     definition = ProjectDefinition(id=ProjectId(name))
     await server.place.prepare(definition.id)
     projects = FakeProjects(server.state)
-    await projects.insert(definition, executor="fake", reach=server.place.reach)
+    await projects.insert(definition, ACTOR, executor="fake", reach=server.place.reach)
 
 
 async def submit(
@@ -186,7 +190,6 @@ async def submit(
         priority=Priority.NORMAL,
         retry=retry,
         expires_in_s=expires_in_s,
-        key_id="key_admin",
-        request_id="req-1",
+        actor=ACTOR,
     )
     return (await server.store.insert(new)).command.id

@@ -8,7 +8,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from rdev.domain.commands import Claimed, Lease, Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Stream
+from rdev.domain.execution import LostReason, Stream
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.ports.output import Append, AppendResult, NewChunk
 from rdev.services import appender as module
@@ -20,6 +20,7 @@ from rdev.services.appender import (
     Writer,
 )
 from tests.fakes.output import FakeOutput
+from tests.fakes.store import ACTOR
 from tests.services.scripted import Server, backoff, make_project, submit
 
 KIB_64 = 65_536
@@ -411,12 +412,12 @@ async def test_a_refusal_to_queue_again_takes_nothing_of_the_output(
     await writer.write(Stream.STDOUT, chunk())
     await wait_all_tasks_blocked()
     await writer.write(Stream.STDOUT, chunk())
-    await bench.server.store.request_cancel(command)
+    await bench.server.store.request_cancel(command, ACTOR)
     again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
     done: list[bool] = []
 
     async def end() -> None:
-        done.append(await writer.queue_again(again))
+        done.append(await writer.queue_again(again, reason=LostReason.SUPERVISOR_GONE))
         await _finish(writer)
 
     nursery.start_soon(end)
@@ -437,7 +438,7 @@ async def test_queueing_again_is_committed_and_published(
     writer = await bench.writer()
     await writer.write(Stream.STDOUT, chunk())
     again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
-    assert await writer.queue_again(again)
+    assert await writer.queue_again(again, reason=LostReason.SUPERVISOR_GONE)
     row = bench.server.state.rows[writer.lease.command]
     assert row.command.status is Status.QUEUED
     assert bench.published[-1].payload == b"s{}"
@@ -453,4 +454,4 @@ async def test_a_writer_whose_lease_is_lost_queues_nothing_again(
     await bench.server.claim()
     again = NewChunk(source=Source.LIFE, events=1, raw_bytes=0, payload=b"s{}")
     with pytest.raises(LeaseLostError):
-        await writer.queue_again(again)
+        await writer.queue_again(again, reason=LostReason.SUPERVISOR_GONE)

@@ -16,6 +16,7 @@ from rdev.domain.stream import Source
 from rdev.services.appender import LeaseLostError
 from rdev.services.attempts import Attempt
 from tests.fakes.executor import FakeRun, Program
+from tests.fakes.store import ACTOR
 from tests.services.scripted import Place, Server, submit
 
 RESULT = json.dumps(
@@ -205,7 +206,7 @@ async def test_a_command_claimed_with_a_cancel_is_killed(
 
     nursery.start_soon(server.appender.run)
     claimed = await _claimed(server, program)
-    await server.store.request_cancel(claimed.lease.command)
+    await server.store.request_cancel(claimed.lease.command, ACTOR)
     await server.store.release([claimed.lease])
     [taken] = await server.claim()
     finished = await server.attempt(taken).run()

@@ -1,6 +1,7 @@
 """The use cases of commands: what is stored, who is told, and who waits for what."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from uuid import UUID
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from rdev.domain.audit import Actor
 from rdev.domain.commands import Command, Kind, LaneClass, NewCommand, Priority, Retry, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId
@@ -18,17 +20,16 @@ from rdev.domain.projects import ProjectDefinition
 from rdev.domain.requests import Common
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted, CancelResult
-from rdev.services.commands import Caller, Commands
+from rdev.services.commands import Commands
 from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import PROJECT, Place, Server, gate_of, make_project
 
 UNKNOWN = CommandId("cmd_" + "f" * 32)
-CALLER = Caller(key_id="key_admin", request_id="req-1")
 COMMON = Common(
     env={"A": "b"},
     cwd="src",
@@ -60,7 +61,7 @@ class Office:
 
     async def submit(self, project: str = PROJECT) -> Accepted:
         return await self.commands.submit(
-            CALLER,
+            ACTOR,
             ProjectId(project),
             Kind.SHELL,
             argv=("sh", "-c", "true"),
@@ -81,7 +82,7 @@ async def test_a_submission_is_stored_and_wakes_the_workers(office: Office) -> N
     row = office.server.state.rows[accepted.command.id]
     assert row.new.spec.env == {"A": "b", "B": "c"}
     assert (row.new.spec.cwd, row.new.spec.stdin, row.new.spec.timeout_s) == ("src", b"in", 60)
-    assert (row.new.priority, row.new.key_id) == (Priority.HIGH, "key_admin")
+    assert (row.new.priority, row.new.actor) == (Priority.HIGH, ACTOR)
 
 
 async def test_a_submission_to_an_unknown_project_wakes_nobody(office: Office) -> None:
@@ -92,7 +93,7 @@ async def test_a_submission_to_an_unknown_project_wakes_nobody(office: Office) -
 
 
 async def test_reading_an_unknown_command_is_not_found(office: Office) -> None:
-    for ask in (office.commands.get, office.commands.cancel):
+    for ask in (office.commands.get, partial(office.commands.cancel, ACTOR)):
         with pytest.raises(RdevError) as caught:
             await ask(UNKNOWN)
         assert caught.value.code is ErrorCode.NOT_FOUND
@@ -102,7 +103,7 @@ async def test_reading_an_unknown_command_is_not_found(office: Office) -> None:
 async def test_only_a_queued_command_has_a_position(office: Office) -> None:
     command = (await office.submit()).command
     assert await office.commands.queue_position(command) == 1
-    found = (await office.commands.cancel(command.id)).id
+    found = (await office.commands.cancel(ACTOR, command.id)).id
     assert await office.commands.queue_position(await office.commands.get(found)) is None
 
 
@@ -122,7 +123,7 @@ async def test_commands_are_listed_and_their_log_is_read(office: Office) -> None
 async def test_a_cancel_tells_the_holder_the_workers_and_the_readers(office: Office) -> None:
     command = (await office.submit()).command.id
     with office.server.fanout.end_of(command) as ended:
-        assert (await office.commands.cancel(command)).status is Status.CANCELLED
+        assert (await office.commands.cancel(ACTOR, command)).status is Status.CANCELLED
         assert ended.is_set()
     assert office.cancelled == [command]
     assert len(office.woken) == 2  # the submission's lane, and again when it left it
@@ -141,7 +142,7 @@ async def test_waiting_ends_with_the_command(office: Office, nursery: trio.Nurse
 
     nursery.start_soon(wait)
     await trio.sleep(0.3)
-    await office.commands.cancel(command)
+    await office.commands.cancel(ACTOR, command)
     await wait_all_tasks_blocked()
     assert [one.status for one in seen] == [Status.CANCELLED]
     assert trio.current_time() == pytest.approx(0.3, abs=0.01)
@@ -165,7 +166,7 @@ async def test_a_lost_hint_costs_a_waiter_a_second(office: Office, nursery: trio
 
     async def cancel_unseen() -> None:
         await trio.sleep(2.5)
-        await office.server.store.request_cancel(command)
+        await office.server.store.request_cancel(command, ACTOR)
 
     nursery.start_soon(cancel_unseen)
     found = await office.commands.ended(command, within_s=60)
@@ -201,9 +202,9 @@ class SlowStore(FakeCommands):
         await trio.sleep(self.after_s)
         return accepted
 
-    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+    async def request_cancel(self, command: CommandId, actor: Actor) -> CancelResult | None:
         await trio.sleep(self.before_s)
-        result = await super().request_cancel(command)
+        result = await super().request_cancel(command, actor)
         await trio.sleep(self.after_s)
         return result
 
@@ -236,7 +237,7 @@ def test_whatever_was_committed_was_announced(
         assert len(office.woken) == len(server.state.rows)
         for command in server.state.rows:
             with trio.move_on_after(cancel_s):
-                await office.commands.cancel(command)
+                await office.commands.cancel(ACTOR, command)
             ended = server.state.rows[command].command.status is Status.CANCELLED
             assert office.cancelled == ([command] if ended else [])
             assert server.told == office.cancelled
@@ -265,11 +266,11 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
         tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
-    project, is_new = await projects.create(definition)
+    project, is_new = await projects.create(definition, ACTOR)
     assert is_new
     assert (project.executor, project.reach) == ("fake", server.place.reach)
     assert "fresh" in server.place._projects
-    assert await projects.create(definition) == (project, False)
+    assert await projects.create(definition, ACTOR) == (project, False)
     assert await projects.get("fresh") == project
     found = await projects.list_all(within=None, after=None, limit=10)
     assert [one.id for one in found] == ["demo", "fresh"]

@@ -134,6 +134,37 @@ async def test_it_is_tried_again_and_closes_when_it_is_reached(
     assert guarded.statistics().refused == 0
 
 
+async def test_one_claim_a_second_tries_a_project_that_is_due(
+    guarded: GuardedExecutor, place: FakeExecutor
+) -> None:
+    assert guarded.left_alone() == []
+    await opened(guarded, place)
+    assert guarded.left_alone() == [BAD]
+    assert guarded.left_alone() == [BAD]
+
+    await trio.sleep(5)
+
+    assert guarded.left_alone() == []
+    assert guarded.left_alone() == [BAD]
+    await a_second()
+    assert guarded.left_alone() == []
+    # It fails again: open, and longer.
+    with pytest.raises(RdevError, match="cannot be reached"):
+        await guarded.tidy(BAD, [])
+    await a_second()
+    assert guarded.left_alone() == [BAD]
+
+    await trio.sleep(10)
+    place.unreachable = set()
+    for _ in range(3):
+        await guarded.instance(BAD)
+    assert guarded.left_alone() == guarded.left_alone() == []
+
+
+async def a_second() -> None:
+    await trio.sleep(guarded_executor.TRIAL_EVERY_S)
+
+
 async def test_commands_that_fail_never_count(guarded: GuardedExecutor) -> None:
     for number in range(20):
         end = await run(guarded, GOOD, number)

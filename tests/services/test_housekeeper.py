@@ -53,6 +53,7 @@ class House:
             upkeep=self.upkeep,
             executor=self.server.place,
             telemetry=self.telemetry,
+            audit_days=400,
             retention=self.retention,
             backoff=backoff,
         )
@@ -106,6 +107,7 @@ def keeper_of(server: Server, flaky: Flaky) -> Housekeeper:
         upkeep=flaky,
         executor=server.place,
         telemetry=Silence(),
+        audit_days=400,
         retention=KEEP,
         backoff=backoff,
     )
@@ -170,6 +172,18 @@ async def test_partitions_are_made_ahead(house: House) -> None:
     await house.keeper.run_once()
     days = await house.upkeep.output_days()
     assert [one.age_days for one in days] == [-ahead for ahead in range(DAYS_AHEAD + 1)]
+
+
+async def test_what_happened_is_told_for_a_week(house: House) -> None:
+    await house.ended()
+    record = house.server.state.record
+    house.age(7 * DAY_S - 60)
+    await house.keeper.run_once()
+    assert len(record.events) == 3
+    house.age(120)
+    await house.keeper.run_once()
+    assert record.events == []
+    assert house.telemetry.kept["events"] == 3
 
 
 async def test_output_goes_first_then_the_command_with_its_folder(house: House) -> None:

@@ -22,7 +22,7 @@ from rdev.services.key_watch import LOOK_S, TICK_S, KeyWatch
 from rdev.services.keys import Keys, ShownKey
 from tests.fakes.key_samples import secret
 from tests.fakes.keys import FakeKeys
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 
 ADMIN_KEY = "the bootstrap key of the administrator"
 HERE = "192.0.2.1"
@@ -40,7 +40,7 @@ class Server:
     keys: Keys = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = KeyWatch(store=self.store)
+        self.watch = KeyWatch(store=self.store, now=lambda: self.store.state.now)
         self.keys = Keys(
             store=self.store,
             admin_key=ADMIN_KEY,
@@ -60,7 +60,7 @@ class Server:
     async def made(self, by: Principal = ADMIN, **fields: object) -> ShownKey:
         """A key that may do nearly everything, unless told."""
         scopes = [scope for scope in Scope if scope is not Scope.ADMIN]
-        return await self.keys.create(by, request(**{"scopes": scopes, **fields}))
+        return await self.keys.create(by, request(**{"scopes": scopes, **fields}), ACTOR)
 
     async def enter(self, text: str | None, ip: str = HERE) -> Principal:
         return await self.keys.authenticate(text, ip)
@@ -185,7 +185,7 @@ async def test_a_revocation_is_effective_at_once_here_and_where_it_is_heard(
     text = text_of(shown)
     for server in pair:
         assert await server.refusal(text) is None
-    await one.keys.revoke(ADMIN, shown.key.id)
+    await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
     for server in pair:
         assert await server.refusal(text) is ErrorCode.KEY_REVOKED
 
@@ -198,7 +198,7 @@ async def test_a_revocation_that_is_not_heard_is_effective_after_the_ttl(
     shown = await one.made()
     text = text_of(shown)
     assert await two.refusal(text) is None
-    await one.keys.revoke(ADMIN, shown.key.id)
+    await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
     assert await two.refusal(text) is None
     await trio.sleep(TTL_S)
     assert await two.refusal(text) is ErrorCode.KEY_REVOKED
@@ -209,7 +209,7 @@ async def test_a_server_that_hears_again_remembers_nothing(pair: tuple[Server, S
     two.is_deaf = True
     shown = await one.made()
     assert await two.refusal(text_of(shown)) is None
-    await one.keys.revoke(ADMIN, shown.key.id)
+    await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
     two.keys.flush()
     assert await two.refusal(text_of(shown)) is ErrorCode.KEY_REVOKED
 
@@ -221,13 +221,13 @@ async def test_a_revocation_whose_reply_was_lost_is_effective_all_the_same(
     assert await server.refusal(text_of(shown)) is None
     server.store.state.lost_replies = 1
     with pytest.raises(RdevError):
-        await server.keys.revoke(ADMIN, shown.key.id)
+        await server.keys.revoke(ADMIN, shown.key.id, ACTOR)
     assert await server.refusal(text_of(shown)) is ErrorCode.KEY_REVOKED
 
 
 async def test_a_rotated_key_has_two_secrets_for_the_grace(server: Server) -> None:
     shown = await server.made()
-    fresh = await server.keys.rotate(ADMIN, shown.key.id, grace_s=60)
+    fresh = await server.keys.rotate(ADMIN, shown.key.id, ACTOR, grace_s=60)
     assert fresh.key.id == shown.key.id
     assert [await server.refusal(text_of(each)) for each in (shown, fresh)] == [None, None]
     await trio.sleep(61)
@@ -241,7 +241,7 @@ async def test_a_rotation_without_grace_ends_the_secret_that_is_remembered(
 ) -> None:
     shown = await server.made()
     assert await server.refusal(text_of(shown)) is None
-    await server.keys.rotate(ADMIN, shown.key.id, grace_s=0)
+    await server.keys.rotate(ADMIN, shown.key.id, ACTOR, grace_s=0)
     assert await server.refusal(text_of(shown)) is ErrorCode.KEY_REVOKED
 
 
@@ -267,14 +267,16 @@ async def test_nobody_grants_what_they_do_not_hold(
 ) -> None:
     by = await holder(server, **held)
     with pytest.raises(RdevError) as caught:
-        await server.keys.create(by, request(**{"scopes": ["keys:write"], **wanted}))
+        await server.keys.create(by, request(**{"scopes": ["keys:write"], **wanted}), ACTOR)
     assert caught.value.code is ErrorCode.FORBIDDEN
     assert len(server.store.keys) == 1
 
 
 async def test_what_is_not_said_is_no_wider_than_the_one_who_asks(server: Server) -> None:
     by = await holder(server, allowed_ips=["192.0.2.0/24"], expires_in=100)
-    made = await server.keys.create(by, parse_key({"name": "n", "scopes": ["projects:read"]}))
+    made = await server.keys.create(
+        by, parse_key({"name": "n", "scopes": ["projects:read"]}), ACTOR
+    )
     assert made.key.grant.allowed_ips == (ip_network("192.0.2.0/24"),)
     assert made.key.grant.expires_at == by.grant.expires_at
     assert made.key.created_by == by.key_id
@@ -290,13 +292,13 @@ async def test_a_key_of_some_projects_sees_and_ends_keys_of_these_alone(server: 
     for key in (foreign, everywhere):
         for ask in (
             server.keys.get(by, key.id),
-            server.keys.revoke(by, key.id),
-            server.keys.rotate(by, key.id, grace_s=0),
+            server.keys.revoke(by, key.id, ACTOR),
+            server.keys.rotate(by, key.id, ACTOR, grace_s=0),
         ):
             with pytest.raises(RdevError) as caught:
                 await ask
             assert caught.value.code is ErrorCode.NOT_FOUND
-    assert (await server.keys.revoke(by, own.id)).revoked_at is not None
+    assert (await server.keys.revoke(by, own.id, ACTOR)).revoked_at is not None
 
 
 async def test_nobody_takes_over_a_key_that_may_do_more(server: Server) -> None:
@@ -308,7 +310,7 @@ async def test_nobody_takes_over_a_key_that_may_do_more(server: Server) -> None:
     ):
         victim = await server.made(**more)
         with pytest.raises(RdevError) as caught:
-            await server.keys.rotate(by, victim.key.id, grace_s=0)
+            await server.keys.rotate(by, victim.key.id, ACTOR, grace_s=0)
         assert caught.value.code is ErrorCode.FORBIDDEN
         assert await server.refusal(text_of(victim)) is None
 
@@ -317,7 +319,7 @@ async def test_nobody_revokes_a_key_that_may_do_more(server: Server) -> None:
     by = await holder(server, scopes=["keys:write"])
     victim = await server.made(scopes=["admin"])
     with pytest.raises(RdevError) as caught:
-        await server.keys.revoke(by, victim.key.id)
+        await server.keys.revoke(by, victim.key.id, ACTOR)
     assert caught.value.code is ErrorCode.FORBIDDEN
     assert caught.value.details == {"scope": "admin"}
 
@@ -326,8 +328,8 @@ async def test_nobody_revokes_a_key_that_may_do_more(server: Server) -> None:
 async def test_an_unknown_key_is_not_found(server: Server, key: str) -> None:
     for ask in (
         server.keys.get(ADMIN, key),
-        server.keys.revoke(ADMIN, key),
-        server.keys.rotate(ADMIN, key, grace_s=0),
+        server.keys.revoke(ADMIN, key, ACTOR),
+        server.keys.rotate(ADMIN, key, ACTOR, grace_s=0),
     ):
         with pytest.raises(RdevError) as caught:
             await ask
@@ -336,8 +338,8 @@ async def test_an_unknown_key_is_not_found(server: Server, key: str) -> None:
 
 async def test_a_replay_shows_the_key_without_its_text(server: Server) -> None:
     same = Idempotency(key_id="key_admin", key="once", digest=b"d")
-    first = await server.keys.create(ADMIN, request(), idempotency=same)
-    again = await server.keys.create(ADMIN, request(), idempotency=same)
+    first = await server.keys.create(ADMIN, request(), ACTOR, idempotency=same)
+    again = await server.keys.create(ADMIN, request(), ACTOR, idempotency=same)
     assert (again.key.id, again.text, again.is_replay) == (first.key.id, None, True)
     assert first.text is not None
 
@@ -366,7 +368,7 @@ async def test_a_revocation_that_is_heard_ends_what_is_watched_at_once(
     with two.watch.watch(principal, told.append) as watch:
         await trio.sleep(10.5)
         began_s = trio.current_time()
-        await one.keys.revoke(ADMIN, shown.key.id)
+        await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
         await watch.ended.wait()
         assert trio.current_time() - began_s < 0.2
     assert (watch.reason, told) == (KeyEnd.REVOKED, [KeyEnd.REVOKED])
@@ -382,7 +384,7 @@ async def test_a_revocation_that_nobody_heard_ends_what_is_watched_within_5_s(
     await nursery.start(two.watch.run)
     with two.watch.watch(principal) as watch:
         await trio.sleep(10.1)
-        await one.keys.revoke(ADMIN, shown.key.id)
+        await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
         with trio.fail_after(TICK_S + 0.1):
             await watch.ended.wait()
     assert watch.reason is KeyEnd.REVOKED
@@ -421,7 +423,7 @@ async def test_the_secret_before_a_rotation_ends_with_its_grace(
 ) -> None:
     shown, principal = await watched(server)
     await nursery.start(server.watch.run)
-    fresh = await server.keys.rotate(ADMIN, shown.key.id, grace_s=30)
+    fresh = await server.keys.rotate(ADMIN, shown.key.id, ACTOR, grace_s=30)
     newer = await server.enter(text_of(fresh))
     with server.watch.watch(principal) as old, server.watch.watch(newer) as new:
         await trio.sleep(29)
@@ -452,7 +454,7 @@ async def test_who_was_let_in_by_what_is_remembered_is_looked_at_at_once(
     two.is_deaf = True
     shown, principal = await watched(two)
     await nursery.start(two.watch.run)
-    await one.keys.revoke(ADMIN, shown.key.id)
+    await one.keys.revoke(ADMIN, shown.key.id, ACTOR)
     await trio.sleep(TTL_S - 0.5)
     assert await two.refusal(text_of(shown)) is None
     with two.watch.watch(principal) as watch:

@@ -9,7 +9,7 @@ from rdev.domain.projects import ProjectDefinition
 from rdev.services.cached import TTL_S
 from rdev.services.projects import Projects
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import Server
 
 
@@ -50,7 +50,7 @@ async def test_a_project_is_known_at_once_here_and_where_it_is_heard(
     pair: tuple[Projects, Projects],
 ) -> None:
     assert [await is_known(each) for each in pair] == [False, False]
-    await pair[0].create(FRESH)
+    await pair[0].create(FRESH, ACTOR)
     assert [await is_known(each) for each in pair] == [True, True]
 
 
@@ -59,7 +59,7 @@ async def test_a_server_that_did_not_hear_knows_it_after_the_ttl(
 ) -> None:
     one, two = pair
     assert not await is_known(one)
-    await two.create(FRESH)
+    await two.create(FRESH, ACTOR)
     assert [await is_known(each) for each in pair] == [False, True]
     await trio.sleep(TTL_S)
     assert await is_known(one)
@@ -68,7 +68,7 @@ async def test_a_server_that_did_not_hear_knows_it_after_the_ttl(
 async def test_a_server_that_hears_again_looks_again(pair: tuple[Projects, Projects]) -> None:
     one, two = pair
     assert not await is_known(one)
-    await two.create(FRESH)
+    await two.create(FRESH, ACTOR)
     one.flush()
     assert await is_known(one)
 
@@ -82,7 +82,7 @@ async def test_the_counts_of_a_project_are_never_remembered(
     pair: tuple[Projects, Projects],
 ) -> None:
     one, _ = pair
-    await one.create(FRESH)
+    await one.create(FRESH, ACTOR)
     await is_known(one)
     loads = one.statistics().loads
     await one.get("fresh")

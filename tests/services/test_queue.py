@@ -15,7 +15,7 @@ from rdev.services.queue import TICK_S
 from tests.fakes.commands import FakeCommands
 from tests.fakes.executor import FakeRun
 from tests.fakes.lanes import FakeLanes
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import (
     LEASE_S,
     PROGRAMS,
@@ -195,7 +195,7 @@ async def test_a_cancel_between_a_claim_and_its_reply_waits_for_no_heartbeat(
     command = await submit(server, "forever")
     server.queue.wake(LANE)
     await _until(lambda: _status(server, command) is Status.RUNNING)
-    await server.store.request_cancel(command)
+    await server.store.request_cancel(command, ACTOR)
     server.queue.cancel(command)
     asked_at = trio.current_time()
     assert await server.ended(command) is Status.CANCELLED
@@ -208,7 +208,7 @@ async def test_a_cancel_elsewhere_reaches_the_holder_by_heartbeat(
     command = await submit(server, "forever")
     await nursery.start(server.queue.run)
     await _until(lambda: server.queue.statistics().running == 1)
-    await server.store.request_cancel(command)
+    await server.store.request_cancel(command, ACTOR)
     began = trio.current_time()
     assert await server.ended(command) is Status.CANCELLED
     assert trio.current_time() - began <= LEASE_S / 3 + 1
@@ -218,7 +218,7 @@ async def test_a_cancel_here_is_obeyed_at_once(server: Server, nursery: trio.Nur
     command = await submit(server, "forever")
     await nursery.start(server.queue.run)
     await _until(lambda: server.queue.statistics().running == 1)
-    await server.store.request_cancel(command)
+    await server.store.request_cancel(command, ACTOR)
     server.queue.cancel(command)
     server.queue.cancel(CommandId("cmd_unknown"))
     await wait_all_tasks_blocked()
@@ -281,10 +281,16 @@ class SlowClaims(FakeLanes):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         self.claiming.set()
         found = await super().claim(
-            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+            reach=reach,
+            instance=instance,
+            holder=holder,
+            limit=limit,
+            touched=touched,
+            closed=closed,
         )
         await trio.sleep(1)
         return found

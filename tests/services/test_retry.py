@@ -12,6 +12,7 @@ from rdev.domain.ids import AttemptId, CommandId, attempt_ids
 from rdev.domain.lines import decode
 from rdev.domain.stream import Source
 from tests.fakes.executor import FakeRun, Program
+from tests.fakes.store import ACTOR
 from tests.services.scripted import PROJECT, Server, submit
 
 SAFE = Retry.SAFE
@@ -197,7 +198,7 @@ async def test_after_a_cancel_nothing_runs_again(server: Server, nursery: trio.N
     flaky = Flaky(server, fails=1)
     command = await _start(server, nursery, flaky)
     await trio.sleep(3)
-    await server.store.request_cancel(command)
+    await server.store.request_cancel(command, ACTOR)
     server.place.restart()
     assert await server.ended(command) is Status.LOST
     await trio.sleep(10)
@@ -216,7 +217,7 @@ async def test_a_start_that_was_forbidden_under_a_cancel_is_cancelled(
     await server.lanes.repair(reach=server.place.reach)
     [claimed] = await server.claim()
     server.place._runs[AttemptId(command)] = None
-    await server.store.request_cancel(command)
+    await server.store.request_cancel(command, ACTOR)
     assert not claimed.cancel_requested
     finished = await server.attempt(claimed).run()
     assert finished.outcome.status is Status.CANCELLED

@@ -15,7 +15,7 @@ from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.requests import Common
 from rdev.ports.commands import Accepted
-from rdev.services.commands import Caller
+from tests.fakes.store import ACTOR
 from tests.simulation.chance import Chance, FaultKind, Shape
 from tests.simulation.history import Answered, Awaited, Closed, History, Opened, Saw
 from tests.simulation.link import Weather
@@ -34,7 +34,6 @@ TEXTS = (
     b"x" * 200 + b"\n",
     b"",
 )
-CALLER = Caller(key_id="key_admin", request_id="req-1")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,7 +104,7 @@ class Client:
 
         async def submit(life: Life) -> object:
             accepted: Accepted = await life.commands.submit(
-                CALLER, project, kind, argv=argv, common=common, idempotency=idempotency or None
+                ACTOR, project, kind, argv=argv, common=common, idempotency=idempotency or None
             )
             return accepted.command.id
 
@@ -114,7 +113,7 @@ class Client:
     async def _cancel(self, command: CommandId) -> None:
         """Until it is answered."""
         await trio.sleep(self.weather.chance.random() * 3)
-        while await self._ask(lambda life: life.commands.cancel(command)) is None:
+        while await self._ask(lambda life: life.commands.cancel(ACTOR, command)) is None:
             pass
 
     async def _await_end(self, command: CommandId) -> None:

@@ -124,13 +124,19 @@ class LanesWithoutCap(FakeLanes):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         lanes = self._state.lanes.values()
         for lane in lanes:
             lane.cap += 1
         try:
             return await super().claim(
-                reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+                reach=reach,
+                instance=instance,
+                holder=holder,
+                limit=limit,
+                touched=touched,
+                closed=closed,
             )
         finally:
             for lane in lanes:
@@ -148,9 +154,15 @@ class LanesWithoutTurns(FakeLanes):
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         found = await super().claim(
-            reach=reach, instance=instance, holder=holder, limit=limit, touched=touched
+            reach=reach,
+            instance=instance,
+            holder=holder,
+            limit=limit,
+            touched=touched,
+            closed=closed,
         )
         for lane, row in self._state.lanes.items():
             row.last_start = 0.0

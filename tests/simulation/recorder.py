@@ -55,7 +55,7 @@ class Recorder:
             case "insert", (NewCommand() as new, *_), Answer(is_replay=False):
                 self._accepted(new, self._state.rows[new.id])
                 self._appended({})
-            case "claim", (*_, touched), Claims(claimed=claimed):
+            case "claim", (*_, touched, _), Claims(claimed=claimed):
                 self._touched(tuple(sorted(map(lane_name, touched))))
                 self._taken(Claimed, claimed)
             case "take_over", _, [*claimed]:

@@ -17,7 +17,7 @@ from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.sse import split_events
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.simulation.bus import Bus
 from tests.simulation.chance import Chance, FaultKind, Shape, draw_shape, seed_scheduler
 from tests.simulation.checker import check
@@ -101,7 +101,7 @@ class World:
             executor = self.seams.executor(nursery, {"play": programs.play})
             await executor.prepare(project)
             definition = ProjectDefinition(id=project)
-            await projects.insert(definition, executor="fake", reach=executor.reach)
+            await projects.insert(definition, ACTOR, executor="fake", reach=executor.reach)
             places[project] = Place(project, executor, self.history)
         return places
 

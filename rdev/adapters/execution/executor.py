@@ -18,6 +18,7 @@ from rdev.adapters.execution.transport import Streams, Transport, TransportError
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import KillReport, Offsets, Spec
 from rdev.domain.ids import AttemptId, CommandId, ProjectId, attempt_ids, command_of
+from rdev.ports.execution import Attachment
 
 _VERB_S: Final = 30.0  # a verb that only touches a few files
 _BATCH_S: Final = 120.0  # a verb that deletes up to 1,000 folders
@@ -105,7 +106,7 @@ class ScriptExecutor:
         spec: Spec | None,
         instance: str,
         offsets: Offsets,
-    ) -> AsyncIterator[ScriptAttachment]:
+    ) -> AsyncIterator[Attachment]:
         """See `Executor.attach`. Errors: BAD_REQUEST for a spec no process can be given."""
         place, settings = self._place(project), self._settings
         env = {"PATH": settings.path, **settings.base_env}

@@ -29,6 +29,8 @@ class Where(Enum):
     COMMAND = auto()
     # In its body, which the route reads: the route asks `require_project`.
     BODY = auto()
+    # That of the command in its body: the route asks `require_command`.
+    COMMAND_IN_BODY = auto()
     # It shows what the key may see: the route leaves out all else.
     SEEN = auto()
 
@@ -43,6 +45,8 @@ class Access:
 
 _READ = (Scope.PROJECTS_READ, Scope.PROJECTS_EXECUTE)
 _EXECUTE = (Scope.PROJECTS_EXECUTE,)
+# Every key holds at least one.
+_ANY = tuple(Scope)
 
 ACCESS: Mapping[Route, Access] = MappingProxyType(
     {
@@ -58,11 +62,18 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("DELETE", "/commands/{command}"): Access(scopes=_EXECUTE, project=Where.COMMAND),
         ("GET", "/commands/{command}/output"): Access(scopes=_READ, project=Where.COMMAND),
         ("GET", "/commands/{command}/events"): Access(scopes=_READ, project=Where.COMMAND),
+        ("GET", "/events"): Access(scopes=_READ, project=Where.SEEN),
         ("GET", "/queue"): Access(scopes=_READ, project=Where.SEEN),
+        ("POST", "/session"): Access(scopes=_ANY),
+        ("DELETE", "/session"): Access(scopes=_ANY),
+        ("POST", "/stream-tokens"): Access(scopes=_READ, project=Where.COMMAND_IN_BODY),
         ("GET", "/keys"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
         ("POST", "/keys"): Access(scopes=(Scope.KEYS_WRITE,)),
         ("GET", "/keys/{key}"): Access(scopes=(Scope.KEYS_READ,), project=Where.SEEN),
         ("DELETE", "/keys/{key}"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
+        ("GET", "/audit"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/export"): Access(scopes=(Scope.AUDIT_READ,), project=Where.SEEN),
+        ("GET", "/audit/verify"): Access(scopes=(Scope.AUDIT_READ,)),
         ("POST", "/keys/{key}/rotate"): Access(scopes=(Scope.KEYS_WRITE,), project=Where.SEEN),
     }
 )
@@ -101,7 +112,7 @@ async def admit(
             require_project(principal, path["project"])
         case Where.COMMAND:
             await _check_command(principal, path["command"], project_of)
-        case Where.NOWHERE | Where.BODY | Where.SEEN:
+        case Where.NOWHERE | Where.BODY | Where.COMMAND_IN_BODY | Where.SEEN:
             pass
 
 
@@ -111,10 +122,15 @@ def require_project(principal: Principal, project: str) -> None:
         raise RdevError(ErrorCode.FORBIDDEN, f"the key has no right to project {project!r}")
 
 
+async def require_command(principal: Principal, command: CommandId, project_of: ProjectOf) -> None:
+    """Errors: NOT_FOUND where there is no such command, or not for this principal."""
+    project = await project_of(command)
+    if project is None or not principal.grant.sees(project):
+        raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
+
+
 async def _check_command(principal: Principal, command: str, project_of: ProjectOf) -> None:
     """A key of all projects costs no look-up; the route itself answers for what there is not."""
     if principal.project_ids is None or not is_command_id(command):
         return
-    project = await project_of(CommandId(command))
-    if project is None or not principal.grant.sees(project):
-        raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {command!r}")
+    await require_command(principal, CommandId(command), project_of)

@@ -68,6 +68,12 @@ def client_address(
     return str(told.pop() if told else nearest)
 
 
+def is_trusted(peer: str, trusted_proxies: Sequence[Network]) -> bool:
+    """Whether the peer is one of the trusted proxies."""
+    address = parse_address(peer)
+    return address is not None and _is_within(address, trusted_proxies)
+
+
 def _walk(nearest: Address, hops: _Hops, trusted_proxies: Sequence[Network]) -> Address | None:
     """The first address from the right that is no trusted proxy's; None at a broken element."""
     address = nearest

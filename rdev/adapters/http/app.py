@@ -8,7 +8,7 @@ becomes a problem here.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from http import HTTPStatus
@@ -29,6 +29,8 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from rdev.adapters.http import probes
 from rdev.adapters.http.access import ACCESS, Access, Route, check_declared
 from rdev.adapters.http.address import LOCAL_PEER, client_address
+from rdev.adapters.http.credentials import Credentials
+from rdev.adapters.http.denials import denial_of
 from rdev.adapters.http.exchange import (
     Exchange,
     begin,
@@ -41,11 +43,12 @@ from rdev.adapters.http.gate import Gate, Hook, credential_of, template_of
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
-from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.adapters.http.problems import Problem, internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.addresses import Network
-from rdev.domain.errors import RdevError
-from rdev.ports.authentication import Authenticate, ProjectOf
+from rdev.domain.audit import Denial
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.ports.authentication import Authenticate, CheckTicket, ProjectOf
 from rdev.ports.telemetry import Telemetry, log_context
 
 _log = logging.getLogger("rdev.http")
@@ -87,12 +90,15 @@ def build_app(
     public_paths: frozenset[str] = PUBLIC_PATHS,
     limits: HttpLimits | None = None,
     rate_limits: RateLimits | None = None,
+    check_ticket: CheckTicket | None = None,
+    denied: Callable[[Denial], None] = lambda _: None,
 ) -> "Shell":
     """The ASGI app of the server.
 
     `public_paths` are templates of routes that need no credential; all others do, and what `access`
-    says of them. `plain` routes are served without Quart. Errors: UndeclaredRouteError for a route
-    that is neither public nor in `access`.
+    says of them. Without `check_ticket` only keys are credentials. `plain` routes are served
+    without Quart. `denied` is told, and never waits, of everybody who was refused for who they are.
+    Errors: UndeclaredRouteError for a route that is neither public nor in `access`.
     """
     limits = limits or HttpLimits()
     quart = _quart(limits)
@@ -100,9 +106,13 @@ def build_app(
         quart.register_blueprint(blueprint)
     declared = [*_routes_of(quart), *(("GET", route.template) for route in plain)]
     check_declared(declared, access, public_paths)
-    refusals = _Refusals(telemetry)
+    refusals = _Refusals(telemetry, denied)
     gate = Gate(
-        authenticate=authenticate,
+        credentials=Credentials(
+            authenticate=authenticate,
+            check_ticket=check_ticket,
+            trusted_proxies=trusted_proxies,
+        ),
         project_of=project_of,
         access=access,
         telemetry=telemetry,
@@ -162,6 +172,19 @@ class Shell:
         else:
             await self._serve(scope, receive, send)
 
+    def unreadable(self, status: int, sentence: str) -> Problem:
+        """The answer to what is no request that can be read, with a line in the log."""
+        request_id = self._new_request_id()
+        _log.info("request refused", extra={"request_id": request_id, "status": status})
+        told = problem(
+            RdevError(ErrorCode.BAD_REQUEST, sentence),
+            request_id=request_id,
+            instance="/",
+            now=self._now(),
+            status=status,
+        )
+        return replace(told, headers=(*told.headers, ("X-Request-Id", request_id)))
+
     async def _serve(
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
@@ -210,6 +233,7 @@ class Shell:
             path=scope["path"],
             started_at_s=trio.current_time(),
             slot=self.admission.slot(),
+            scope=scope,
             now=self._now,
             credential=credential_of(headers),
         )
@@ -291,10 +315,12 @@ def _quart(limits: HttpLimits) -> QuartTrio:
 
 
 class _Refusals:
-    """Answers a refusal that a route or a hook decided on; limits that were passed are counted."""
+    """Answers a refusal that a route or a hook decided on; limits that were passed are counted,
+    denials are told."""
 
-    def __init__(self, telemetry: Telemetry) -> None:
+    def __init__(self, telemetry: Telemetry, denied: Callable[[Denial], None]) -> None:
         self._telemetry = telemetry
+        self._denied = denied
 
     async def answer(self, error: RdevError) -> Response:
         self.count(error)
@@ -303,6 +329,9 @@ class _Refusals:
     def count(self, error: RdevError) -> None:
         for limit in {fault.limit for fault in error.faults if fault.limit is not None}:
             self._telemetry.limit_checked(limit, refused=True)
+        denial = denial_of(error)
+        if denial is not None:
+            self._denied(denial)
 
 
 async def _on_http_exception(error: HTTPException) -> Response:

@@ -12,9 +12,12 @@ from datetime import datetime
 from typing import Final
 
 import trio
+from hypercorn.typing import HTTPScope
 
 from rdev.adapters.http.limits import Slot
+from rdev.domain.audit import Actor
 from rdev.domain.keys import Principal
+from rdev.domain.tickets import Ticket
 
 # Label of requests that no route answers: unknown paths must not make new time series.
 UNKNOWN_ROUTE: Final = "unknown"
@@ -39,12 +42,16 @@ class Exchange:
     path: str
     started_at_s: float
     slot: Slot
+    scope: HTTPScope = field(repr=False)
     now: Callable[[], datetime]
     # A trusted proxy handed on two stories about the client.
     has_doubtful_client: bool = False
     credential: str | None = field(default=None, repr=False)
     route: str = UNKNOWN_ROUTE
     principal: Principal | None = None
+    # Whether the request tried to say who it is, and the ticket by which it came in.
+    has_credential: bool = False
+    ticket: Ticket | None = None
     status: int | None = None
     latency_s: float | None = None
     # Whether telemetry was told of its start and of its end.
@@ -79,6 +86,12 @@ def principal() -> Principal:
     found = exchange().principal
     assert found is not None, "this route is public"
     return found
+
+
+def actor() -> Actor:
+    """Who asks for a change, and from where. Only in routes, as `principal`."""
+    this, by = exchange(), principal()
+    return Actor(key_id=by.key_id, key_name=by.name, ip=this.client_ip, request_id=this.request_id)
 
 
 def hold() -> None:

@@ -11,11 +11,12 @@ from functools import cache
 from quart import g, request
 
 from rdev.adapters.http.access import Access, Route, admit
+from rdev.adapters.http.credentials import Credentials
 from rdev.adapters.http.exchange import Exchange, exchange
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.keys import Principal
-from rdev.ports.authentication import Authenticate, ProjectOf
+from rdev.ports.authentication import ProjectOf
 from rdev.ports.telemetry import AuthFailure, Telemetry
 
 _FAILURE_OF_CODE = {
@@ -36,7 +37,7 @@ class Gate:
     def __init__(
         self,
         *,
-        authenticate: Authenticate,
+        credentials: Credentials,
         project_of: ProjectOf,
         access: Mapping[Route, Access],
         telemetry: Telemetry,
@@ -44,7 +45,7 @@ class Gate:
         hooks: Sequence[Hook],
         rate_limits: RateLimits | None,
     ) -> None:
-        self._authenticate = authenticate
+        self._credentials = credentials
         self._project_of = project_of
         self._access = access
         self._telemetry = telemetry
@@ -68,7 +69,7 @@ class Gate:
         self._telemetry.request_started(this.method_label, this.route)
         if this.route in self._public_paths:
             return
-        this.principal = principal = await self._checked(this)
+        this.principal = principal = await self._checked(this, fields)
         if self._rate_limits is not None:
             await self._rate_limits.admit(this, principal)
         if this.method != "OPTIONS":
@@ -77,10 +78,10 @@ class Gate:
         for hook in self._hooks:
             await hook()
 
-    async def _checked(self, this: Exchange) -> Principal:
+    async def _checked(self, this: Exchange, fields: Mapping[str, str]) -> Principal:
         """The principal; every check is counted, whatever came out."""
         try:
-            principal = await self._authenticate(this.credential, this.client_ip)
+            principal = await self._credentials.identify(this, fields)
         except RdevError as error:
             failure = _FAILURE_OF_CODE.get(error.code)
             if failure is not None:

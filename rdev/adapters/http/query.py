@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import TypeVar
 
 from quart import request
 
+from rdev.adapters.http.describe import Parameter, whole
 from rdev.domain.errors import Fault, bad_request
 
 LIMIT_DEFAULT = 50
@@ -15,6 +17,19 @@ LIMIT_MAX = 200
 _DIGITS_MAX = 20
 # Narrower than `float`, which also takes "1_0", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
+
+_MOMENT = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_YEAR_MIN, _YEAR_MAX = 1970, 9_998
+
+LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, most=LIMIT_MAX)
+CURSOR = Parameter(
+    name="cursor",
+    about="`meta.next_cursor` of an earlier page; absent: the first",
+    schema={"type": "string"},
+)
+PAGE = (LIMIT, CURSOR)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -44,6 +59,24 @@ def whole_of(name: str, *, least: int, most: int) -> int | None:
     if not is_whole or not least <= int(text) <= most:
         raise _wrong(name, f"must be a whole number from {least} to {most}")
     return int(text)
+
+
+def moment_of(name: str) -> datetime | None:
+    """A moment as RFC 3339 writes it, with its zone; None where it is absent."""
+    text = text_of(name)
+    if text is None:
+        return None
+    # A `+` that the client did not encode has become a space.
+    text = text.replace(" ", "+")
+    try:
+        found = datetime.fromisoformat(text) if _MOMENT.fullmatch(text) else None
+        in_utc = None if found is None else found.astimezone(UTC)
+    except (ValueError, OverflowError):
+        in_utc = None
+    # A day is looked back and on from it.
+    if in_utc is None or not _YEAR_MIN <= in_utc.year <= _YEAR_MAX:
+        raise _wrong(name, "must be a moment with its zone, as in 2026-11-22T18:00:00Z")
+    return in_utc
 
 
 def limit_of() -> int:

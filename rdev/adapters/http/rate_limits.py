@@ -66,7 +66,7 @@ class RateLimits:
 
     def failed(self, this: Exchange) -> None:
         """A credential was refused; a request without one tried nothing."""
-        if this.credential is not None:
+        if this.has_credential:
             self._addresses.failed(this.client_ip)
 
     async def admit(self, this: Exchange, principal: Principal) -> None:

@@ -1,6 +1,7 @@
 """Commands in PostgreSQL: accepting, reading, cancelling.
 
-Each operation is one statement, so it commits or does not as a whole.
+Each operation is one statement, so it commits or does not as a whole, and with it what
+`sql/0012_record.sql` calls its record: the event and the audit entry of the change.
 """
 
 import msgspec
@@ -13,6 +14,7 @@ from rdev.adapters.postgres.idempotency import (
     translate_key_in_use,
 )
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import DETAIL_BYTES, Actor, shortened
 from rdev.domain.commands import (
     LANE_CLASS,
     Command,
@@ -81,6 +83,16 @@ with bounded as materialized (
     select day, id, 1, 1, 0, 0, convert_to(format(
         's{"status":"queued","attempt":0,"queue_position":%%s}', queue_position), 'UTF8')
     from placed
+), change as (
+    insert into events (xid, type, project, command_id, kind, status, attempt, seq)
+    select changed_xid, event_type(status), project, id, kind, status, attempt, last_seq
+    from made
+), entry as (
+    insert into audit_entries (xid, actor, actor_name, ip, request_id, action, target, project,
+                               detail)
+    select changed_xid, %(key_id)s, %(key_name)s, %(ip)s, %(request_id)s, 'command.submitted',
+           command_name(id), project, %(detail)s
+    from made
 )
 select * from placed
 """
@@ -115,21 +127,53 @@ _CANCEL = """
 with ended as (
     update commands
     set status = 'cancelled', reason = 'cancelled', finished_at = now(), spec = null,
-        last_seq = last_seq + 2, cancel_requested_at = now()
+        last_seq = last_seq + 2, cancel_requested_at = now(),
+        changed_xid = greatest(pg_current_xact_id(), changed_xid)
     where id = %(id)s and status = 'queued'
-    returning day, id, last_seq, attempt
+    returning day, id, project, kind, status, attempt, reason, last_seq, changed_xid
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select day, id, last_seq - 1, last_seq, 0, 0, of_attempt(%(payload)b, attempt) from ended
+), change as (
+    insert into events (xid, type, project, command_id, kind, status, attempt, seq, detail)
+    select changed_xid, event_type(status), project, id, kind, status, attempt, last_seq,
+           ended_unstarted(reason)
+    from ended
+), entry as (
+    insert into audit_entries (xid, actor, actor_name, ip, request_id, action, target, project,
+                               detail)
+    select changed_xid, %(key_id)s, %(key_name)s, %(ip)s, %(request_id)s, 'command.cancelled',
+           command_name(id), project,
+           jsonb_build_object('kind', kind, 'status', status, 'attempt', attempt)
+    from ended
 )
 select id from ended
 """
 
+# Asked again it changes nothing, and there is nothing to record. The lock makes sure that of two at
+# once one is the first.
 _REQUEST_CANCEL = """
-update commands
-set cancel_requested_at = coalesce(cancel_requested_at, now())
-where id = %(id)s and status = 'running'
-returning id
+with running as (
+    select id, cancel_requested_at is null as is_first
+    from commands
+    where id = %(id)s and status = 'running'
+    for update
+), asked as (
+    update commands c
+    set cancel_requested_at = now(),
+        changed_xid = greatest(pg_current_xact_id(), c.changed_xid)
+    from running r
+    where c.id = %(id)s and r.is_first
+    returning c.id, c.project, c.kind, c.attempt, c.changed_xid
+), entry as (
+    insert into audit_entries (xid, actor, actor_name, ip, request_id, action, target, project,
+                               detail)
+    select changed_xid, %(key_id)s, %(key_name)s, %(ip)s, %(request_id)s,
+           'command.cancel_requested', command_name(id), project,
+           jsonb_build_object('kind', kind, 'attempt', attempt)
+    from asked
+)
+select id from running
 """
 
 _spec_decoder = msgspec.msgpack.Decoder(Spec)
@@ -210,10 +254,14 @@ class PostgresCommands:
         row = await self._one(_POSITION, values)
         return row["queue_position"] or None if row is not None else None
 
-    async def request_cancel(self, command: CommandId) -> CancelResult | None:
+    async def request_cancel(self, command: CommandId, actor: Actor) -> CancelResult | None:
         """See `CommandStore.request_cancel`. Between the two statements a running command may be
         queued again: then it is asked again, as often as that may happen."""
-        values = {"id": command_uuid(command), "payload": _CANCELLED_EVENTS}
+        values = {
+            "id": command_uuid(command),
+            "payload": _CANCELLED_EVENTS,
+            **_actor_parameters(actor),
+        }
         while True:
             ended = await self._one(_CANCEL, values) is not None
             asked = not ended and await self._one(_REQUEST_CANCEL, values) is not None
@@ -240,13 +288,24 @@ def _insert_parameters(new: NewCommand) -> dict[str, object]:
         "level": new.priority.level,
         "age_step_s": AGE_STEP_S,
         "retry": new.retry,
-        "key_id": new.key_id,
-        "request_id": new.request_id,
         "argv": Jsonb(list(new.argv)),
+        "detail": Jsonb(
+            {"kind": new.kind, "priority": new.priority, "argv": shortened(new.argv, DETAIL_BYTES)}
+        ),
+        **_actor_parameters(new.actor),
         "spec": encode_spec(new.spec),
         "expires_in_s": new.expires_in_s,
         "position_max": POSITION_MAX,
         **key_parameters(new.idempotency, made=new.id),
+    }
+
+
+def _actor_parameters(actor: Actor) -> dict[str, str]:
+    return {
+        "key_id": actor.key_id,
+        "key_name": actor.key_name,
+        "ip": actor.ip,
+        "request_id": actor.request_id,
     }
 
 

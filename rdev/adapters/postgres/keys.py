@@ -5,15 +5,18 @@ from collections.abc import Collection, Mapping
 
 from psycopg.rows import DictRow, dict_row
 
+from rdev.adapters.postgres.entries import ENTRY, entry_parameters
 from rdev.adapters.postgres.idempotency import (
     find_made,
     key_parameters,
     translate_key_in_use,
 )
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import Action, Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, ProjectId, is_key_id, key_id, key_uuid
+from rdev.domain.key_text import PREFIX
 from rdev.domain.keys import (
     Grant,
     Key,
@@ -80,6 +83,7 @@ with {_KEEP}, made as (
            least(now() + make_interval(secs => %(expires_in_s)s), %(expires_at)s)
     from own
     returning id
+), entry as ({ENTRY} from made
 )
 insert into api_key_secrets (public_id, key_id, digest)
 select %(public_id)s, id, %(digest)s from made
@@ -106,9 +110,21 @@ set good_until = case when good_until is null then now() + make_interval(secs =>
                       else now() end
 where key_id = %(id)s and (good_until is null or good_until > now())
 """
-_ADD = "insert into api_key_secrets (public_id, key_id, digest) values (%s, %s, %s)"
+_ADD = f"""
+with entry as ({ENTRY})
+insert into api_key_secrets (public_id, key_id, digest)
+values (%(public_id)s, %(id)s, %(digest)s)
+"""  # noqa: S608  (put together from constants)
 
-_REVOKE = "update api_keys set revoked_at = coalesce(revoked_at, now()) where id = %s"
+# Again changes nothing. Of two that race the second waits for the first, and finds nothing to do.
+_REVOKE = f"""
+with made as (
+    update api_keys set revoked_at = now()
+    where id = %(id)s and revoked_at is null
+    returning id
+)
+{ENTRY} from made
+"""  # noqa: S608  (put together from constants)
 
 # The unique index of digests serves it. Its comparisons take longer the more bytes agree, but
 # nobody chooses the bytes of a SHA-256.
@@ -151,10 +167,10 @@ class PostgresKeys:
     def __init__(self, *, pool: Pool) -> None:
         self._pool = pool
 
-    async def insert(self, new: NewKey) -> KeyMade:
+    async def insert(self, new: NewKey, actor: Actor) -> KeyMade:
         """See `KeyStore.insert`."""
         with translate_key_in_use():
-            row = await self._one(_INSERT, _insert_parameters(new))
+            row = await self._one(_INSERT, _insert_parameters(new, actor))
         if row is None:
             assert new.idempotency is not None
             return await self._replayed(new.idempotency)
@@ -162,10 +178,10 @@ class PostgresKeys:
         assert key is not None, "keys are never deleted"
         return KeyMade(key=key)
 
-    async def rotate(self, rotation: Rotation) -> KeyMade | None:
+    async def rotate(self, rotation: Rotation, actor: Actor) -> KeyMade | None:
         """See `KeyStore.rotate`."""
         with translate_key_in_use():
-            outcome = await self._rotate(rotation)
+            outcome = await self._rotate(rotation, actor)
         if outcome is None:
             return None
         if not outcome:
@@ -175,11 +191,12 @@ class PostgresKeys:
         assert key is not None, "keys are never deleted"
         return KeyMade(key=key)
 
-    async def revoke(self, key: KeyId) -> Key | None:
+    async def revoke(self, key: KeyId, actor: Actor) -> Key | None:
         """See `KeyStore.revoke`."""
+        entry = entry_parameters(actor, Action.KEY_REVOKED, key, detail={})
         with translate_errors():
             async with self._pool.connection() as connection:
-                await connection.execute(_REVOKE, (key_uuid(key),))
+                await connection.execute(_REVOKE, {"id": key_uuid(key)} | entry)
         return await self.get(key)
 
     async def get(self, key: KeyId) -> Key | None:
@@ -218,7 +235,7 @@ class PostgresKeys:
             async with self._pool.connection() as connection:
                 await connection.execute(_USED, values)
 
-    async def _rotate(self, rotation: Rotation) -> bool | None:
+    async def _rotate(self, rotation: Rotation, actor: Actor) -> bool | None:
         """Whether it was done now; False: earlier, under the same idempotency key; None: no key."""
         id_ = key_uuid(rotation.key)
         keep = key_parameters(rotation.idempotency, made=rotation.key)
@@ -235,7 +252,8 @@ class PostgresKeys:
                     how = "revoked" if row["is_revoked"] else "expired"
                     raise RdevError(ErrorCode.CONFLICT, f"key {rotation.key!r} is {how}")
                 await cursor.execute(_REPLACE, {"id": id_, "grace_s": rotation.grace_s})
-                await cursor.execute(_ADD, (secret.public_id, id_, secret.digest))
+                added = {"public_id": secret.public_id, "id": id_, "digest": secret.digest}
+                await cursor.execute(_ADD, added | _rotation_entry(rotation, actor))
                 return True
 
     async def _replayed(self, idempotency: Idempotency) -> KeyMade:
@@ -262,9 +280,15 @@ class PostgresKeys:
                 return await cursor.fetchall()
 
 
-def _insert_parameters(new: NewKey) -> dict[str, object]:
+def _rotation_entry(rotation: Rotation, actor: Actor) -> dict[str, object]:
+    prefix = PREFIX + rotation.secret.credential.public_id
+    detail = {"key_prefix": prefix, "grace_s": rotation.grace_s}
+    return entry_parameters(actor, Action.KEY_ROTATED, rotation.key, detail=detail)
+
+
+def _insert_parameters(new: NewKey, actor: Actor) -> dict[str, object]:
     grant, rate = new.grant, new.rate_limit
-    return {
+    values = {
         "id": key_uuid(new.id),
         "name": new.name,
         "scopes": sorted(grant.scopes),
@@ -279,6 +303,10 @@ def _insert_parameters(new: NewKey) -> dict[str, object]:
         "digest": new.secret.credential.digest,
         **key_parameters(new.idempotency, made=new.id),
     }
+    shown = ("name", "scopes", "project_ids", "allowed_ips", "expires_in_s")
+    detail = {name: values[name] for name in shown}
+    detail["key_prefix"] = PREFIX + new.secret.credential.public_id
+    return values | entry_parameters(actor, Action.KEY_CREATED, new.id, detail=detail)
 
 
 def _to_key(row: DictRow) -> Key:

@@ -1,7 +1,7 @@
 """Lanes in PostgreSQL: which command is next, and claiming it.
 
-The statements are functions of `sql/0002_lanes.sql` and `sql/0005_claim_batches.sql`, because each
-of their steps needs a snapshot of its own: what is read under a lane's lock must be newer than the
+The statements are functions of `sql/0002_lanes.sql` and `sql/0012_record.sql`, because each of
+their steps needs a snapshot of its own: what is read under a lane's lock must be newer than the
 lock. Their cost does not depend on how much is queued or blocked: `lanes_due` gives the lanes,
 `commands_queued` the head of each.
 """
@@ -11,7 +11,7 @@ from collections.abc import Collection
 from rdev.adapters.postgres.leases import CLAIMED_COLUMNS, to_claimed
 from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import Outcome, Status
-from rdev.domain.ids import CommandId, command_id
+from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.lanes import AGE_STEP_S, Lane
 from rdev.domain.stream import final_lines, status_line
 from rdev.ports.commands import Claims
@@ -22,7 +22,8 @@ _CLAIM = f"""
 select c.status, {CLAIMED_COLUMNS}
 from claim_commands(
     %(reach)s, %(holder)s, %(instance)s, %(lease_s)s, %(age_step_s)s, %(limit)s,
-    %(running_event)s, %(expired_events)s, %(touched_projects)s, %(touched_classes)s) c
+    %(running_event)s, %(expired_events)s, %(touched_projects)s, %(touched_classes)s,
+    %(closed_projects)s) c
 """  # noqa: S608  # a constant of ours
 
 _REPAIR = "select repair_lanes(%s, %s)"
@@ -36,7 +37,7 @@ with late as (
     limit %(limit)s
     for update skip locked
 )
-select id, expire_command(id, %(expired_events)s) from late
+select id, expire_command(id, %(expired_events)s, %(holder)s) from late
 """
 
 _EXPIRED_EVENTS = final_lines(
@@ -71,6 +72,7 @@ class PostgresLanes:
         holder: str,
         limit: int,
         touched: Collection[Lane] = (),
+        closed: Collection[ProjectId] = (),
     ) -> Claims:
         """See `Lanes.claim`."""
         parameters = {
@@ -84,6 +86,7 @@ class PostgresLanes:
             "expired_events": _EXPIRED_EVENTS,
             "touched_projects": [lane.project for lane in touched],
             "touched_classes": [lane.lane_class for lane in touched],
+            "closed_projects": list(closed),
         }
         with translate_errors():
             async with self._pool.connection() as connection:
@@ -102,9 +105,9 @@ class PostgresLanes:
                 row = await (await connection.execute(_REPAIR, (reach, AGE_STEP_S))).fetchone()
                 return 0 if row is None else row[0]
 
-    async def expire(self, *, limit: int) -> list[CommandId]:
+    async def expire(self, *, holder: str, limit: int) -> list[CommandId]:
         """See `Lanes.expire`."""
-        parameters = {"limit": limit, "expired_events": _EXPIRED_EVENTS}
+        parameters = {"limit": limit, "expired_events": _EXPIRED_EVENTS, "holder": holder}
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = await connection.execute(_EXPIRE, parameters)

@@ -25,19 +25,27 @@ CLAIMED_COLUMNS = """
 # Each command whose lease has run out once, whoever looks: the row's lock decides.
 _TAKE_OVER = f"""
 with expired as (
-    select id from commands
+    select id, holder as left_by from commands
     where reach = %(reach)s and status = 'running' and lease_until < clock_timestamp()
     order by id
     limit %(limit)s
     for update skip locked
+), taken as (
+    update commands c
+    set lease_id = nextval('lease_ids'),
+        lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
+        holder = %(holder)s,
+        changed_xid = greatest(pg_current_xact_id(), c.changed_xid)
+    from expired
+    where c.id = expired.id
+    returning c.*, expired.left_by
+), entry as (
+    insert into audit_entries (xid, actor, actor_name, action, target, project, detail)
+    select changed_xid, 'server', holder, 'command.taken_over', command_name(id), project,
+           jsonb_build_object('kind', kind, 'attempt', attempt, 'from', left_by)
+    from taken
 )
-update commands c
-set lease_id = nextval('lease_ids'),
-    lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
-    holder = %(holder)s
-from expired
-where c.id = expired.id
-returning {CLAIMED_COLUMNS}
+select {CLAIMED_COLUMNS} from taken c
 """  # noqa: S608  # a constant of ours
 
 # Waits for rows that an append holds (milliseconds); id order, so two statements cannot deadlock.

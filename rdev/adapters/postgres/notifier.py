@@ -17,6 +17,7 @@ from rdev.domain.ids import CommandId, KeyId, ProjectId
 QUEUE_CHANNEL = "rdev_queue"
 CANCEL_CHANNEL = "rdev_cancel"
 STREAM_CHANNEL = "rdev_stream"
+FEED_CHANNEL = "rdev_feed"
 KEYS_CHANNEL = "rdev_keys"
 PROJECTS_CHANNEL = "rdev_projects"
 PAUSE_S = 0.02
@@ -96,6 +97,10 @@ class Notifier:
     def stream_changed(self, command: CommandId) -> None:
         """The command's stream has new committed events. Never waits."""
         self._collect(STREAM_CHANNEL, command)
+
+    def feed_changed(self) -> None:
+        """The status of some command was changed. Never waits."""
+        self._collect(FEED_CHANNEL)
 
     def key_changed(self, key: KeyId) -> None:
         """What the other servers remember of the key is out of date. Never waits."""

@@ -1,9 +1,9 @@
 """The log of events in PostgreSQL: one statement appends for all commands of the process.
 
-The fence is the update of the command's own row: everything else is drawn from its RETURNING. (A
-check by join or EXISTS is no fence: it was seen to accept a stale append after the take-over had
-committed.) Comparing what an append starts at makes a repeat after a lost reply harmless: the
-offsets, and the last number, because some events stand for no bytes.
+The fence is the update of the command's own row: everything else is drawn from its RETURNING, the
+record of an end as well. (A check by join or EXISTS is no fence: it was seen to accept a stale
+append after the take-over had committed.) Comparing what an append starts at makes a repeat after a
+lost reply harmless: the offsets, and the last number, because some events stand for no bytes.
 """
 
 import re
@@ -28,7 +28,7 @@ from rdev.ports.output import Append, AppendResult, AppendState, NewChunk
 # a join may be planned as a walk over the whole key while the table is small, and that plan is kept
 # while it grows. `status || ''` keeps the planner from the index of running commands, through which
 # it would read all that ever ran while some transaction holds a snapshot.
-_APPEND = """
+_MOVE = """
 with input as (
     select *
     from unnest(
@@ -63,18 +63,18 @@ with input as (
         dropped_bytes = case when i.status = 'queued' then 0 else c.dropped_bytes end,
         exit_code = i.exit_code,
         signal = i.signal,
-        reason = i.reason,
+        reason = case when i.status <> 'queued' then i.reason end,
         duration_ms = i.duration_ms,
         late_bytes = coalesce(i.late_bytes, 0),
         kill = i.kill,
         session_id = coalesce(i.session_id, c.session_id),
-        usage = coalesce(i.usage, c.usage)
+        usage = coalesce(i.usage, c.usage){changed_xid}
     from locked i
     where c.id = any(%(id)s::uuid[]) and c.id = i.id
       and c.lease_id = i.lease_id
       and c.out_offset = i.start_out and c.err_offset = i.start_err
       and c.last_seq = i.start_seq
-    returning c.day, c.id, i.start_seq as base
+    returning c.day, c.id, i.start_seq as base{told}
 ), stored as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select m.day, m.id, m.base + k.skip + 1, m.base + k.skip + k.events, k.source, k.raw_bytes,
@@ -84,9 +84,46 @@ with input as (
         %(chunk_id)s::uuid[], %(chunk_skip)s::bigint[], %(chunk_events)s::bigint[],
         %(chunk_source)s::smallint[], %(chunk_raw_bytes)s::integer[], %(chunk_payload)b::bytea[]
     ) as k (id, skip, events, source, raw_bytes, payload) using (id)
-)
+){record}
 select id from moved
 """
+
+# Only output: it changes no status, and there is nothing to record.
+_APPEND = _MOVE.format(changed_xid="", told="", record="")
+
+# Ends among them, or attempts that others will follow.
+_APPEND_ENDS = _MOVE.format(
+    changed_xid=""",
+        changed_xid = case when i.status is null then c.changed_xid
+                           else greatest(pg_current_xact_id(), c.changed_xid) end""",
+    told=""",
+              i.status is not null as is_changed, c.project, c.kind, c.status, c.attempt,
+              c.last_seq, c.changed_xid, c.holder, i.reason, c.exit_code, c.signal, c.duration_ms,
+              c.dropped_bytes, c.out_offset, c.err_offset""",
+    record="""
+, change as (
+    insert into events (xid, type, project, command_id, kind, status, attempt, seq, detail)
+    select changed_xid, event_type(status), project, id, kind, status, attempt, last_seq,
+           case when status = 'queued'
+                then jsonb_strip_nulls(jsonb_build_object('reason', reason))
+                else jsonb_build_object(
+                    'reason', reason, 'exit_code', exit_code, 'signal', signal,
+                    'duration_ms', duration_ms, 'truncated', dropped_bytes > 0,
+                    'stdout_bytes', out_offset, 'stderr_bytes', err_offset) end
+    from moved
+    where is_changed
+), entry as (
+    insert into audit_entries (xid, actor, actor_name, action, target, project, detail)
+    select changed_xid, 'server', holder,
+           case when status = 'queued' then 'command.queued' else 'command.finished' end,
+           command_name(id), project,
+           jsonb_strip_nulls(jsonb_build_object(
+               'kind', kind, 'status', status, 'reason', reason, 'exit_code', exit_code,
+               'attempt', attempt))
+    from moved
+    where is_changed
+)""",
+)
 
 # Why rows did not come back: read after the statement, outside of it.
 _LOOK_AGAIN = """
@@ -301,7 +338,9 @@ class PostgresOutput:
 
 
 async def _append(connection: TrioConnection, batch: Sequence[Append]) -> list[AppendResult]:
-    cursor = await connection.execute(_APPEND, _append_parameters(batch))
+    ends = any(append.outcome is not None for append in batch)
+    statement = _APPEND_ENDS if ends else _APPEND
+    cursor = await connection.execute(statement, _append_parameters(batch))
     moved = {command_id(row[0]) for row in await cursor.fetchall()}
     left = [append for append in batch if append.lease.command not in moved]
     again: dict[CommandId, DictRow] = {}

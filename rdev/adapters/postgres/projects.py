@@ -6,24 +6,27 @@ import msgspec
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
+from rdev.adapters.postgres.entries import ENTRY, entry_parameters
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import Action, Actor
 from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
 
 # Two racing requests with the same id: one inserts, the other finds its row.
-_INSERT = """
+_INSERT = f"""
 with made as (
     insert into projects (id, executor, reach, definition)
     values (%(id)s, %(executor)s, %(reach)s, %(definition)s)
     on conflict (id) do nothing
     returning id, reach
+), entry as ({ENTRY} from made
 )
 insert into lanes (project, lane_class, reach, cap)
 select made.id, cap.key, made.reach, cap.value::integer
 from made, jsonb_each_text(%(caps)s) as cap
-"""
+"""  # noqa: S608  (put together from constants)
 
 # The counts are taken over the partial indexes of queued and running commands.
 _SELECT = """
@@ -51,7 +54,7 @@ class PostgresProjects:
         self._pool = pool
 
     async def insert(
-        self, definition: ProjectDefinition, *, executor: str, reach: str
+        self, definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
     ) -> tuple[Project, bool]:
         """See `ProjectStore.insert`."""
         stored = Jsonb(msgspec.to_builtins(definition))
@@ -64,6 +67,13 @@ class PostgresProjects:
                     "definition": stored,
                     "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
                 }
+                values |= entry_parameters(
+                    actor,
+                    Action.PROJECT_CREATED,
+                    definition.id,
+                    project=definition.id,
+                    detail={"executor": executor, "image": definition.image},
+                )
                 made = (await connection.execute(_INSERT, values)).rowcount > 0
         project = await self.get(definition.id)
         if project is None:

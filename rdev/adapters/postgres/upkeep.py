@@ -10,7 +10,7 @@ from datetime import date
 
 import psycopg
 import trio
-from psycopg import errors, sql
+from psycopg import errors
 from psycopg.rows import DictRow, TupleRow, dict_row
 
 from rdev.adapters.postgres.connection import TrioConnection
@@ -29,7 +29,23 @@ _KEY_MARGIN_S = 3_600
 # How long dropping a day waits for whoever reads it; the appends of today wait behind it.
 _DROP_WAIT = "100ms"
 
-_ENSURE_PARTITIONS = "select ensure_output_partitions(%s)"
+_ENSURE_PARTITIONS = "select ensure_output_partitions(%(days)s), ensure_audit_partitions(%(days)s)"
+
+# Functions of the owner's, who alone may drop a table.
+_DROP_OUTPUT = "select drop_output_day(%s)"
+_DROP_AUDIT = "select drop_audit_day(%s, %s)"
+
+_OLD_AUDIT_DAYS = """
+select stored.day
+from (
+    select to_date(right(c.relname, 8), 'YYYYMMDD') as day
+    from pg_inherits i
+    join pg_class c on c.oid = i.inhrelid
+    where i.inhparent = 'audit_entries'::regclass
+) stored, audit_policy p
+where stored.day < (now() at time zone 'utc')::date - greatest(%s, p.retention_days)
+order by stored.day
+"""
 
 # What waits or runs is found over `commands_queued` and `commands_running`.
 _OUTPUT_DAYS = """
@@ -72,6 +88,17 @@ where ctid = any(array(
     limit %(limit)s
     for update skip locked
 ))
+"""
+
+# The oldest by their key, which is about the order of `at`: so many are looked at, however many
+# there are and however few are old.
+_FORGET_EVENTS = """
+delete from events
+where (xid, position) in (
+    select xid, position
+    from (select xid, position, at from events order by xid, position limit %(limit)s) oldest
+    where at < now() - make_interval(secs => %(older_s)s)
+)
 """
 
 # `commands_finished` serves these. Reaches are few: they are found by jumping from one to the next.
@@ -137,11 +164,13 @@ order by reach, id
 limit %(limit)s
 """
 
-# What follows for the project is `heed_kill`'s (`sql/0006_closed_projects.sql`).
+# What follows for the project is `heed_kill`'s (`sql/0012_record.sql`), in this server's name.
 _CONFIRM_KILL = """
+with named as materialized (select set_config('rdev.holder', %(holder)s, true))
 update commands
 set kill = '{"confirmed": true, "survivors": []}'
-where id = %s and kill ->> 'confirmed' = 'false'
+from named
+where id = %(id)s and kill ->> 'confirmed' = 'false'
 """
 
 _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
@@ -150,9 +179,10 @@ _FORGET = "delete from commands where id = any(%s) and finished_at is not null"
 class PostgresUpkeep:
     """The `Upkeep` port."""
 
-    def __init__(self, *, pool: Pool) -> None:
-        """`pool` is the housekeeper's own (size 1)."""
+    def __init__(self, *, pool: Pool, holder: str) -> None:
+        """`pool` is the housekeeper's own (size 1); `holder` names this server."""
         self._pool = pool
+        self._holder = holder
 
     @asynccontextmanager
     async def store_turn(self) -> AsyncIterator["PostgresStoreDuties | None"]:
@@ -164,7 +194,9 @@ class PostgresUpkeep:
     async def place_turn(self, reach: str) -> AsyncIterator["PostgresPlaceDuties | None"]:
         """See `Upkeep.place_turn`."""
         async with self._turn(f"rdev.place {reach}") as connection:
-            yield None if connection is None else PostgresPlaceDuties(connection, reach)
+            yield (
+                None if connection is None else PostgresPlaceDuties(connection, reach, self._holder)
+            )
 
     @asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[TrioConnection[TupleRow] | None]:
@@ -198,10 +230,10 @@ class PostgresStoreDuties:
     def __init__(self, connection: TrioConnection[TupleRow]) -> None:
         self._connection = connection
 
-    async def ensure_output_partitions(self, *, days_ahead: int) -> None:
-        """See `StoreDuties.ensure_output_partitions`."""
+    async def ensure_partitions(self, *, days_ahead: int) -> None:
+        """See `StoreDuties.ensure_partitions`."""
         with translate_errors():
-            await self._connection.execute(_ENSURE_PARTITIONS, (days_ahead,))
+            await self._connection.execute(_ENSURE_PARTITIONS, {"days": days_ahead})
 
     async def output_days(self) -> list[OutputDay]:
         """See `StoreDuties.output_days`."""
@@ -212,15 +244,29 @@ class PostgresStoreDuties:
 
     async def drop_output(self, day: date) -> bool:
         """See `StoreDuties.drop_output`. The partition and its parent are locked, briefly."""
-        partition = sql.Identifier(f"output_{day:%Y%m%d}")
         with translate_errors():
             try:
                 async with self._connection.transaction():
                     await self._connection.execute(f"set local lock_timeout = '{_DROP_WAIT}'")
-                    await self._connection.execute(
-                        sql.SQL("drop table if exists {}").format(partition)
-                    )
+                    await self._connection.execute(_DROP_OUTPUT, (day,))
             except errors.LockNotAvailable:
+                return False
+        return True
+
+    async def old_audit_days(self, *, keep_days: int) -> list[date]:
+        """See `StoreDuties.old_audit_days`."""
+        with translate_errors():
+            cursor = await self._connection.execute(_OLD_AUDIT_DAYS, (keep_days,))
+            return [row[0] for row in await cursor.fetchall()]
+
+    async def drop_audit(self, day: date, *, keep_days: int) -> bool:
+        """See `StoreDuties.drop_audit`. The partition and its parent are locked, briefly."""
+        with translate_errors():
+            try:
+                async with self._connection.transaction():
+                    await self._connection.execute(f"set local lock_timeout = '{_DROP_WAIT}'")
+                    await self._connection.execute(_DROP_AUDIT, (day, keep_days))
+            except (errors.LockNotAvailable, errors.ObjectNotInPrerequisiteState):
                 return False
         return True
 
@@ -232,6 +278,10 @@ class PostgresStoreDuties:
     async def forget_windows(self, *, limit: int) -> int:
         """See `StoreDuties.forget_windows`."""
         return await self._delete(_FORGET_WINDOWS, {"limit": limit})
+
+    async def forget_events(self, *, older_s: float, limit: int) -> int:
+        """See `StoreDuties.forget_events`."""
+        return await self._delete(_FORGET_EVENTS, {"older_s": older_s, "limit": limit})
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:
         """See `StoreDuties.forget_commands`."""
@@ -245,9 +295,10 @@ class PostgresStoreDuties:
 class PostgresPlaceDuties:
     """The `PlaceDuties` port, on the connection that has the turn."""
 
-    def __init__(self, connection: TrioConnection[TupleRow], reach: str) -> None:
+    def __init__(self, connection: TrioConnection[TupleRow], reach: str, holder: str) -> None:
         self._connection = connection
         self._reach = reach
+        self._holder = holder
 
     async def untidied(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.untidied`."""
@@ -270,7 +321,8 @@ class PostgresPlaceDuties:
     async def confirm_kill(self, command: CommandId) -> None:
         """See `PlaceDuties.confirm_kill`."""
         with translate_errors():
-            await self._connection.execute(_CONFIRM_KILL, (command_uuid(command),))
+            values = {"id": command_uuid(command), "holder": self._holder}
+            await self._connection.execute(_CONFIRM_KILL, values)
 
     async def prunable(self, *, older_s: float, limit: int) -> list[Ended]:
         """See `PlaceDuties.prunable`."""

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from rdev.adapters.execution.attach import Patience
-from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.execution.executor import ScriptExecutor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Lost, LostReason, Offsets, Why
 from rdev.domain.ids import CommandId, attempt_id
@@ -32,7 +32,7 @@ from tests.adapters.execution.observing import (
 
 @pytest.mark.slow
 async def test_the_timeout_is_enforced_with_nobody_attached(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """TERM is ignored; the watchdog escalates on its own."""
     command, instance = new_command(), await executor.instance(PROJECT)
@@ -50,7 +50,7 @@ async def test_the_timeout_is_enforced_with_nobody_attached(
 
 @pytest.mark.slow
 async def test_the_timeout_is_enforced_without_a_supervisor(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -79,7 +79,7 @@ ESCAPERS = {
 
 @pytest.mark.parametrize("how", ESCAPERS)
 async def test_a_kill_reaches_what_escaped(
-    executor: LocalExecutor, projects: Path, how: str
+    executor: ScriptExecutor, projects: Path, how: str
 ) -> None:
     await _kill_with_escaper(executor, projects, ESCAPERS[how])
 
@@ -104,7 +104,7 @@ async def test_a_kill_of_a_later_attempt_knows_its_marker(projects: Path, tmp_pa
 
 
 async def _kill_with_escaper(
-    executor: LocalExecutor, projects: Path, escaper: str, *, number: int = 1
+    executor: ScriptExecutor, projects: Path, escaper: str, *, number: int = 1
 ) -> None:
     attempt, instance = attempt_id(new_command(), number), await executor.instance(PROJECT)
 
@@ -128,7 +128,7 @@ async def _kill_with_escaper(
 
 
 @pytest.mark.slow
-async def test_a_kill_survives_its_caller(executor: LocalExecutor, projects: Path) -> None:
+async def test_a_kill_survives_its_caller(executor: ScriptExecutor, projects: Path) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     what = sh("trap '' TERM; echo ready; while :; do sleep 0.1; done")
     async with executor.attach(
@@ -143,12 +143,12 @@ async def test_a_kill_survives_its_caller(executor: LocalExecutor, projects: Pat
     assert (rest.exit.why, rest.exit.signal) == (Why.CANCELLED, 9)
 
 
-async def _kill(executor: LocalExecutor, command: CommandId) -> None:
+async def _kill(executor: ScriptExecutor, command: CommandId) -> None:
     await executor.kill(PROJECT, command, grace_s=1)
 
 
 async def test_a_kill_whose_worker_died_is_taken_over(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -166,7 +166,7 @@ async def test_a_kill_whose_worker_died_is_taken_over(
 
 
 async def test_a_kill_spares_those_who_took_the_pids(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """The command ended long ago; its pids now lead another session and have other children."""
     command = new_command()
@@ -214,7 +214,7 @@ async def test_a_journal_over_its_limit_ends_the_command(projects: Path) -> None
 
 
 async def test_nothing_stays_when_a_folder_is_removed_under_its_command(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """The fixture sees whether the supervisor and its watchdog go."""
     command, instance = new_command(), await executor.instance(PROJECT)
@@ -234,7 +234,7 @@ async def test_nothing_stays_when_a_folder_is_removed_under_its_command(
 
 @pytest.mark.slow
 async def test_an_end_before_the_start_is_told_without_a_heartbeat(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """The starter that lost against the kill says so: nobody waits for the next heartbeat."""
     patient = local(projects, patience=Patience(heartbeat_s=1_000, silence_s=2_000))
@@ -249,7 +249,7 @@ async def test_an_end_before_the_start_is_told_without_a_heartbeat(
                 assert (await patient.kill(PROJECT, command, grace_s=3)).confirmed
 
 
-async def test_a_kill_ends_a_command_that_stopped_its_supervisor(executor: LocalExecutor) -> None:
+async def test_a_kill_ends_a_command_that_stopped_its_supervisor(executor: ScriptExecutor) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
         PROJECT,

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from rdev.adapters.execution import script
-from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.execution.executor import ScriptExecutor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets, Spec
 from tests.adapters.execution.observing import (
@@ -35,7 +35,7 @@ def canary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 async def test_the_servers_environment_is_not_the_commands(
-    executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
+    executor: ScriptExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with canary(monkeypatch):
         seen = await observe(
@@ -75,17 +75,22 @@ async def test_the_environment_of_the_place_is_not_the_commands(
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """As in a terminal: a shell's background job, which a test run may be, ignores these two."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGQUIT)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    """As in a terminal: a test run may be a shell's background job, or under nohup."""
+    of_pythons_own = {signal.SIGPIPE, signal.SIGXFSZ}
+    ignored = {
+        number
+        for number in signal.valid_signals() - of_pythons_own
+        if signal.getsignal(number) is signal.SIG_IGN
+    }
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.mark.usefixtures("default_signals")
-async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> None:
+async def test_signals_are_not_ignored_in_a_command(executor: ScriptExecutor) -> None:
     seen = await observe(executor, new_command(), sh("grep SigIgn /proc/self/status"))
     ignored = int(seen.out.split()[1], 16)
     # Not 32 and 33: they belong to the C library, no program can set or reset them, and some
@@ -95,7 +100,7 @@ async def test_signals_are_not_ignored_in_a_command(executor: LocalExecutor) -> 
 
 @pytest.mark.slow
 async def test_secrets_are_in_no_argument_and_leave_the_disk(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """Looks at every process as fast as it can while commands start."""
     instance, found, looks = await executor.instance(PROJECT), [], 0
@@ -135,7 +140,7 @@ async def test_secrets_are_in_no_argument_and_leave_the_disk(
 
 
 async def test_a_commands_folder_is_its_owners_alone(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command = new_command()
     await observe(executor, command, sh("umask; pwd"))
@@ -153,19 +158,21 @@ async def test_a_commands_folder_is_its_owners_alone(
         spec("true", "x" * 131_072),
     ],
 )
-async def test_what_no_process_can_be_given_is_refused(executor: LocalExecutor, what: Spec) -> None:
+async def test_what_no_process_can_be_given_is_refused(
+    executor: ScriptExecutor, what: Spec
+) -> None:
     with pytest.raises(RdevError) as caught:
         await observe(executor, new_command(), what)
     assert caught.value.code is ErrorCode.BAD_REQUEST
 
 
-async def test_a_missing_cwd_is_126_with_a_message(executor: LocalExecutor) -> None:
+async def test_a_missing_cwd_is_126_with_a_message(executor: ScriptExecutor) -> None:
     seen = await observe(executor, new_command(), sh("echo ran", cwd="no/such"))
     assert (seen.out, seen.exit.exit_code) == (b"", 126)
     assert b"no/such" in seen.err
 
 
-async def test_the_cwd_is_relative_to_the_project(executor: LocalExecutor, projects: Path) -> None:
+async def test_the_cwd_is_relative_to_the_project(executor: ScriptExecutor, projects: Path) -> None:
     (projects / PROJECT / "a b").mkdir()
     seen = await observe(executor, new_command(), sh("pwd", cwd="a b", env={"CDPATH": "/"}))
     assert seen.out.decode().strip() == str(projects.resolve() / PROJECT / "a b")

@@ -46,6 +46,12 @@ async def project_of(command: CommandId) -> ProjectId | None:
     return None
 
 
+async def check_project(project: ProjectId) -> None:
+    """Every project but one is known here."""
+    if project == "nowhere":
+        raise RdevError(ErrorCode.NOT_FOUND, "there is no project 'nowhere'")
+
+
 class AnyScope(dict[Route, Access]):
     """A route table in which every route is declared."""
 
@@ -231,6 +237,7 @@ async def serve(nursery: trio.Nursery, deadline_s: float) -> AsyncIterator[Serve
             bind=[bind],
             grace_s=grace_s,
             telemetry=telemetry,
+            **({"refusal": shell.unreadable} if isinstance(shell, Shell) else {}),
             times=times,
             max_connections=max_connections,
         )

@@ -18,6 +18,8 @@ import pytest
 import trio
 
 from rdev.adapters.http.app import build_app
+from rdev.adapters.http.feed import Feeds
+from rdev.adapters.http.following import Followers
 from rdev.adapters.http.server import ConnectionTimes, HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.http.writers import (
@@ -33,15 +35,25 @@ from rdev.domain.ids import ProjectId, command_id
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.services.commands import Commands
+from rdev.services.feed import Feed
 from rdev.services.key_watch import KeyWatch
 from rdev.services.stream import Fanout, Frames
-from tests.adapters.http.conftest import DEADLINE_S, KEY, NOON, Noted, authenticate, project_of
+from tests.adapters.http.conftest import (
+    DEADLINE_S,
+    KEY,
+    NOON,
+    Noted,
+    authenticate,
+    check_project,
+    project_of,
+)
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
+from tests.fakes.feed import FakeFeed
 from tests.fakes.keys import FakeKeys
 from tests.fakes.output import FakeOutput
 from tests.fakes.projects import FakeProjects
-from tests.fakes.store import StoreState
+from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import gate_of
 
 PROJECT = ProjectId("demo")
@@ -219,9 +231,14 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             reach_holder=lambda _: None,
             new_uuid=lambda: UUID(int=1),
         )
+        followers = Followers(
+            KeyWatch(store=FakeKeys(state), now=lambda: state.now).watch, telemetry
+        )
+        feed = Feed(log=FakeFeed(), tell_replicas=lambda: None)
+        feeds = Feeds(feed, followers, check_project)
         shell = build_app(
             routes=(),
-            plain=stream_routes(commands, fanout, KeyWatch(store=FakeKeys(state)).watch, telemetry),
+            plain=stream_routes(commands, fanout, feeds, followers),
             authenticate=authenticate,
             project_of=project_of,
             telemetry=telemetry,
@@ -237,7 +254,7 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             times=times,
         )
         await FakeProjects(state).insert(
-            ProjectDefinition(id=PROJECT), executor="local", reach="local:x:y"
+            ProjectDefinition(id=PROJECT), ACTOR, executor="local", reach="local:x:y"
         )
         await store.insert(_new_command())
         await nursery.start(fanout.run)
@@ -271,8 +288,7 @@ def _new_command() -> NewCommand:
         priority=Priority.NORMAL,
         retry=Retry.NEVER,
         expires_in_s=None,
-        key_id="key_1",
-        request_id="req-1",
+        actor=ACTOR,
     )
 
 
@@ -400,7 +416,7 @@ async def test_a_stalled_client_is_cut_and_disturbs_nobody(start: Serve) -> None
         ("GET", "/commands/cmd_x/events", KEY, 404),
         ("GET", f"/commands/cmd_{'f' * 32}/events", KEY, 404),
         ("GET", f"/projects/other/events?stream_id={COMMAND}", KEY, 404),
-        ("GET", "/projects/demo/events", KEY, 400),
+        ("GET", "/projects/nowhere/events", KEY, 404),
         ("GET", f"/commands/{COMMAND}/events?after=x", KEY, 400),
         ("GET", f"/commands/{COMMAND}/events?after=100", KEY, 410),
         ("POST", f"/commands/{COMMAND}/events", KEY, 405),

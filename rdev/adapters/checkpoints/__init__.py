@@ -1,0 +1,1 @@
+"""Checkpoints of the audit log, outside of the database."""

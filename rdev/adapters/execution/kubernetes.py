@@ -1,0 +1,261 @@
+"""Projects as pods: the transport is an exec of the API server, over a WebSocket.
+
+An exec is expendable: what runs in the pod goes on when it ends, whoever ended it, and its own exit
+status proves nothing about a command. So only bytes count here, and reasons for people to read.
+Bounds: `execs_max` execs of one pod at once through this server; one message of stdin.
+"""
+
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Final, Protocol
+
+import trio
+import trio.abc
+
+from rdev.adapters.execution.attach import Patience
+from rdev.adapters.execution.channels import (
+    STDIN_END,
+    V5,
+    Demultiplexer,
+    ExecStatus,
+    Part,
+    stdin_message,
+)
+from rdev.adapters.execution.executor import Place, ScriptExecutor, ScriptSettings
+from rdev.adapters.execution.transport import Streams, TransportError
+from rdev.domain.errors import RdevError
+from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Spec
+from rdev.domain.ids import AttemptId, ProjectId
+from rdev.ports.execution import Attachment
+
+# More than some 30 execs that end together in one container hold each other up for a second each
+# (containerd issue #8557: a buffer of 32 exits). Two servers stay below that.
+_EXECS_MAX: Final = 16
+_SLOT_S: Final = 10.0  # for one of them to become free
+_STDIN_BYTES: Final = 32_768  # of one message; servers take at least 64 KiB
+
+_PLACE: Final = Place(home="/workspace", commands="/run/rdev")
+
+
+class ExecSocket(Protocol):
+    """The WebSocket of one exec. One task may send while another receives."""
+
+    @property
+    def subprotocol(self) -> str:
+        """What was agreed, of `channels.SUBPROTOCOLS`."""
+        ...
+
+    async def send(self, message: bytes) -> None:
+        """Send a binary message. Errors: BrokenResourceError."""
+        ...
+
+    async def receive(self) -> Part | None:
+        """The next part of a message, or None when the other side closed in order.
+
+        Errors: BrokenResourceError. Cancellation: nothing is lost.
+        """
+        ...
+
+
+# Starts an argv in a project's pod with stdin and stdout; RdevError on entry where that fails.
+OpenExec = Callable[[ProjectId, Sequence[str]], AbstractAsyncContextManager[ExecSocket]]
+
+# What the cluster knows of why a project's processes are gone, None for nothing. The flag says
+# whether it is certain that they are; else only a pod that is over is a reason.
+ReasonOf = Callable[[ProjectId, bool], LostReason | None]
+
+
+class _Stdin(trio.abc.SendStream):
+    def __init__(self, socket: ExecSocket) -> None:
+        self._socket = socket
+        self._is_closed = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Send it in messages. Errors: BrokenResourceError, ClosedResourceError."""
+        await trio.lowlevel.checkpoint()
+        view = memoryview(data)
+        for at in range(0, len(view), _STDIN_BYTES):
+            self._check()
+            await self._socket.send(stdin_message(bytes(view[at : at + _STDIN_BYTES])))
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Always: there is nobody to ask."""
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        """End the process's stdin: by v5 at once, by v4 with the whole exec."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self._socket.subprotocol == V5:
+                try:
+                    await self._socket.send(STDIN_END)
+                except trio.BrokenResourceError:
+                    pass  # it ends with the connection
+                return
+        await trio.lowlevel.checkpoint()
+
+    def _check(self) -> None:
+        if self._is_closed:
+            raise trio.ClosedResourceError("stdin is closed")
+
+
+class _Stdout(trio.abc.ReceiveStream):
+    def __init__(self, socket: ExecSocket) -> None:
+        self._socket = socket
+        self._channels = Demultiplexer()
+        self._left = b""
+        self._has_ended = False
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Bytes of stdout; empty when the exec is over and all of it was read.
+
+        Errors: BrokenResourceError for an exec that ended without a status, or that never was a
+        process (`message` says why, e.g. that the image has no shell).
+        """
+        await trio.lowlevel.checkpoint()
+        while not self._left and not self._has_ended:
+            await self._read()
+        most = len(self._left) if max_bytes is None else max_bytes
+        data, self._left = self._left[:most], self._left[most:]
+        return data
+
+    async def _read(self) -> None:
+        try:
+            part = await self._socket.receive()
+        except trio.BrokenResourceError:
+            if self._channels.status is None:
+                raise
+            part = None  # it was over: only the farewell is missing
+        if part is not None:
+            # Output may come behind the status: each channel is copied by itself. Read on.
+            self._left = self._channels.feed(part)
+            _check_ran(self._channels.status)
+            return
+        if self._channels.status is None:
+            raise trio.BrokenResourceError("the exec ended without a status")
+        self._has_ended = True
+
+    async def aclose(self) -> None:
+        """Nothing: the exec ends with its block."""
+        await trio.lowlevel.checkpoint()
+
+
+def _check_ran(status: ExecStatus | None) -> None:
+    if status is not None and status.exit_code is None:
+        raise trio.BrokenResourceError(status.message or status.reason or "the exec failed")
+
+
+class KubernetesTransport:
+    """Implements `Transport` with execs. Leaving the block drops the connection, and with it the
+    process's stdin ends, as the API server and the kubelet see to."""
+
+    def __init__(
+        self, open_exec: OpenExec, *, execs_max: int = _EXECS_MAX, slot_s: float = _SLOT_S
+    ) -> None:
+        """Opens nothing."""
+        self._open = open_exec
+        self._execs_max = execs_max
+        self._slot_s = slot_s
+        # One for each project with an exec now: whoever uses it holds it.
+        self._slots: weakref.WeakValueDictionary[ProjectId, trio.Semaphore] = (
+            weakref.WeakValueDictionary()
+        )
+
+    @asynccontextmanager
+    async def run(self, project: ProjectId, argv: Sequence[str]) -> AsyncIterator[Streams]:
+        """See `Transport.run`. Blocks: at most `slot_s` for others of this project to end."""
+        slots = self._slots.get(project)
+        if slots is None:
+            slots = self._slots[project] = trio.Semaphore(self._execs_max)
+        with trio.move_on_after(self._slot_s) as waiting:
+            await slots.acquire()
+        if waiting.cancelled_caught:
+            raise TransportError(f"{self._execs_max} execs are open in the pod")
+        try:
+            async with AsyncExitStack() as stack:
+                try:
+                    socket = await stack.enter_async_context(self._open(project, argv))
+                except RdevError as error:
+                    raise TransportError(error.message) from error
+                yield Streams(_Stdin(socket), _Stdout(socket))
+        finally:
+            slots.release()
+
+
+class KubernetesExecutor(ScriptExecutor):
+    """`Executor` for the projects of one namespace of one cluster."""
+
+    def __init__(
+        self,
+        *,
+        cluster: str,
+        namespace: str,
+        transport: KubernetesTransport,
+        reason_of: ReasonOf,
+        base_env: Mapping[str, str],
+        place: Callable[[ProjectId], Place] = lambda _: _PLACE,
+        shell: str = "sh",
+        journal_max_bytes: int = 1 << 30,
+        patience: Patience | None = None,
+    ) -> None:
+        """`cluster` is the UID of its namespace `kube-system`, which no other cluster has."""
+        super().__init__(
+            reach=f"kubernetes:{cluster}/{namespace}",
+            transport=transport,
+            place=place,
+            settings=ScriptSettings(
+                base_env=base_env,
+                shell=shell,
+                journal_max_bytes=journal_max_bytes,
+                patience=patience or Patience(),
+            ),
+        )
+        self._reason_of = reason_of
+
+    @asynccontextmanager
+    async def attach(
+        self,
+        project: ProjectId,
+        attempt: AttemptId,
+        *,
+        spec: Spec | None,
+        instance: str,
+        offsets: Offsets,
+    ) -> AsyncIterator[Attachment]:
+        """See `Executor.attach`; a `Lost` says what the cluster knows of it."""
+        observing = super().attach(project, attempt, spec=spec, instance=instance, offsets=offsets)
+        async with observing as attachment:
+            yield _Explained(attachment, partial(self._reason_of, project))
+
+
+class _Explained:
+    """An attachment whose `Lost` has the cluster's reason, where it is about the pod."""
+
+    def __init__(
+        self, attachment: Attachment, reason_of: Callable[[bool], LostReason | None]
+    ) -> None:
+        self._attachment = attachment
+        self._reason_of = reason_of
+
+    async def receive(self) -> Piece | Exit | Lost:
+        """See `Attachment.receive`."""
+        item = await self._attachment.receive()
+        return explain(item, self._reason_of) if isinstance(item, Lost) else item
+
+
+def explain(lost: Lost, reason_of: Callable[[bool], LostReason | None]) -> Lost:
+    """Put the cluster's reason in place of what was seen from inside.
+
+    Only where the pod's processes are gone: another instance answered, or nobody could be reached
+    and the cluster says that the pod is over (then nothing runs any more).
+    """
+    match lost.reason, lost.unfinished:
+        case (LostReason.POD_GONE, _) | (LostReason.SUPERVISOR_GONE, True):
+            reason = reason_of(True)
+        case (LostReason.UNREACHABLE, _):
+            reason = reason_of(False)
+        case _:
+            return lost
+    return lost if reason is None else Lost(reason=reason, unfinished=lost.unfinished)

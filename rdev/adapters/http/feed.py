@@ -1,0 +1,87 @@
+"""The feeds over HTTP: `/events`, and `/projects/{id}/events` without a `stream_id`.
+
+A client is told where it stands with `connected` already, and again with each heartbeat, so that it
+can come back to the same place after any silence.
+"""
+
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from rdev.adapters.http.exchange import hold, principal
+from rdev.adapters.http.following import RETRY_MS, Followers, last_id
+from rdev.adapters.http.plain import Asked
+from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
+from rdev.domain.feed import START, FeedConnected, Position, cursor_of, parse_cursor
+from rdev.domain.ids import ProjectId, is_project_id
+from rdev.domain.sse import EventName, frame
+from rdev.services.feed import Feed, Projects
+
+# What a client says that wants everything from the oldest event stored.
+_FROM_OLDEST = "0"
+# Feeds of more than one project are counted under this label; it is no project's id.
+_MANY = ProjectId("*")
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Feeds:
+    """The two feeds."""
+
+    def __init__(
+        self,
+        feed: Feed,
+        followers: Followers,
+        check_project: Callable[[ProjectId], Awaitable[None]],
+    ) -> None:
+        """`check_project` raises NOT_FOUND for a project that is not there."""
+        self._feed = feed
+        self._followers = followers
+        self._check_project = check_project
+
+    async def of_all(self, asked: Asked) -> None:
+        """What happens to the commands of all projects that the key may see."""
+        seen = principal().project_ids
+        await self._answer(asked, None if seen is None else frozenset(seen))
+
+    async def of_project(self, asked: Asked) -> None:
+        """What happens to a project's commands. Errors: NOT_FOUND too."""
+        text = asked.fields["project"]
+        if not is_project_id(text):
+            raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {text!r}")
+        project = ProjectId(text)
+        await self._check_project(project)
+        await self._answer(asked, frozenset({project}), project=project)
+
+    async def _answer(
+        self, asked: Asked, projects: Projects, *, project: ProjectId | None = None
+    ) -> None:
+        """Check, then stream. Errors: GONE, BAD_REQUEST, SERVICE_UNAVAILABLE; none after the
+        head."""
+        after = _after(asked)
+        begin, head = await self._feed.start(after)
+        hold()
+        with self._feed.subscribe(projects, after=begin, head=head) as reader:
+            connected = FeedConnected(project=project, reconnecting=bool(after))
+            first = frame(EventName.CONNECTED, _encode(connected), cursor_of(begin), RETRY_MS)
+            await self._followers.follow(
+                asked,
+                reader,
+                project or _MANY,
+                first,
+                beat_id=lambda: cursor_of(self._feed.seen(reader)),
+            )
+
+
+def _after(asked: Asked) -> Position | None:
+    """Where the client stood; None where it says nothing. Errors: BAD_REQUEST."""
+    text = last_id(asked)
+    if text is None:
+        return None
+    after = START if text == _FROM_OLDEST else parse_cursor(text)
+    if after is None:
+        message = (
+            "Last-Event-ID (or the parameter after) must be the id of an event of a feed, or 0"
+        )
+        raise bad_request([Fault(pointer="", message=message)])
+    return after

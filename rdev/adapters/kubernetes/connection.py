@@ -1,0 +1,94 @@
+"""The connection to the API server: where it is, TLS, credentials; one pool for objects and execs.
+
+Built from a kubeconfig file or, without one, from the service account of the pod that rdev is in.
+Bounds: each request's connect and answer (`_TIMEOUTS`); the number of connections is that of the
+execs, watches and requests open, each of which has a bound of its own.
+"""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx2
+from lightkube import AsyncClient, KubeConfig, SingleConfig
+from lightkube.config.client_adapter import verify_cluster
+from lightkube.config.models import User
+from lightkube.core.exceptions import ConfigError
+
+from rdev.adapters.kubernetes.credentials import AuthorizedTransport, credentials_of
+from rdev.adapters.kubernetes.errors import unreachable
+
+_TIMEOUTS: Final = httpx2.Timeout(connect=5.0, read=15.0, write=15.0, pool=5.0)
+
+# A peer that is gone without a word is noticed after 15 + 3 × 5 s, on idle watches too.
+_KEEP_ALIVE: Final = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiServer:
+    """An open connection. `objects` is for what lightkube does, `http` for what it does not."""
+
+    namespace: str
+    objects: AsyncClient
+    http: httpx2.AsyncClient
+
+
+def read_config(kubeconfig: Path | None) -> SingleConfig:
+    """The current context of a kubeconfig; without a file, the pod's own service account.
+
+    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none.
+    """
+    try:
+        if kubeconfig is not None:
+            found = KubeConfig.from_file(kubeconfig).get()
+        else:
+            found = KubeConfig.from_service_account().get()
+    except (ConfigError, OSError, KeyError, ValueError) as error:
+        where = "the service account" if kubeconfig is None else str(kubeconfig)
+        raise unreachable(f"{where}: {error}") from error
+    assert found is not None  # None only where a default was given
+    return found
+
+
+@asynccontextmanager
+async def connect(config: SingleConfig, namespace: str | None = None) -> AsyncIterator[ApiServer]:
+    """Make the clients; nothing is sent before the first request. Leaving closes all connections.
+
+    `namespace`: where the projects are, else the context's. Errors: SERVICE_UNAVAILABLE for
+    credentials that are not supported or a CA file that cannot be read.
+    """
+    user = config.user or User()
+    try:
+        tls = verify_cluster(config.cluster, user, config.abs_file, trust_env=False)
+    except OSError as error:
+        raise unreachable(f"certificates of the cluster: {error}") from error
+    pool = httpx2.AsyncHTTPTransport(
+        verify=tls,
+        socket_options=_KEEP_ALIVE,
+        # An exec holds its connection as long as its command runs: the bound is the execs' own.
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=10),
+    )
+    transport = AuthorizedTransport(pool, credentials_of(user))
+    place = namespace or config.namespace
+    async with httpx2.AsyncClient(
+        base_url=config.cluster.server, transport=transport, timeout=_TIMEOUTS, trust_env=False
+    ) as http:
+        # The transport does what lightkube would do with the user; the certificates are loaded.
+        known = config._replace(user=User())
+        objects = AsyncClient(
+            config=known,
+            namespace=place,
+            timeout=_TIMEOUTS,
+            transport=transport,
+            trust_env=False,
+        )
+        yield ApiServer(namespace=place, objects=objects, http=http)

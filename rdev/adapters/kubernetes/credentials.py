@@ -1,0 +1,205 @@
+"""Who rdev is to the API server: a token, a token file that is rotated, or a credential plugin.
+
+lightkube's own plugins need asyncio and speak no v1; here they run under trio, one at a time.
+Source: client-go credential plugins, `client.authentication.k8s.io`.
+"""
+
+import base64
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Protocol
+
+import httpx2
+import msgspec
+import trio
+from lightkube.config.models import User
+
+from rdev.adapters.kubernetes.errors import unreachable
+
+_PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network
+_EARLY_S: Final = 60.0  # a credential is renewed so long before it ends
+_PLUGIN_VERSIONS: Final = frozenset(
+    f"client.authentication.k8s.io/{version}" for version in ("v1", "v1beta1", "v1alpha1")
+)
+
+
+class Credentials(Protocol):
+    """Makes the Authorization header."""
+
+    async def header(self) -> str | None:
+        """Its value now, or None for none. Errors: SERVICE_UNAVAILABLE."""
+        ...
+
+    def forget(self) -> bool:
+        """The server refused the last one: whether another try may give a better one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """The same header for ever."""
+
+    value: str | None
+
+    async def header(self) -> str | None:
+        """See `Credentials.header`."""
+        return self.value
+
+    def forget(self) -> bool:
+        """Never a better one."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class TokenFile:
+    """A service account's token, read for each request: the kubelet rotates it within the hour."""
+
+    path: str
+
+    async def header(self) -> str | None:
+        """See `Credentials.header`. Blocks: on one read of a file in memory."""
+        try:
+            # In a pod the file is in a tmpfs: a thread would cost more than the read.
+            text = Path(self.path).read_text("ascii")  # noqa: ASYNC240
+        except (OSError, UnicodeDecodeError) as error:
+            raise unreachable(f"no token: {error}") from error
+        return f"Bearer {text.strip()}"
+
+    def forget(self) -> bool:
+        """It may have been rotated between the read and the answer."""
+        return True
+
+
+class _PluginStatus(msgspec.Struct):
+    token: str | None = None
+    expirationTimestamp: datetime | None = None  # noqa: N815  (the API's name)
+
+
+class _PluginAnswer(msgspec.Struct):
+    status: _PluginStatus
+
+
+@dataclass(slots=True)
+class Plugin:
+    """A program that prints a token. `now` gives the wall clock, which expiry is written in."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    api_version: str
+    now: Callable[[], datetime]
+    _value: str | None = None
+    _until: float = -math.inf  # seconds since 1970
+    _one_at_a_time: trio.Lock = field(default_factory=trio.Lock)
+
+    async def header(self) -> str | None:
+        """See `Credentials.header`. Blocks: while the plugin runs, at most a minute."""
+        async with self._one_at_a_time:
+            if self._value is None or self.now().timestamp() >= self._until:
+                status = await self._ask()
+                ends = status.expirationTimestamp
+                self._value = f"Bearer {status.token}"
+                self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S
+            return self._value
+
+    def forget(self) -> bool:
+        """Ask the plugin again."""
+        self._value = None
+        return True
+
+    async def _ask(self) -> _PluginStatus:
+        info = {
+            "apiVersion": self.api_version,
+            "kind": "ExecCredential",
+            "spec": {"interactive": False},
+        }
+        env = {
+            **os.environ,
+            **self.env,
+            "KUBERNETES_EXEC_INFO": msgspec.json.encode(info).decode(),
+        }
+        try:
+            with trio.fail_after(_PLUGIN_S):
+                # Its stderr is the operator's to read, in our log.
+                done = await trio.run_process(
+                    list(self.argv), env=env, capture_stdout=True, check=False
+                )
+        except OSError as error:
+            raise unreachable(f"credential plugin: {error.strerror}") from error
+        except trio.TooSlowError as error:
+            raise unreachable("the credential plugin does not end") from error
+        if done.returncode != 0:
+            raise unreachable(f"the credential plugin ended with {done.returncode}")
+        try:
+            status = msgspec.json.decode(done.stdout, type=_PluginAnswer).status
+        except msgspec.DecodeError as error:
+            raise unreachable("the credential plugin's answer is not understood") from error
+        if not status.token:
+            raise unreachable("the credential plugin gives no token (certificates are not taken)")
+        return status
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)  # noqa: TID251  (the `now` of whoever gives none)
+
+
+def credentials_of(user: User | None, now: Callable[[], datetime] = _utc_now) -> Credentials:
+    """What a kubeconfig's user is known by; client certificates are the TLS context's.
+
+    Errors: SERVICE_UNAVAILABLE for what is not supported.
+    """
+    if user is None:
+        return Fixed(None)
+    if user.token_file is not None:
+        return TokenFile(user.token_file)
+    if user.token is not None:
+        return Fixed(f"Bearer {user.token}")
+    if user.exec is not None:
+        if user.exec.apiVersion not in _PLUGIN_VERSIONS:
+            raise unreachable(f"credential plugins of {user.exec.apiVersion} are not supported")
+        env = {one.name: one.value for one in user.exec.env or ()}
+        argv = (user.exec.command, *(user.exec.args or ()))
+        return Plugin(argv=argv, env=env, api_version=user.exec.apiVersion, now=now)
+    if user.username is not None and user.password is not None:
+        pair = f"{user.username}:{user.password}".encode()
+        return Fixed(f"Basic {base64.b64encode(pair).decode('ascii')}")
+    if user.auth_provider is not None:
+        raise unreachable("auth-provider is not supported: use a credential plugin")
+    return Fixed(None)
+
+
+class AuthorizedTransport(httpx2.AsyncBaseTransport):
+    """A transport that says who we are, and asks again once where that was refused."""
+
+    def __init__(self, inner: httpx2.AsyncBaseTransport, credentials: Credentials) -> None:
+        """Takes `inner` over: closing this closes it."""
+        self._inner = inner
+        self._credentials = credentials
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        """Send it. Errors: httpx2's, and SERVICE_UNAVAILABLE where we have no credential."""
+        response = await self._send(request)
+        if response.status_code == 401 and self._credentials.forget():
+            await response.aclose()
+            response = await self._send(request)
+        return response
+
+    async def _send(self, request: httpx2.Request) -> httpx2.Response:
+        value = await self._credentials.header()
+        if value is not None:
+            request.headers["Authorization"] = value
+        try:
+            return await self._inner.handle_async_request(request)
+        except (httpx2.RemoteProtocolError, httpx2.ReadError, httpx2.WriteError):
+            # A connection that was kept may have been closed by the server meanwhile. To ask twice
+            # harms nothing: a read, or an exec of a script that may run twice.
+            if request.method != "GET":
+                raise
+            return await self._inner.handle_async_request(request)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._inner.aclose()

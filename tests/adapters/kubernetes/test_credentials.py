@@ -1,0 +1,134 @@
+"""Who rdev says it is to the API server."""
+
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx2
+import pytest
+from lightkube.config.models import NameValue, User, UserExec
+from lightkube.resources.core_v1 import Pod
+
+from rdev.adapters.kubernetes.connection import connect, read_config
+from rdev.adapters.kubernetes.credentials import Fixed, Plugin, TokenFile, credentials_of
+from rdev.domain.errors import ErrorCode, RdevError
+from tests.adapters.kubernetes.conftest import config_of
+from tests.fakes.api_server import FakeApiServer
+
+PLUGIN = """
+import json, os, sys
+info = json.loads(os.environ["KUBERNETES_EXEC_INFO"])
+with open(sys.argv[1], "a") as file:
+    file.write(info["apiVersion"] + " " + str(info["spec"]["interactive"]) + "\\n")
+count = len(open(sys.argv[1]).readlines())
+status = {"token": os.environ["WHO"] + str(count)}
+if len(sys.argv) > 2:
+    status["expirationTimestamp"] = sys.argv[2]
+print(json.dumps({"apiVersion": info["apiVersion"], "kind": "ExecCredential", "status": status}))
+"""
+
+
+def plugin(tmp_path: Path, *words: str, version: str = "v1") -> User:
+    script = tmp_path / "plugin.py"
+    script.write_text(PLUGIN)
+    return User(
+        exec=UserExec(
+            apiVersion=f"client.authentication.k8s.io/{version}",
+            command=sys.executable,
+            args=[str(script), str(tmp_path / "asked"), *words],
+            env=[NameValue(name="WHO", value="me-")],
+        )
+    )
+
+
+@pytest.mark.parametrize("version", ["v1", "v1beta1"])
+async def test_a_plugin_is_asked_once_for_a_token_without_an_end(
+    tmp_path: Path, version: str
+) -> None:
+    credentials = credentials_of(plugin(tmp_path, version=version))
+    assert [await credentials.header() for _ in range(3)] == ["Bearer me-1"] * 3
+    said = (tmp_path / "asked").read_text()
+    assert said == f"client.authentication.k8s.io/{version} False\n"
+
+
+async def test_a_plugin_is_asked_again_before_its_token_ends(tmp_path: Path) -> None:
+    now = [datetime(2026, 1, 1, 12, tzinfo=UTC)]
+    user = plugin(tmp_path, "2026-01-01T13:00:00Z")
+    credentials = credentials_of(user, now=lambda: now[0])
+    assert await credentials.header() == "Bearer me-1"
+    now[0] += timedelta(minutes=58)
+    assert await credentials.header() == "Bearer me-1"
+    now[0] += timedelta(minutes=1, seconds=1)
+    assert await credentials.header() == "Bearer me-2"
+
+
+async def test_a_plugin_is_asked_again_when_its_token_is_refused(
+    fake: FakeApiServer, tmp_path: Path
+) -> None:
+    fake.token = "me-2"
+    config = config_of(fake)._replace(user=plugin(tmp_path))
+    async with connect(config) as api:
+        response = await api.http.get("/api/v1/namespaces/rdev/pods")
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["/no/such/program"], "No such file"),
+        (["false"], "ended with 1"),
+        (["echo", "noise"], "not understood"),
+        (["echo", '{"status": {}}'], "gives no token"),
+    ],
+)
+async def test_a_plugin_that_fails_says_how(argv: list[str], says: str) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    broken = Plugin(argv=argv, env={}, api_version="v1", now=lambda: now)
+    with pytest.raises(RdevError, match=says) as caught:
+        await broken.header()
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
+async def test_a_rotated_token_is_used_at_once(fake: FakeApiServer, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    async with connect(config_of(fake)._replace(user=User(token_file=str(token)))) as api:
+        path = "/api/v1/namespaces/rdev/pods"
+        assert (await api.http.get(path)).status_code == 200
+        fake.token = "rotated"
+        token.write_text("rotated\n")
+        assert (await api.http.get(path)).status_code == 200
+        assert len(fake.requests) == 2  # none was refused on the way
+        assert [pod async for pod in api.objects.list(Pod)] == []  # lightkube is known by it too
+
+
+async def test_a_missing_token_is_no_crash(tmp_path: Path) -> None:
+    with pytest.raises(RdevError) as caught:
+        await TokenFile(str(tmp_path / "none")).header()
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
+async def test_what_a_user_can_be_known_by() -> None:
+    assert await credentials_of(None).header() is None
+    assert await credentials_of(User()).header() is None
+    assert await credentials_of(User(token="t")).header() == "Bearer t"
+    basic = credentials_of(User(username="u", password="p"))
+    assert await basic.header() == httpx2.BasicAuth("u", "p")._auth_header
+    assert not Fixed("x").forget()
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        User(auth_provider={"name": "gcp"}),
+        User(exec=UserExec(apiVersion="client.authentication.k8s.io/v9", command="x")),
+    ],
+)
+def test_what_is_not_supported_is_told_at_the_start(user: User) -> None:
+    with pytest.raises(RdevError, match="not supported"):
+        credentials_of(user)
+
+
+def test_a_kubeconfig_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RdevError, match=r"none\.yaml"):
+        read_config(tmp_path / "none.yaml")

@@ -1,0 +1,181 @@
+"""The watch over a namespace's pods, and what an API server may do to it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import trio
+
+from rdev.adapters.kubernetes.connection import connect
+from rdev.adapters.kubernetes.pods import PodWatch
+from rdev.domain.execution import LostReason
+from rdev.domain.ids import ProjectId
+from rdev.domain.pods import PodTrouble, health_of
+from rdev.domain.projects import ProjectStatus
+from tests.adapters.execution.observing import until
+from tests.adapters.execution.pods import POD, pod
+from tests.adapters.kubernetes.conftest import config_of
+from tests.fakes.api_server import FakeApiServer, Fault, running
+from tests.fakes.cuts import CuttingProxy
+
+DEMO = ProjectId("demo")
+
+
+@dataclass
+class Watched:
+    watch: PodWatch
+    proxy: CuttingProxy
+    changes: list[ProjectId] = field(default_factory=list)
+
+    def names(self) -> dict[str, str]:
+        return {project: pod.name for project, pod in self.watch.projects().items()}
+
+
+@asynccontextmanager
+async def watching(
+    fake: FakeApiServer, *, is_current: bool = True, **rest: Any
+) -> AsyncIterator[Watched]:
+    async with trio.open_nursery() as nursery:
+        proxy = CuttingProxy(fake.port)
+        await nursery.start(proxy.run)
+        async with connect(config_of(fake, proxy.port)) as api:
+            changes: list[ProjectId] = []
+            watch = PodWatch(api, changed=changes.append, **rest)
+            await nursery.start(watch.run)
+            if is_current:
+                await until(lambda: watch.is_current, "the watch hears")
+            yield Watched(watch=watch, proxy=proxy, changes=changes)
+            watch.stop()
+        nursery.cancel_scope.cancel()
+
+
+async def test_pods_come_change_and_go(fake: FakeApiServer) -> None:
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        assert seen.names() == {"demo": POD}
+        fake.put("pods", pod("other-0", "other"))
+        await until(lambda: "other" in seen.names(), "the new one is seen")
+        waits = {"waiting": {"reason": "ImagePullBackOff"}}
+        fake.patch_status(POD, containerStatuses=[running("project", ready=False, state=waits)])
+        await until(
+            lambda: health_of(seen.watch.pod_of(DEMO)).trouble is PodTrouble.IMAGE_PULL,
+            "the change is seen",
+        )
+        fake.drop("pods", POD)
+        await until(lambda: seen.names() == {"other": "other-0"}, "it is gone")
+        assert seen.changes == ["demo", "other", "demo", "demo"]
+        assert seen.watch.statistics().lists == 1
+
+
+async def test_other_pods_of_the_namespace_are_not_seen(fake: FakeApiServer) -> None:
+    stranger = pod("stranger")
+    stranger["metadata"] = {"name": "stranger", "labels": {"app": "rdev-api"}}
+    fake.put("pods", stranger)
+    async with watching(fake) as seen:
+        assert seen.names() == {}
+
+
+async def test_a_pod_that_loses_its_label_is_gone(fake: FakeApiServer) -> None:
+    """A real server tells it as DELETED to who watches by label; else it is heeded too."""
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.put("pods", pod(POD, "Not An Id"))
+        await until(lambda: seen.names() == {}, "it is no project any more")
+
+
+@pytest.mark.parametrize("in_band", [True, False])
+async def test_a_version_that_is_too_old_means_list_again(
+    fake: FakeApiServer, in_band: bool
+) -> None:
+    fake.expired_in_band = in_band
+    fake.put("pods", pod())
+    async with watching(fake, watch_s=1) as seen:
+        seen.proxy.is_refusing = True
+        seen.proxy.cut_all()
+        await until(lambda: not seen.watch.is_current, "the watch is lost")
+        fake.drop("pods", POD)
+        fake.put("pods", pod("next-0", "next"))
+        fake.compact()
+        seen.proxy.is_refusing = False
+        await until(lambda: seen.names() == {"next": "next-0"}, "all was listed again")
+        fake.compact()  # the next watch, from before now, is told so
+        fake.put("pods", pod("third-0", "third"))
+        await until(lambda: "third" in seen.names(), "it goes on")
+
+
+async def test_a_watch_that_says_nothing_any_more_is_given_up(fake: FakeApiServer) -> None:
+    fake.put("pods", pod())
+    async with watching(fake, watch_s=1, margin_s=0.2) as seen:
+        seen.proxy.is_silent = True
+        fake.drop("pods", POD)
+        await until(lambda: seen.watch.statistics().failures > 0, "the silence is noticed")
+        assert not seen.watch.is_current
+        seen.proxy.is_silent = False
+        seen.proxy.cut_all()
+        await until(lambda: seen.names() == {}, "it hears again")
+
+
+async def test_a_watch_that_ends_in_order_goes_on_without_a_list(fake: FakeApiServer) -> None:
+    async with watching(fake, watch_s=1) as seen:
+        asked = len(fake.requests)
+        await until(lambda: len(fake.requests) >= asked + 2, "it watched again, twice")
+        fake.put("pods", pod())
+        await until(lambda: "demo" in seen.names(), "nothing was missed")
+        assert seen.watch.statistics().lists == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
+async def test_whatever_the_server_refuses_it_is_asked_again(
+    fake: FakeApiServer, status: int
+) -> None:
+    fake.faults = [
+        Fault(status, times=2),
+        Fault(status, times=2, only_watches=True),
+        Fault(502, body="<html>Bad Gateway</html>"),
+    ]
+    fake.put("pods", pod())
+    async with watching(fake, is_current=False) as seen:
+        await until(lambda: not any(fault.times for fault in fake.faults), "all were met")
+        await until(lambda: seen.watch.is_current and "demo" in seen.names(), "it hears")
+        assert seen.watch.statistics().failures >= 4
+
+
+async def test_a_server_that_says_when_is_not_asked_before(fake: FakeApiServer) -> None:
+    fake.faults = [Fault(429, retry_after_s=1)]
+    began = trio.current_time()
+    async with watching(fake):  # which waits until it hears
+        assert trio.current_time() - began >= 1  # its own first pause is 0.1 s at most
+
+
+async def test_while_nothing_is_heard_no_reason_is_given(fake: FakeApiServer) -> None:
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.patch_status(POD, phase="Failed", reason="Evicted")
+        await until(
+            lambda: health_of(seen.watch.pod_of(DEMO)).status is ProjectStatus.FAILED, "it is seen"
+        )
+        assert seen.watch.lost_reason(DEMO, are_gone=False) is LostReason.EVICTED
+        seen.proxy.is_refusing = True
+        seen.proxy.cut_all()
+        await until(lambda: not seen.watch.is_current, "the watch is lost")
+        assert seen.watch.lost_reason(DEMO, are_gone=False) is None
+        assert seen.names() == {"demo": POD}
+
+
+async def test_an_object_with_next_to_nothing_in_it_is_read(fake: FakeApiServer) -> None:
+    """Of another version, or half-filled by somebody's controller."""
+    bare = pod()
+    bare["status"] = {"containerStatuses": [{"name": "project"}], "conditions": None}
+    fake.put("pods", bare)
+    async with watching(fake) as seen:
+        assert health_of(seen.watch.pod_of(DEMO)).status is ProjectStatus.PENDING
+
+
+async def test_a_list_of_pages_is_read_whole(fake: FakeApiServer) -> None:
+    fake.page_size = 3
+    for number in range(8):
+        fake.put("pods", pod(f"p{number}-0", f"p{number}"))
+    async with watching(fake) as seen:
+        assert len(seen.names()) == 8
