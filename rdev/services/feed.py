@@ -189,7 +189,7 @@ class Feed:
         finally:
             self._open -= 1
             topic.readers.discard(reader)
-            topic.waiting.pop(reader, None)
+            reader.stop_waiting()
             if not topic.readers:
                 del self._topics[projects]
             if not self._topics:
@@ -203,7 +203,7 @@ class Feed:
 
     def mark(self, topic: Topic[Projects]) -> None:
         """See `Hub`."""
-        for reader in tuple(topic.waiting):
+        for reader in topic.all_waiting():
             reader.wake()
 
     async def look(self, topic: Topic[Projects]) -> None:
@@ -272,27 +272,19 @@ class Feed:
         """Write to all readers that wait; yields at least every 2 ms."""
         yield_at_s = trio.current_time() + YIELD_S
         for topic in tuple(self._topics.values()):
-            while True:
-                behind = [
-                    reader for reader in topic.waiting if reader.position < topic.tail.last_seq
-                ]
-                for reader in behind:
-                    self._count(topic, reader.give())
+            while groups := topic.groups_behind():
+                for group in groups:
+                    self._count(topic.write_to(group))
                     if trio.current_time() >= yield_at_s:
                         await trio.lowlevel.checkpoint()
                         yield_at_s = trio.current_time() + YIELD_S
-                if not behind:
-                    break
             topic.forget_taken()
+            topic.regroup()
 
-    def _count(self, topic: Topic[Projects], given: Frames | None) -> None:
-        if given is None:
-            return
-        topic.written_at_s = trio.current_time()
-        for event_type, events in given.counts.items():
-            self._written += events
-            if topic.tally is not None:
-                topic.tally(event_type, events)
+    def _count(self, written: tuple[Frames, int] | None) -> None:
+        if written is not None:
+            given, readers = written
+            self._written += sum(given.counts.values()) * readers
 
     def _readers(self) -> list[Subscription[Projects]]:
         return [reader for topic in self._topics.values() for reader in topic.readers]
