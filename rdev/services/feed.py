@@ -5,7 +5,7 @@ whose projects are concerned. It looks when a status has changed (here, or told 
 and each second as the floor; without watchers it does nothing. What is committed but held back by a
 transaction that still writes is looked for again soon, then ever more seldom. A reader that is
 behind reads the record itself. Bounds: 256 KiB of newest events for each set of projects; a
-hundred looks a second; how many subscriptions there are is bounded by the HTTP edge.
+pause between looks; how many subscriptions there are is bounded by the HTTP edge.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +29,15 @@ Projects: TypeAlias = frozenset[ProjectId] | None
 
 # The floor: with every wake-up lost, no event is later than this.
 POLL_S = 1.0
-# Between two looks, however often it is woken.
-PAUSE_S = 0.01
+# Between two looks, however often it is woken: `REST` times as long as the last one took, within
+# these. So looks that bring little take a fifth of the time at most; after a silence it looks at
+# once.
+PAUSE_S = 0.002
+PAUSE_MOST_S = 0.02
+REST = 4
 # After a look behind which events are held back, so much longer; twice that where the next brings
 # nothing, and at most this.
-HELD_FIRST_S = 0.01
+HELD_FIRST_S = 0.005
 HELD_MOST_S = 0.25
 # What one look brings at most; where there is more, the next one follows.
 LOOK_EVENTS = 1_000
@@ -212,6 +216,7 @@ class Feed:
         while True:
             await self._await_news()
             self._work = trio.Event()
+            began_s = trio.current_time()
             try:
                 while await self.run_once():
                     pass
@@ -219,7 +224,8 @@ class Feed:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
                 self._held_s = POLL_S
-            await trio.sleep(PAUSE_S)
+            took_s = trio.current_time() - began_s
+            await trio.sleep(min(max(PAUSE_S, took_s * REST), PAUSE_MOST_S))
 
     async def _await_news(self) -> None:
         """1. Nobody watches: until somebody does. 2. Held back: a while; news stand behind it too.

@@ -130,7 +130,7 @@ async def bench(nursery: trio.Nursery) -> Bench:
 
 async def settle() -> None:
     """Time for everything that was told of."""
-    await trio.sleep(2 * PAUSE_S + 0.001)
+    await trio.sleep(10 * PAUSE_S + 0.001)
 
 
 async def test_a_feed_begins_now(bench: Bench) -> None:
@@ -237,7 +237,7 @@ async def test_a_long_transaction_is_told_of_and_not_asked_for_in_vain(bench: Be
         assert 9 < statistics.held_back_s <= 10
         assert statistics.looks < 10 / HELD_MOST_S + 20
         places.insert(0, await slow.put(new_event()))
-    await trio.sleep(HELD_MOST_S + 2 * PAUSE_S)
+    await trio.sleep(HELD_MOST_S + 10 * PAUSE_S)
     assert client.seen == places
     assert bench.feed.statistics().held_back_s == 0
 
@@ -245,7 +245,7 @@ async def test_a_long_transaction_is_told_of_and_not_asked_for_in_vain(bench: Be
 async def test_a_slow_reader_falls_back_and_misses_nothing(nursery: trio.Nursery) -> None:
     bench = Bench(nursery, buffer_bytes=2_000)
     await nursery.start(bench.feed.run)
-    slow, quick = Client(room=1, pause_s=1.0), Client()
+    slow, quick = Client(room=0, pause_s=1.0), Client()
     await bench.join(slow)
     await bench.join(quick)
     places = []
