@@ -17,7 +17,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-faults test-simulation coverage bench lock hooks docs-states clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-simulation coverage bench lock hooks docs-states clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -44,8 +44,14 @@ check: setup ## format, lint, trio rules, types, import rules
 test: setup ## all tests but the minutes-long suites
 	$(BIN)/python -m pytest -q -m 'not full' $(ARGS)
 
+test-browser: setup ## streams through a real nginx and in a real Chromium (see CONTRIBUTING: what it needs)
+	$(BIN)/python -m pytest -q -s tests/browser $(ARGS)
+
 test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minutes, with a ledger
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+test-contract: setup ## 100,000 requests invented from the OpenAPI document (MINUTES=60 at most)
+	$(BIN)/python -m tests.contract --minutes $(or $(MINUTES),60)
 
 test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))

@@ -14,15 +14,18 @@ from pathlib import Path
 
 import uuid_utils.compat
 
+from rdev import __version__
 from rdev.adapters.checkpoints.lines import Signer
 from rdev.adapters.checkpoints.sinks import FileSink, UrlSink
 from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.audit import audit_routes
 from rdev.adapters.http.commands import command_routes, submission_routes
+from rdev.adapters.http.documents import document_routes
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
+from rdev.adapters.http.openapi import document
 from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
@@ -203,6 +206,7 @@ def build_server(
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(keys),
+            document_routes(document(version=__version__)),
             audit_routes(audit, AuditVerifier(chain=audit)),
             ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
         ],
@@ -227,6 +231,7 @@ def build_server(
         bind=[settings.bind],
         grace_s=settings.grace_s,
         telemetry=telemetry,
+        refusal=app.unreadable,
         tls=_tls(settings),
     )
     for part, statistics in {

@@ -64,6 +64,9 @@ _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]*")
 _TOOL = re.compile(r"[A-Za-z][A-Za-z0-9_*.-]*(\([^()\x00-\x1f]*\))?")
 
 
+_SERVERS_RULE = f"must have the object mcpServers in it; {ARGUMENT_MAX_BYTES} bytes as JSON"
+
+
 def claude_argv(command: Sequence[str], request: ClaudeRequest) -> tuple[str, ...]:
     """The whole argv: `command`, print mode with the prompt, stream-json, the options asked for.
 
@@ -92,8 +95,11 @@ def claude_argv(command: Sequence[str], request: ClaudeRequest) -> tuple[str, ..
 def read_claude(fields: Fields) -> ClaudeRequest:
     """Read the fields of a claude command; what is wrong with them stays in `fields`."""
     request = ClaudeRequest(
-        prompt=fields.text("prompt", max_bytes=ARGUMENT_MAX_BYTES, required=True) or "",
-        session_id=fields.text("session_id", max_bytes=_NAME_MAX_BYTES, pattern=_SESSION),
+        prompt=fields.text("prompt", max_bytes=ARGUMENT_MAX_BYTES, required=True, about="not blank")
+        or "",
+        session_id=fields.text(
+            "session_id", max_bytes=_NAME_MAX_BYTES, pattern=_SESSION, about="not with resume"
+        ),
         resume=fields.text("resume", max_bytes=_NAME_MAX_BYTES, pattern=_RESUME),
         model=fields.text("model", max_bytes=_NAME_MAX_BYTES, pattern=_MODEL),
         allowed_tools=_read_tools(fields, "allowed_tools"),
@@ -111,12 +117,14 @@ def read_claude(fields: Fields) -> ClaudeRequest:
 
 
 def _read_tools(fields: Fields, name: str) -> tuple[str, ...]:
-    tools = fields.texts(name, max_items=TOOLS_MAX, max_bytes=_TOOL_MAX_BYTES) or ()
-    for index, tool in enumerate(tools):
-        if not _TOOL.fullmatch(tool):
-            message = "must be a tool such as Edit or Bash(git log:*)"
-            fields.fault(name, message, within=str(index))
-    return tools
+    tools = fields.texts(
+        name,
+        max_items=TOOLS_MAX,
+        max_bytes=_TOOL_MAX_BYTES,
+        pattern=_TOOL,
+        mismatch="must be a tool such as Edit or Bash(git log:*)",
+    )
+    return tools or ()
 
 
 def _read_mode(fields: Fields) -> PermissionMode | None:
@@ -126,7 +134,7 @@ def _read_mode(fields: Fields) -> PermissionMode | None:
 
 def _read_servers(fields: Fields) -> str | None:
     """The JSON text of an MCP configuration; claude wants the key `mcpServers` in it."""
-    value = fields.mapping("mcp_config")
+    value = fields.mapping("mcp_config", about=_SERVERS_RULE)
     if value is None:
         return None
     if not isinstance(value.get("mcpServers"), dict):

@@ -12,7 +12,7 @@ from enum import StrEnum
 # Names that some sh treats as its own: bash has them read-only, dash refuses other values.
 _UNSETTABLE = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"})
 # What a POSIX shell can export (POSIX 2024, XBD 3.216 "Name").
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class Stream(StrEnum):
@@ -24,7 +24,7 @@ class Stream(StrEnum):
 
 def is_env_name(name: str) -> bool:
     """Whether every POSIX shell can give a command a variable of this name."""
-    return _ENV_NAME.fullmatch(name) is not None and name not in _UNSETTABLE
+    return ENV_NAME.fullmatch(name) is not None and name not in _UNSETTABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

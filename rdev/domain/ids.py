@@ -22,6 +22,7 @@ ATTEMPTS_MAX = 3
 
 _COMMAND = re.compile(r"cmd_[0-9a-f]{32}")
 _KEY = re.compile(r"key_[0-9a-f]{32}")
+PROJECT_MAX_BYTES = 40
 # A DNS-1123 label of at most 40 characters (the HTTP contract).
 PROJECT_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 

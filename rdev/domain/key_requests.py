@@ -5,7 +5,7 @@ from typing import Final
 
 from rdev.domain.addresses import Network, joined, parse_network
 from rdev.domain.fields import Fields, Json
-from rdev.domain.ids import ProjectId, is_project_id
+from rdev.domain.ids import PROJECT_MAX_BYTES, PROJECT_PATTERN, ProjectId
 from rdev.domain.keys import Scope
 from rdev.domain.limiter import RateLimit
 
@@ -51,7 +51,7 @@ def parse_key(body: Json) -> KeyRequest:
         scopes=_scopes(fields),
         project_ids=_project_ids(fields),
         allowed_ips=_allowed_ips(fields),
-        expires_in_s=_expires_in_s(fields, body.get("expires_in")),
+        expires_in_s=_expires_in_s(fields),
         is_end_given=body.get("expires_in") is not None,
         rate_limit=_rate_limit(fields),
     )
@@ -62,38 +62,37 @@ def parse_key(body: Json) -> KeyRequest:
 def parse_rotation(body: Json) -> int:
     """`POST /keys/{id}/rotate`: the grace in seconds. Errors: BAD_REQUEST, all faults."""
     fields = Fields(body)
-    grace_s = fields.integer("grace_s", least=0, most=GRACE_MAX_S)
+    about = f"how long the old secret is good; default {GRACE_DEFAULT_S}"
+    grace_s = fields.integer("grace_s", least=0, most=GRACE_MAX_S, about=about)
     fields.finish()
     return GRACE_DEFAULT_S if grace_s is None else grace_s
 
 
 def _scopes(fields: Fields) -> frozenset[Scope]:
-    found = fields.texts("scopes", max_items=100, max_bytes=100, required=True)
-    if found is not None and not found:
-        fields.fault("scopes", "must name at least one scope")
-    scopes = set()
-    for index, text in enumerate(found or ()):
-        if text in {*Scope}:
-            scopes.add(Scope(text))
-        else:
-            fields.fault("scopes", f"must be one of {', '.join(Scope)}", within=str(index))
-    return frozenset(scopes)
+    found = fields.texts(
+        "scopes", min_items=1, max_items=100, max_bytes=100, choices=[*Scope], required=True
+    )
+    return frozenset(Scope(text) for text in found or ())
 
 
 def _project_ids(fields: Fields) -> frozenset[ProjectId] | None:
-    found = fields.texts("project_ids", max_items=PROJECTS_MAX, max_bytes=40)
-    if found is None:
-        return None
-    if not found:
-        fields.fault("project_ids", "must name at least one project, or be null for all")
-    for index, text in enumerate(found):
-        if not is_project_id(text):
-            fields.fault("project_ids", "is no project id", within=str(index))
-    return frozenset(ProjectId(text) for text in found)
+    found = fields.texts(
+        "project_ids",
+        min_items=1,
+        max_items=PROJECTS_MAX,
+        max_bytes=PROJECT_MAX_BYTES,
+        pattern=PROJECT_PATTERN,
+        mismatch="is no project id",
+        about="null: all projects",
+    )
+    return None if found is None else frozenset(ProjectId(text) for text in found)
 
 
 def _allowed_ips(fields: Fields) -> tuple[Network, ...] | None:
-    found = fields.texts("allowed_ips", max_items=ADDRESSES_MAX, max_bytes=_ADDRESS_MAX_BYTES)
+    about = "CIDRs or addresses, IPv4 and IPv6; empty: from anywhere"
+    found = fields.texts(
+        "allowed_ips", max_items=ADDRESSES_MAX, max_bytes=_ADDRESS_MAX_BYTES, about=about
+    )
     if found is None:
         return None
     networks = []
@@ -105,8 +104,16 @@ def _allowed_ips(fields: Fields) -> tuple[Network, ...] | None:
     return joined(networks)
 
 
-def _expires_in_s(fields: Fields, value: object) -> int | None:
-    fields.ignore("expires_in")
+def _expires_in_s(fields: Fields) -> int | None:
+    names = ", ".join([*EXPIRES_IN_S, NEVER])
+    rule = f"one of {names}, or seconds from 1 to {EXPIRES_IN_MAX_S}"
+    value = fields.other(
+        "expires_in",
+        about=f"{rule}; default 90d",
+        choices=[*EXPIRES_IN_S, NEVER],
+        least=1,
+        most=EXPIRES_IN_MAX_S,
+    )
     if value is None:
         return EXPIRES_IN_DEFAULT_S
     if isinstance(value, str):
@@ -116,23 +123,14 @@ def _expires_in_s(fields: Fields, value: object) -> int | None:
             return EXPIRES_IN_S[value]
     elif isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= EXPIRES_IN_MAX_S:
         return value
-    names = ", ".join([*EXPIRES_IN_S, NEVER])
-    message = f"must be one of {names}, or seconds from 1 to {EXPIRES_IN_MAX_S}"
-    fields.fault("expires_in", message)
+    fields.fault("expires_in", f"must be {rule}")
     return None
 
 
 def _rate_limit(fields: Fields) -> RateLimit | None:
-    body = fields.mapping("rate_limit")
-    if body is None:
+    inner = fields.inner("rate_limit", about="null: the server's own")
+    if inner is None:
         return None
-    inner = Fields(body, pointer="/rate_limit")
-    requests = inner.integer("requests", least=1, most=REQUESTS_MAX)
-    window_s = inner.integer("window_s", least=1, most=WINDOW_MAX_S)
-    for name in ("requests", "window_s"):
-        if body.get(name) is None:
-            inner.fault(name, "is required")
-    for name in body.keys() - {"requests", "window_s"}:
-        inner.fault(name, "is not a known field")
-    fields.faults += inner.faults
+    requests = inner.integer("requests", least=1, most=REQUESTS_MAX, required=True)
+    window_s = inner.integer("window_s", least=1, most=WINDOW_MAX_S, required=True)
     return RateLimit(requests=requests or 1, window_s=window_s or 1)

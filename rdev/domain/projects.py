@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from rdev.domain.fields import Fields, Json
-from rdev.domain.ids import PROJECT_PATTERN, ProjectId
+from rdev.domain.ids import PROJECT_MAX_BYTES, PROJECT_PATTERN, ProjectId
 
 
 class ProjectStatus(StrEnum):
@@ -53,11 +53,9 @@ _POD_FIELDS = ("image", "git_url", "git_ref", "env", "resources")
 def parse_project(body: Json) -> ProjectDefinition:
     """`POST /projects` for projects that are local folders. Errors: BAD_REQUEST, all faults."""
     fields = Fields(body)
-    project = fields.text("id", max_bytes=40, required=True, pattern=PROJECT_PATTERN)
+    project = fields.text("id", max_bytes=PROJECT_MAX_BYTES, required=True, pattern=PROJECT_PATTERN)
     for name in _POD_FIELDS:
-        if body.get(name) is not None:
-            fields.fault(name, "is not supported by the local executor")
-        fields.ignore(name)
+        fields.nothing(name, why="is not supported by the local executor")
     fields.finish()
     assert project is not None
     return ProjectDefinition(id=ProjectId(project))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
-from rdev.domain.execution import is_env_name
+from rdev.domain.execution import ENV_NAME, is_env_name
 from rdev.domain.fields import Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
@@ -22,6 +22,16 @@ ENV_MAX_BYTES = 524_288
 STDIN_MAX_BYTES = 524_288
 CWD_MAX_BYTES = 4_096
 TIMEOUT_MAX_S = 86_400
+EXPIRES_MAX_S = 604_800
+_ENV_RULE = (
+    f"at most {ENV_MAX_ITEMS} entries, {ENV_MAX_BYTES} bytes in all; names: letters, digits and _,"
+    f" no digit first, at most {ENV_NAME_MAX_BYTES} bytes, not RDEV_…; values: strings without NUL,"
+    f" name, = and value at most {ARG_MAX_BYTES} bytes"
+)
+_CWD_RULE = (
+    "relative to the project's folder, without `..`; its text is judged, symbolic links inside the"
+    " project are followed"
+)
 DEFAULT_TIMEOUT_S: Mapping[Kind, int] = {Kind.SHELL: 600, Kind.GIT: 600, Kind.CLAUDE: 1_800}
 
 
@@ -41,15 +51,27 @@ class Common:
 def read_common(fields: Fields, kind: Kind, *, stdin: bool = True) -> Common:
     """Read the common fields; faults stay in `fields`. Claude takes no stdin."""
     text = fields.text("stdin", max_bytes=STDIN_MAX_BYTES, nul=True) if stdin else None
-    timeout_s = fields.integer("timeout_s", least=1, most=TIMEOUT_MAX_S)
+    about = f"default {DEFAULT_TIMEOUT_S[kind]}; kept in the project, also when no rdev runs"
+    timeout_s = fields.integer("timeout_s", least=1, most=TIMEOUT_MAX_S, about=about)
     return Common(
         env=_env(fields),
         cwd=_cwd(fields),
         stdin=(text or "").encode(),
         timeout_s=timeout_s or DEFAULT_TIMEOUT_S[kind],
-        priority=Priority(fields.choice("priority", [*Priority]) or Priority.NORMAL),
-        expires_in_s=fields.integer("expires_in_s", least=1, most=604_800),
-        retry=Retry(fields.choice("retry", [*Retry]) or Retry.NEVER),
+        priority=Priority(
+            fields.choice("priority", [*Priority], about="default normal") or Priority.NORMAL
+        ),
+        expires_in_s=fields.integer(
+            "expires_in_s", least=1, most=EXPIRES_MAX_S, about="give up if not started by then"
+        ),
+        retry=Retry(
+            fields.choice(
+                "retry",
+                [*Retry],
+                about="default never; safe: run it again when it provably did not finish",
+            )
+            or Retry.NEVER
+        ),
     )
 
 
@@ -99,7 +121,14 @@ class GitRequest:
 def parse_git(body: Json) -> GitRequest:
     """Errors: BAD_REQUEST with every fault of the body."""
     fields = Fields(body)
-    args = fields.texts("args", max_items=ARGS_MAX_ITEMS, max_bytes=ARG_MAX_BYTES, required=True)
+    args = fields.texts(
+        "args",
+        min_items=1,
+        max_items=ARGS_MAX_ITEMS,
+        max_bytes=ARG_MAX_BYTES,
+        required=True,
+        about="what stands behind `git`; sub-command and options from an allow-list",
+    )
     common = read_common(fields, Kind.GIT)
     fields.faults += check_args(args, common.env) if args is not None else []
     fields.finish()
@@ -108,11 +137,14 @@ def parse_git(body: Json) -> GitRequest:
 
 
 def _env(fields: Fields) -> Mapping[str, str]:
-    given = fields.mapping("env")
+    given = fields.entries(
+        "env",
+        max_items=ENV_MAX_ITEMS,
+        max_bytes=ARG_MAX_BYTES,
+        pattern=ENV_NAME,
+        about=_ENV_RULE,
+    )
     if given is None:
-        return {}
-    if len(given) > ENV_MAX_ITEMS:
-        fields.fault("env", f"must have at most {ENV_MAX_ITEMS} entries", limit=True)
         return {}
     env: dict[str, str] = {}
     for name, value in given.items():
@@ -144,7 +176,7 @@ def _name_fault(name: str) -> str | None:
 
 
 def _cwd(fields: Fields) -> str:
-    cwd = fields.text("cwd", max_bytes=CWD_MAX_BYTES) or ""
+    cwd = fields.text("cwd", max_bytes=CWD_MAX_BYTES, about=_CWD_RULE) or ""
     parts = cwd.split("/")
     if cwd.startswith("/") or ".." in parts:
         fields.fault("cwd", "must be a path inside the project's folder, without ..")

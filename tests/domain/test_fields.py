@@ -73,7 +73,7 @@ def test_a_number_is_read(value: int | None) -> None:
     ("value", "message"),
     [
         ("1", "must be a whole number"),
-        (1.0, "must be a whole number"),
+        (1.5, "must be a whole number"),
         (True, "must be a whole number"),
         (0, "must be from 1 to 7"),
         (8, "must be from 1 to 7"),
@@ -81,6 +81,10 @@ def test_a_number_is_read(value: int | None) -> None:
 )
 def test_a_number_that_cannot_be_used_is_a_fault(value: object, message: str) -> None:
     assert _fault(lambda fields: fields.integer("it", least=1, most=7), value) == message
+
+
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    assert Fields({"it": 2.0}).integer("it", least=1, most=7) == 2
 
 
 def test_a_choice_is_one_of_a_list() -> None:

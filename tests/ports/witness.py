@@ -39,7 +39,7 @@ _ENTERED = """
 select target, action
 from audit_entries
 where project = coalesce(%(project)s, project)
-  and action not in ('command.cancel_requested', 'command.taken_over', 'project.status')
+  and action like 'command.%%' and action not in ('command.cancel_requested', 'command.taken_over')
 order by xid, id
 """
 

@@ -8,7 +8,7 @@ becomes a problem here.
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from http import HTTPStatus
@@ -43,11 +43,11 @@ from rdev.adapters.http.gate import Gate, Hook, credential_of, template_of
 from rdev.adapters.http.guards import BodyLimit, refuse
 from rdev.adapters.http.limits import Admission
 from rdev.adapters.http.plain import Asked, PlainRoute, answer
-from rdev.adapters.http.problems import internal_error, of_http, problem
+from rdev.adapters.http.problems import Problem, internal_error, of_http, problem
 from rdev.adapters.http.rate_limits import RateLimits
 from rdev.domain.addresses import Network
 from rdev.domain.audit import Denial
-from rdev.domain.errors import RdevError
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.authentication import Authenticate, CheckTicket, ProjectOf
 from rdev.ports.telemetry import Telemetry, log_context
 
@@ -171,6 +171,19 @@ class Shell:
             await self._app(scope, receive, send)
         else:
             await self._serve(scope, receive, send)
+
+    def unreadable(self, status: int, sentence: str) -> Problem:
+        """The answer to what is no request that can be read, with a line in the log."""
+        request_id = self._new_request_id()
+        _log.info("request refused", extra={"request_id": request_id, "status": status})
+        told = problem(
+            RdevError(ErrorCode.BAD_REQUEST, sentence),
+            request_id=request_id,
+            instance="/",
+            now=self._now(),
+            status=status,
+        )
+        return replace(told, headers=(*told.headers, ("X-Request-Id", request_id)))
 
     async def _serve(
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable

@@ -6,9 +6,11 @@ from datetime import UTC, datetime
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http import schemas
+from rdev.adapters.http.describe import Answer, Described, Description, Parameter, whole
 from rdev.adapters.http.envelope import stream, success
 from rdev.adapters.http.exchange import hold, principal
-from rdev.adapters.http.query import cursor_of, limit_of, moment_of, text_of, whole_of
+from rdev.adapters.http.query import PAGE, cursor_of, limit_of, moment_of, text_of, whole_of
 from rdev.adapters.http.wire import encode
 from rdev.domain.audit import AuditFilter, SealedEntry
 from rdev.domain.audit_chain import Verdict
@@ -21,6 +23,46 @@ VERIFY_MAX = 1_000_000
 # How many seals one read of the export looks at.
 EXPORT_SEALS = 1_000
 _SEQ_MAX = 2**63 - 1
+
+_WANTED = (
+    Parameter(name="actor", about="only entries of this key", schema=schemas.TEXT),
+    Parameter(name="action", about="only these", schema=schemas.TEXT),
+    Parameter(name="project", about="only of this project", schema=schemas.TEXT),
+    Parameter(name="since", about="from this moment on (RFC 3339)", schema=schemas.TEXT),
+    Parameter(name="until", about="before this moment (RFC 3339)", schema=schemas.TEXT),
+)
+_AFTER_SEQ = whole("after", "behind this `seq`", least=0, most=_SEQ_MAX)
+
+DESCRIBED: Described = {
+    ("GET", "/audit"): Description(
+        summary="What happened and who did it",
+        tag="audit",
+        parameters=(*PAGE, *_WANTED),
+        answers={200: Answer(about="newest first", schema=schemas.AUDIT_ENTRY, is_page=True)},
+    ),
+    ("GET", "/audit/export"): Description(
+        summary="The whole log",
+        tag="audit",
+        parameters=(_AFTER_SEQ, *_WANTED),
+        answers={
+            200: Answer(
+                about="an entry a line, with all that its hash is over",
+                schema=schemas.TEXT,
+                content_type="application/x-ndjson",
+                is_enveloped=False,
+            )
+        },
+    ),
+    ("GET", "/audit/verify"): Description(
+        summary="Compute the chain again",
+        tag="audit",
+        parameters=(
+            _AFTER_SEQ,
+            whole("limit", "seals looked at", least=1, most=VERIFY_MAX),
+        ),
+        answers={200: Answer(about="what was found", schema=schemas.VERDICT)},
+    ),
+}
 
 
 def audit_routes(audit: AuditLog, verifier: AuditVerifier) -> Blueprint:

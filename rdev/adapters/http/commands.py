@@ -1,20 +1,39 @@
 """Routes of commands: submit, read, cancel."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http import schemas
+from rdev.adapters.http.describe import (
+    Answer,
+    Described,
+    Description,
+    Parameter,
+    Schema,
+    number,
+    whole,
+)
 from rdev.adapters.http.envelope import accepted, created, read_json, stream, success
 from rdev.adapters.http.exchange import actor, hold
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.output import output_bytes, output_lines, tail_text
-from rdev.adapters.http.query import choice_of, cursor_of, limit_of, number_of, text_of, whole_of
+from rdev.adapters.http.query import (
+    PAGE,
+    choice_of,
+    cursor_of,
+    limit_of,
+    number_of,
+    text_of,
+    whole_of,
+)
 from rdev.domain.claude import claude_argv
 from rdev.domain.commands import Command, Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.git import GIT_ENVIRONMENT, git_argv
 from rdev.domain.ids import CommandId, ProjectId, is_command_id, is_project_id
 from rdev.domain.requests import parse_claude, parse_git, parse_shell
+from rdev.domain.rules import Json
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted
 from rdev.services.commands import Commands
@@ -23,6 +42,103 @@ from rdev.services.projects import Projects
 WAIT_MAX_S = 60.0
 OUTPUT_MAX_BYTES = 1 << 30
 _SOURCES = {"stdout": Source.STDOUT, "stderr": Source.STDERR}
+_ALL = "all"
+
+_COMMAND = schemas.ref("Command")
+_WAIT = number(
+    "wait",
+    "hold the answer until the command ends or so many seconds pass",
+    least=0,
+    most=WAIT_MAX_S,
+)
+
+
+def _submission(
+    summary: str, about: str, body: Callable[[Json], object], example: Schema
+) -> Description:
+    return Description(
+        summary=summary,
+        tag="commands",
+        about=about,
+        body=body,
+        example=example,
+        parameters=(_WAIT,),
+        answers={
+            201: Answer(
+                about="accepted; `id` is the id of its stream",
+                schema=schemas.ref("Submitted"),
+                headers=("Location", "Idempotent-Replayed"),
+            )
+        },
+        errors=(ErrorCode.CONFLICT,),
+        is_idempotent=True,
+    )
+
+
+DESCRIBED: Described = {
+    ("POST", "/projects/{project}/shell"): _submission(
+        "Run a shell command",
+        "`sh -c command` in the project's folder.",
+        parse_shell,
+        {"command": "make -s test", "env": {"CI": "1"}, "timeout_s": 300},
+    ),
+    ("POST", "/projects/{project}/git"): _submission(
+        "Run git",
+        "An argv list without a shell; sub-commands and options from an allow-list.",
+        parse_git,
+        {"args": ["log", "--oneline", "-5"]},
+    ),
+    ("POST", "/projects/{project}/claude"): _submission(
+        "Run the coding agent",
+        "Claude Code in print mode; each item of its own stream is an `agent` event.",
+        parse_claude,
+        {"prompt": "say hello", "max_turns": 3},
+    ),
+    ("GET", "/projects/{project}/commands"): Description(
+        summary="The commands of a project",
+        tag="commands",
+        parameters=(
+            *PAGE,
+            Parameter(name="status", about="only these", schema=schemas.one_of(Status)),
+            Parameter(name="kind", about="only these", schema=schemas.one_of(Kind)),
+        ),
+        answers={200: Answer(about="a page, newest first", schema=_COMMAND, is_page=True)},
+    ),
+    ("GET", "/commands/{command}"): Description(
+        summary="One command",
+        tag="commands",
+        answers={200: Answer(about="the command", schema=_COMMAND)},
+    ),
+    ("DELETE", "/commands/{command}"): Description(
+        summary="Cancel a command",
+        tag="commands",
+        about="Queued or running; an ended one stays as it is.",
+        answers={202: Answer(about="the command", schema=_COMMAND)},
+    ),
+    ("GET", "/commands/{command}/output"): Description(
+        summary="The stored output of a command",
+        tag="commands",
+        about="The exact bytes of one stream; `all` is the output events of both, one a line.",
+        parameters=(
+            Parameter(
+                name="stream",
+                about="stdout by default",
+                schema=schemas.one_of([*_SOURCES, _ALL]),
+            ),
+            whole("tail_bytes", "only the last bytes", least=1, most=OUTPUT_MAX_BYTES),
+        ),
+        answers={
+            200: Answer(
+                about="the output",
+                schema=schemas.TEXT,
+                is_enveloped=False,
+                content_type="text/plain",
+                also=("application/x-ndjson",),
+            )
+        },
+        errors=(ErrorCode.GONE,),
+    ),
+}
 
 
 def submission_routes(commands: Commands, *, claude_command: Sequence[str]) -> Blueprint:
@@ -116,7 +232,7 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
         which = text_of("stream") or "stdout"
         tail_bytes = whole_of("tail_bytes", least=1, most=OUTPUT_MAX_BYTES)
         await commands.check_stored(found)
-        if which == "all":
+        if which == _ALL:
             body = output_lines(commands, found)
             return stream(body, content_type="application/x-ndjson")
         if which not in _SOURCES:

@@ -7,12 +7,13 @@ request's head is complete, seconds for each piece that is written.
 
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 
 import trio
 from hypercorn.config import Config
 from hypercorn.events import Closed, Event, RawData
+from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.trio.tcp_server import MAX_RECV, TCPServer
 from hypercorn.trio.worker_context import TrioSingleTask, WorkerContext
 from hypercorn.typing import (
@@ -25,6 +26,13 @@ from hypercorn.typing import (
     Scope,
 )
 from hypercorn.typing import TaskGroup as TaskGroupProtocol
+
+from rdev.adapters.http.heads import GuardedH11, Refusal
+
+# How long and how far a client that was refused may go on sending: closed with unread bytes, a
+# connection is reset, and the reset may overtake the answer.
+_LINGER_S = 2.0
+_LINGER_MAX_BYTES = 1 << 20
 
 # Bytes that are written under one timeout: a slow but live reader takes a large body in many.
 _WRITE_PIECE_BYTES = 1 << 16
@@ -54,16 +62,19 @@ class Connection(TCPServer):
         *,
         header_timeout_s: float,
         write_timeout_s: float,
+        refusal: Refusal,
         plain: socket.socket | None = None,
     ) -> None:
         """Serve `app` on `stream`; the idle time is `config.keep_alive_timeout`.
 
-        `plain` is the socket object under a stream without TLS.
+        `plain` is the socket object under a stream without TLS; `refusal` answers what cannot be
+        read.
         """
         # hypercorn says SSLStream and takes both.
         super().__init__(self._answer, config, context, ConnectionState({}), stream)  # type: ignore[arg-type]
         self._transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
         self._asgi = app
+        self._refusal = refusal
         self._write_timeout_s = write_timeout_s
         self._plain = plain
         self._is_taken = self._has_left = False
@@ -192,6 +203,10 @@ class Connection(TCPServer):
         When it is, the idle timer ends too: hypercorn kept the descriptor of a client that had
         closed until the keep-alive time was over.
         """
+        if isinstance(self.protocol.protocol, H11Protocol):
+            self.protocol.protocol = GuardedH11(
+                self.protocol.protocol, refusal=self._refusal, linger=self._discard
+            )
         try:
             while data := await self._received():
                 if self._is_taken:
@@ -206,6 +221,16 @@ class Connection(TCPServer):
             await self.protocol.handle(Closed())
         finally:
             self._idle.expire()
+
+    async def _discard(self) -> None:
+        """Let a refused client read its answer: tell it the end, and throw away what it sends."""
+        left_bytes = _LINGER_MAX_BYTES
+        with trio.move_on_after(_LINGER_S):
+            if self._plain is not None:
+                with suppress(OSError):  # it has gone already
+                    self._plain.shutdown(socket.SHUT_WR)
+            while left_bytes > 0 and (data := await self._received()):
+                left_bytes -= len(data)
 
     async def _received(self) -> bytes:
         """The next bytes, or none when there will be no more."""

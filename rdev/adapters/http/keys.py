@@ -2,15 +2,63 @@
 
 from quart import Blueprint, Response, request
 
+from rdev.adapters.http import schemas
+from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, read_json, success
 from rdev.adapters.http.exchange import actor, principal
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
-from rdev.adapters.http.query import cursor_of, limit_of
+from rdev.adapters.http.query import PAGE, cursor_of, limit_of
+from rdev.domain.errors import ErrorCode
 from rdev.domain.ids import KeyId, is_key_id
 from rdev.domain.key_requests import parse_key, parse_rotation
 from rdev.domain.key_text import PREFIX
 from rdev.domain.keys import Key
 from rdev.services.keys import Keys, ShownKey
+
+_KEY = schemas.ref("Key")
+_SHOWN_ONCE = Answer(
+    about="made; `key` is its text, shown here once",
+    schema=schemas.ref("ShownKey"),
+    headers=("Location", "Idempotent-Replayed"),
+)
+
+DESCRIBED: Described = {
+    ("POST", "/keys"): Description(
+        summary="Make an API key",
+        tag="keys",
+        about="Nobody grants a scope or a project they do not hold.",
+        body=parse_key,
+        example={"name": "ci", "scopes": ["projects:execute"], "project_ids": ["demo"]},
+        answers={201: _SHOWN_ONCE},
+        errors=(ErrorCode.CONFLICT,),
+        is_idempotent=True,
+    ),
+    ("GET", "/keys"): Description(
+        summary="The keys that the key sees",
+        tag="keys",
+        parameters=PAGE,
+        answers={200: Answer(about="a page, newest first", schema=_KEY, is_page=True)},
+    ),
+    ("GET", "/keys/{key}"): Description(
+        summary="One key", tag="keys", answers={200: Answer(about="the key", schema=_KEY)}
+    ),
+    ("DELETE", "/keys/{key}"): Description(
+        summary="Revoke a key",
+        tag="keys",
+        answers={200: Answer(about="the key, revoked", schema=_KEY)},
+        errors=(ErrorCode.CONFLICT,),
+    ),
+    ("POST", "/keys/{key}/rotate"): Description(
+        summary="Give a key another secret",
+        tag="keys",
+        about="Both secrets are good until the grace is over.",
+        body=parse_rotation,
+        example={"grace_s": 3600},
+        answers={201: _SHOWN_ONCE},
+        errors=(ErrorCode.CONFLICT,),
+        is_idempotent=True,
+    ),
+}
 
 
 def key_routes(keys: Keys) -> Blueprint:

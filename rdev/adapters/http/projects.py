@@ -2,13 +2,46 @@
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http import schemas
 from rdev.adapters.http.access import require_project
+from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, read_json, success
 from rdev.adapters.http.exchange import actor, principal
-from rdev.adapters.http.query import cursor_of, limit_of
+from rdev.adapters.http.idempotency import idempotency_of
+from rdev.adapters.http.query import PAGE, cursor_of, limit_of
+from rdev.domain.errors import ErrorCode
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, parse_project
 from rdev.services.projects import Projects
+
+_PROJECT = schemas.ref("Project")
+
+DESCRIBED: Described = {
+    ("POST", "/projects"): Description(
+        summary="Make a project",
+        tag="projects",
+        about="The same id and body again is 200, another body 409.",
+        body=parse_project,
+        example={"id": "demo"},
+        answers={
+            200: Answer(about="it was there already", schema=_PROJECT),
+            201: Answer(about="made", schema=_PROJECT, headers=("Location",)),
+        },
+        errors=(ErrorCode.CONFLICT,),
+        is_idempotent=True,
+    ),
+    ("GET", "/projects"): Description(
+        summary="The projects that the key sees",
+        tag="projects",
+        parameters=PAGE,
+        answers={200: Answer(about="a page, by id", schema=_PROJECT, is_page=True)},
+    ),
+    ("GET", "/projects/{project}"): Description(
+        summary="One project",
+        tag="projects",
+        answers={200: Answer(about="the project", schema=_PROJECT)},
+    ),
+}
 
 
 def project_routes(projects: Projects) -> Blueprint:
@@ -17,7 +50,10 @@ def project_routes(projects: Projects) -> Blueprint:
 
     @routes.post("/projects")
     async def create_project() -> Response:
-        definition = parse_project(await read_json())
+        body = await read_json()
+        # The id makes a repeat safe already; a key that is none is refused as everywhere.
+        idempotency_of(body)
+        definition = parse_project(body)
         require_project(principal(), definition.id)
         project, is_new = await projects.create(definition, actor())
         if is_new:

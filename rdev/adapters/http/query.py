@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from quart import request
 
+from rdev.adapters.http.describe import Parameter, whole
 from rdev.domain.errors import Fault, bad_request
 
 LIMIT_DEFAULT = 50
@@ -21,6 +22,14 @@ _MOMENT = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
 _YEAR_MIN, _YEAR_MAX = 1970, 9_998
+
+LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, most=LIMIT_MAX)
+CURSOR = Parameter(
+    name="cursor",
+    about="`meta.next_cursor` of an earlier page; absent: the first",
+    schema={"type": "string"},
+)
+PAGE = (LIMIT, CURSOR)
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http import schemas
+from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import success
 from rdev.adapters.http.exchange import principal
 from rdev.domain.commands import Priority
@@ -14,6 +16,15 @@ from rdev.services.queue import QueueStatistics
 
 # So many projects are listed: those with most queued, then with most running.
 PROJECTS_MAX = 200
+
+DESCRIBED: Described = {
+    ("GET", "/queue"): Description(
+        summary="What waits and runs",
+        tag="commands",
+        about="Of the projects that the key sees; `server` is the one that answers.",
+        answers={200: Answer(about="depths and limits", schema=schemas.ref("Queue"))},
+    )
+}
 
 
 def queue_routes(

@@ -25,6 +25,7 @@ from hypercorn.typing import ASGIFramework
 from hypercorn.utils import repr_socket_addr
 
 from rdev.adapters.http.connection import Connection, Stream
+from rdev.adapters.http.heads import Refusal, without_words
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.telemetry import Telemetry
 
@@ -78,15 +79,18 @@ class HttpServer:
         bind: Sequence[str],
         grace_s: float,
         telemetry: Telemetry,
+        refusal: Refusal = without_words,
         tls: TlsFiles | None = None,
         times: ConnectionTimes | None = None,
         max_connections: int = 12_000,
     ) -> None:
-        """Opens nothing. `bind`: `host:port`, `[v6]:port` or `unix:path`; port 0 picks one."""
+        """Opens nothing. `bind`: `host:port`, `[v6]:port` or `unix:path`; port 0 picks one.
+        `refusal` answers requests that cannot be read."""
         self._app = app
         self._bind = list(bind)
         self._grace_s = grace_s
         self._telemetry = telemetry
+        self._refusal = refusal
         self._times = times or ConnectionTimes()
         self._max_connections = max_connections
         self._context = WorkerContext(None)
@@ -194,6 +198,7 @@ class HttpServer:
             stream,
             header_timeout_s=self._times.header_s,
             write_timeout_s=self._times.write_s,
+            refusal=self._refusal,
             plain=accepted if tls is None else None,
         )
 

@@ -4,9 +4,13 @@ A reader subscribes before anything is read, replays, and then waits while the h
 client. Unsubscribing is synchronous, whichever way the request ends.
 """
 
+from dataclasses import replace
+
 import msgspec
 import trio
 
+from rdev.adapters.http import schemas
+from rdev.adapters.http.describe import Answer, Described, Description, Parameter
 from rdev.adapters.http.exchange import exchange, hold
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import RETRY_MS, Followers, last_id
@@ -36,6 +40,67 @@ def stream_routes(
         PlainRoute("/projects/{project}/events", streams.of_project),
         PlainRoute("/events", feeds.of_all),
     ]
+
+
+_AFTER_ID = Parameter(name="after", about="resume behind this id", schema=schemas.TEXT)
+_LAST_EVENT_ID = Parameter(
+    name="Last-Event-ID", about="the same, and it wins", schema=schemas.TEXT, where="header"
+)
+_SINCE = (
+    _AFTER_ID,
+    Parameter(name="token", about="a stream token, in place of a key", schema=schemas.TEXT),
+    _LAST_EVENT_ID,
+)
+_STREAM = {
+    200: Answer(
+        about="the events, from the first (or behind the id) to `complete`, live",
+        schema=schemas.TEXT,
+        content_type="text/event-stream",
+        is_enveloped=False,
+        events=schemas.STREAM_EVENTS,
+    ),
+    204: Answer(about="there is nothing behind this id and there never will be"),
+}
+
+DESCRIBED: Described = {
+    ("GET", "/commands/{command}/events"): Description(
+        summary="The stream of a command",
+        tag="streams",
+        parameters=_SINCE,
+        answers=_STREAM,
+        errors=(ErrorCode.GONE,),
+    ),
+    ("GET", "/projects/{project}/events"): Description(
+        summary="The stream of a command, or the feed of a project",
+        tag="streams",
+        about="With `stream_id` that command's stream; without it the life of all its commands.",
+        parameters=(
+            Parameter(name="stream_id", about="the command", schema=schemas.an_id("cmd_")),
+            *_SINCE,
+        ),
+        answers={
+            200: replace(_STREAM[200], events=schemas.STREAM_AND_FEED_EVENTS),
+            204: _STREAM[204],
+        },
+        errors=(ErrorCode.GONE,),
+    ),
+    ("GET", "/events"): Description(
+        summary="The feed of all commands that the key sees",
+        tag="streams",
+        about="No output lines. Ids are opaque and good for 7 days; `0` is the oldest stored.",
+        parameters=(_AFTER_ID, _LAST_EVENT_ID),
+        answers={
+            200: Answer(
+                about="the events from now on, or from behind the id, without an end",
+                schema=schemas.TEXT,
+                content_type="text/event-stream",
+                is_enveloped=False,
+                events=schemas.FEED_EVENTS,
+            )
+        },
+        errors=(ErrorCode.GONE,),
+    ),
+}
 
 
 class _Streams:

@@ -6,8 +6,10 @@ from math import ceil
 
 from quart import Blueprint, Response
 
+from rdev.adapters.http import schemas
 from rdev.adapters.http.access import require_command
 from rdev.adapters.http.cookies import forgotten, session_cookie
+from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, no_content, read_json
 from rdev.adapters.http.exchange import exchange, principal
 from rdev.adapters.http.origin import origin_of
@@ -19,6 +21,46 @@ from rdev.ports.authentication import ProjectOf
 from rdev.services.tickets import Tickets
 
 _UNSTORED = {"Cache-Control": "no-store"}
+
+
+def _read_stream(body: Json) -> CommandId:
+    """`{stream_id}`. Errors: BAD_REQUEST, all faults; NOT_FOUND for what is no command's id."""
+    fields = Fields(body)
+    text = fields.text("stream_id", max_bytes=100, required=True) or ""
+    fields.finish()
+    if not is_command_id(text):
+        raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {text!r}")
+    return CommandId(text)
+
+
+DESCRIBED: Described = {
+    ("POST", "/session"): Description(
+        summary="Open a session for a browser",
+        tag="sessions",
+        about="With a key, not with a session. The cookie is HttpOnly and SameSite=Strict.",
+        answers={
+            201: Answer(
+                about="the cookie is in the answer",
+                schema=schemas.SESSION,
+                headers=("Location", "Set-Cookie"),
+            )
+        },
+    ),
+    ("DELETE", "/session"): Description(
+        summary="Close the session",
+        tag="sessions",
+        answers={204: Answer(about="the cookie is forgotten", headers=("Set-Cookie",))},
+    ),
+    ("POST", "/stream-tokens"): Description(
+        summary="Make a token for one stream",
+        tag="sessions",
+        about="For `?token=` of an EventSource.",
+        body=_read_stream,
+        example={"stream_id": "cmd_019a8f2e4b7c7d1e8f3a5b6c7d8e9f01"},
+        answers={201: Answer(about="made", schema=schemas.STREAM_TOKEN, headers=("Location",))},
+        errors=(ErrorCode.NOT_FOUND,),
+    ),
+}
 
 
 def ticket_routes(
@@ -49,7 +91,7 @@ def ticket_routes(
 
     @routes.post("/stream-tokens")
     async def make_stream_token() -> Response:
-        stream = _stream(await read_json())
+        stream = _read_stream(await read_json())
         await require_command(principal(), stream, project_of)
         issued = tickets.issue_stream_token(principal(), stream)
         path = f"/commands/{stream}/events"
@@ -62,16 +104,6 @@ def ticket_routes(
         return created(data, location=path, headers=_UNSTORED)
 
     return routes
-
-
-def _stream(body: Json) -> CommandId:
-    """`{stream_id}`. Errors: BAD_REQUEST, all faults; NOT_FOUND for what is no command's id."""
-    fields = Fields(body)
-    text = fields.text("stream_id", max_bytes=100, required=True) or ""
-    fields.finish()
-    if not is_command_id(text):
-        raise RdevError(ErrorCode.NOT_FOUND, f"there is no command {text!r}")
-    return CommandId(text)
 
 
 def _seconds(until: datetime, now: datetime) -> int:

@@ -237,6 +237,7 @@ async def serve(nursery: trio.Nursery, deadline_s: float) -> AsyncIterator[Serve
             bind=[bind],
             grace_s=grace_s,
             telemetry=telemetry,
+            **({"refusal": shell.unreadable} if isinstance(shell, Shell) else {}),
             times=times,
             max_connections=max_connections,
         )
