@@ -229,6 +229,7 @@ async def _lines_of(response: httpx2.Response) -> AsyncIterator[AsyncIterator[by
             with trio.move_on_after(_REST_S):
                 async for _ in lines:  # noqa: ASYNC102  # a generator that was cancelled is at its end
                     pass
+                await trio.lowlevel.checkpoint()  # noqa: ASYNC102  # as above
 
 
 async def _lines(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
