@@ -17,7 +17,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-contract test-faults test-simulation coverage bench lock hooks docs-states clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-simulation coverage bench lock hooks docs-states docs-limits clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -75,6 +75,9 @@ hooks: setup ## run the checks before every commit
 
 docs-states: setup ## write docs/states.md from the transition table
 	$(BIN)/python docs/generate_states.py
+
+docs-limits: setup ## write docs/api/limits.md from the code
+	PYTHONPATH=. $(BIN)/python docs/generate_limits.py
 
 clean: ## remove what was built; the state folder .rdev stays
 	rm -rf $(VENV) .venv-* build dist htmlcov coverage.xml .coverage* bench/results

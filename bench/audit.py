@@ -1,13 +1,12 @@
 """What the audit log costs: the insert of a command with its audit entry and without it.
 
 One PostgreSQL with fsync, four clients, each a process with a connection of its own that inserts as
-fast as it can for a while: the statement of `rdev/adapters/postgres/commands.py` as it is, the same
-without the entry, and without the entry and the event. In turns, so that all meet the same hour;
-what is compared are the medians of neighbours. Each side has a fresh copy of the same database.
+fast as it can: the statement of `rdev/adapters/postgres/commands.py` as it is, the same without the
+entry, and without the entry and the event. All clients change from one to the next together, ten
+times a second, so that all three meet the same machine and the same tables.
 """
 
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,10 +18,10 @@ from pathlib import Path
 import psycopg
 import trio
 import uuid_utils.compat
-from psycopg.rows import dict_row
+from psycopg.rows import DictRow, dict_row
 
 from bench.harness import Context, Figure, Measurement, Scenario, ratios
-from bench.peers.databases import Databases, cpu_s, open_databases
+from bench.peers.databases import Databases, open_databases
 from bench.peers.load import make_projects, project
 from bench.server import open_state_dir
 from rdev.adapters.postgres import commands as commands_sql
@@ -37,7 +36,8 @@ CLIENTS = 4
 PROJECTS = 500
 # Within which a client has connected and has its statement prepared.
 WARM_S = 1.0
-WINDOW_S = 2.0
+SLICE_S = 0.1
+WINDOW_S = 60 * SLICE_S
 TARGET_KEPT_PERCENT = 90
 
 ACTOR = Actor(
@@ -65,28 +65,49 @@ STATEMENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Share:
-    """What one client did in the window, and its own CPU time."""
+    """What one client did with one statement. CPU in seconds: PostgreSQL's for it, and its own."""
 
-    inserted: int
-    cpu_s: float
+    inserted: int = 0
+    database_cpu_s: float = 0.0
+    client_cpu_s: float = 0.0
 
 
-def insert_for_a_while(side: str, dsn: str, starts_at: float) -> Share:
+def insert_for_a_while(dsn: str, starts_at: float) -> dict[str, Share]:
     """One client. `starts_at`: when its window begins (`time.time`); before that it warms up.
     Errors: TimeoutError when it was not ready by then."""
-    statement = STATEMENTS[side]
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
         if time.time() > starts_at:
             raise TimeoutError("the machine is too busy to measure anything")
         while time.time() < starts_at:
-            connection.execute(statement, _parameters()).fetchone()
-        inserted, cpu_began_s = 0, time.process_time()
-        while time.time() < starts_at + WINDOW_S:
-            connection.execute(statement, _parameters()).fetchone()
-            inserted += 1
-        return Share(inserted=inserted, cpu_s=time.process_time() - cpu_began_s)
+            for statement in STATEMENTS.values():
+                connection.execute(statement, _parameters()).fetchone()
+        shares = {side: Share() for side in STATEMENTS}
+        for number in range(int(WINDOW_S / SLICE_S)):
+            side = list(STATEMENTS)[number % len(STATEMENTS)]
+            _insert_until(starts_at + (number + 1) * SLICE_S, connection, side, shares[side])
+        return shares
+
+
+def _insert_until(
+    until: float, connection: psycopg.Connection[DictRow], side: str, share: Share
+) -> None:
+    pid = connection.info.backend_pid
+    theirs_s, mine_s = _cpu_s(pid), time.process_time()
+    while time.time() < until:
+        connection.execute(STATEMENTS[side], _parameters()).fetchone()
+        share.inserted += 1
+    share.database_cpu_s += _cpu_s(pid) - theirs_s
+    share.client_cpu_s += time.process_time() - mine_s
+
+
+def _cpu_s(pid: int) -> float:
+    """Finer than the ticks of `stat`; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def be_there(_: int) -> None:
@@ -127,37 +148,31 @@ async def _inserts(context: Context, databases: Databases) -> dict[str, list[flo
     with ProcessPoolExecutor(CLIENTS, mp_context=get_context("spawn")) as clients:
         list(clients.map(be_there, range(CLIENTS)))
         for repetition in range(-context.warm_ups, context.repetitions):
-            sides = list(STATEMENTS)
-            # Now the one first, now the other.
-            for side in sides if repetition % 2 else reversed(sides):
-                for name, value in (await _side(databases, clients, side)).items():
-                    if repetition >= 0:
-                        found.setdefault(name, []).append(value)
+            for name, value in (await _window(databases, clients)).items():
+                if repetition >= 0:
+                    found.setdefault(name, []).append(value)
     for other in ("unaudited", "unrecorded"):
         kept = ratios(found["audited_per_s"], found[f"{other}_per_s"])
         found[f"kept_of_{other}"] = [100 * one for one in kept]
-    found["audit_cpu"] = _difference(found["audited_cpu"], found["unaudited_cpu"])
-    found["event_cpu"] = _difference(found["unaudited_cpu"], found["unrecorded_cpu"])
+    found["audit_cpu"] = _differences(found["audited_cpu"], found["unaudited_cpu"])
+    found["event_cpu"] = _differences(found["unaudited_cpu"], found["unrecorded_cpu"])
     return found
 
 
-async def _side(databases: Databases, clients: ProcessPoolExecutor, side: str) -> dict[str, float]:
-    """One window of one side."""
+async def _window(databases: Databases, clients: ProcessPoolExecutor) -> dict[str, float]:
+    """One window on a fresh database: what each side did in its slices of it."""
     async with databases.filled("audit", _fill) as dsn:
         starts_at = time.time() + WARM_S
-        shares = [clients.submit(insert_for_a_while, side, dsn, starts_at) for _ in range(CLIENTS)]
-        await trio.sleep(WARM_S)
-        began_s = await trio.to_thread.run_sync(cpu_s, dsn)
-        # Before the clients leave, and their processes with them.
-        await trio.sleep(WINDOW_S * 0.9)
-        used_s = await trio.to_thread.run_sync(cpu_s, dsn) - began_s
-        done = [await trio.to_thread.run_sync(share.result) for share in shares]
-    inserted = sum(share.inserted for share in done)
-    return {
-        f"{side}_per_s": inserted / WINDOW_S,
-        f"{side}_cpu": used_s / (inserted * 0.9) * 1e6,
-        f"{side}_client_cpu": sum(share.cpu_s for share in done) / inserted * 1e6,
-    }
+        windows = [clients.submit(insert_for_a_while, dsn, starts_at) for _ in range(CLIENTS)]
+        done = [await trio.to_thread.run_sync(window.result) for window in windows]
+    found: dict[str, float] = {}
+    for side in STATEMENTS:
+        shares = [shares[side] for shares in done]
+        inserted = sum(share.inserted for share in shares)
+        found[f"{side}_per_s"] = inserted / (WINDOW_S / len(STATEMENTS))
+        found[f"{side}_cpu"] = sum(share.database_cpu_s for share in shares) / inserted * 1e6
+        found[f"{side}_client_cpu"] = sum(share.client_cpu_s for share in shares) / inserted * 1e6
+    return found
 
 
 async def _fill(dsn: str) -> None:
@@ -166,8 +181,8 @@ async def _fill(dsn: str) -> None:
     await trio.to_thread.run_sync(partial(make_projects, dsn, names))
 
 
-def _difference(more: Sequence[float], less: Sequence[float]) -> list[float]:
-    return [statistics.median(more) - statistics.median(less)]
+def _differences(more: Sequence[float], less: Sequence[float]) -> list[float]:
+    return [one - other for one, other in zip(more, less, strict=True)]
 
 
 SCENARIO = Scenario(

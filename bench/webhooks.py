@@ -5,8 +5,8 @@ inserted as statements that change commands do it, each in a transaction, and th
 another server tells it. `latency_*`: from the commit's return to the request at the receiver, 20
 endpoints, some 60 events/s in all. `holes_*`: the same beside 20 endpoints that take connections
 and never answer, each with a backlog. `deliveries`: 50 endpoints that answer at once, and a backlog
-that lasts; what the receivers cost is this process's. `owed_*`: what the trigger adds to a statement
-that inserts one event, without its commit.
+that lasts; what the receivers cost is this process's. `owed_*`: what the trigger adds to a
+statement that inserts one event, without its commit.
 """
 
 import http.client

@@ -50,7 +50,9 @@ class StoreDuties(Protocol):
         ...
 
     async def forget_events(self, *, older_s: float, limit: int) -> int:
-        """Delete what happened so long ago (not the audit log), oldest first; returns how many."""
+        """Delete what happened so long ago (not the audit log), in the order of the feeds, up to
+        what is younger; returns how many. The newest of them stays: it tells the feeds that
+        something went before it."""
         ...
 
     async def forget_commands(self, *, older_s: float, limit: int) -> int:

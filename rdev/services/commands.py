@@ -11,6 +11,7 @@ from rdev.domain.execution import Spec
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
 from rdev.domain.lanes import Lane
+from rdev.domain.redaction import redact_argv, secret_values
 from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.commands import Accepted, CommandStore
@@ -82,7 +83,7 @@ class Commands:
             project=project,
             kind=kind,
             spec=spec,
-            argv=argv,
+            argv=redact_argv(argv, secret_values(spec.env)),
             priority=common.priority,
             retry=common.retry,
             expires_in_s=common.expires_in_s,

@@ -5,7 +5,7 @@ whose projects are concerned. It looks when a status has changed (here, or told 
 and each second as the floor; without watchers it does nothing. What is committed but held back by a
 transaction that still writes is looked for again soon, then ever more seldom. A reader that is
 behind reads the record itself. Bounds: 256 KiB of newest events for each set of projects; a
-hundred looks a second; how many subscriptions there are is bounded by the HTTP edge.
+pause between looks; how many subscriptions there are is bounded by the HTTP edge.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +29,15 @@ Projects: TypeAlias = frozenset[ProjectId] | None
 
 # The floor: with every wake-up lost, no event is later than this.
 POLL_S = 1.0
-# Between two looks, however often it is woken.
-PAUSE_S = 0.01
+# Between two looks, however often it is woken: `REST` times as long as the last one took, within
+# these. So looks that bring little take a fifth of the time at most; after a silence it looks at
+# once.
+PAUSE_S = 0.002
+PAUSE_MOST_S = 0.02
+REST = 4
 # After a look behind which events are held back, so much longer; twice that where the next brings
 # nothing, and at most this.
-HELD_FIRST_S = 0.01
+HELD_FIRST_S = 0.005
 HELD_MOST_S = 0.25
 # What one look brings at most; where there is more, the next one follows.
 LOOK_EVENTS = 1_000
@@ -185,7 +189,7 @@ class Feed:
         finally:
             self._open -= 1
             topic.readers.discard(reader)
-            topic.waiting.pop(reader, None)
+            reader.stop_waiting()
             if not topic.readers:
                 del self._topics[projects]
             if not self._topics:
@@ -199,7 +203,7 @@ class Feed:
 
     def mark(self, topic: Topic[Projects]) -> None:
         """See `Hub`."""
-        for reader in tuple(topic.waiting):
+        for reader in topic.all_waiting():
             reader.wake()
 
     async def look(self, topic: Topic[Projects]) -> None:
@@ -212,6 +216,7 @@ class Feed:
         while True:
             await self._await_news()
             self._work = trio.Event()
+            began_s = trio.current_time()
             try:
                 while await self.run_once():
                     pass
@@ -219,7 +224,8 @@ class Feed:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
                     raise
                 self._held_s = POLL_S
-            await trio.sleep(PAUSE_S)
+            took_s = trio.current_time() - began_s
+            await trio.sleep(min(max(PAUSE_S, took_s * REST), PAUSE_MOST_S))
 
     async def _await_news(self) -> None:
         """1. Nobody watches: until somebody does. 2. Held back: a while; news stand behind it too.
@@ -266,27 +272,19 @@ class Feed:
         """Write to all readers that wait; yields at least every 2 ms."""
         yield_at_s = trio.current_time() + YIELD_S
         for topic in tuple(self._topics.values()):
-            while True:
-                behind = [
-                    reader for reader in topic.waiting if reader.position < topic.tail.last_seq
-                ]
-                for reader in behind:
-                    self._count(topic, reader.give())
+            while groups := topic.groups_behind():
+                for group in groups:
+                    self._count(topic.write_to(group))
                     if trio.current_time() >= yield_at_s:
                         await trio.lowlevel.checkpoint()
                         yield_at_s = trio.current_time() + YIELD_S
-                if not behind:
-                    break
             topic.forget_taken()
+            topic.regroup()
 
-    def _count(self, topic: Topic[Projects], given: Frames | None) -> None:
-        if given is None:
-            return
-        topic.written_at_s = trio.current_time()
-        for event_type, events in given.counts.items():
-            self._written += events
-            if topic.tally is not None:
-                topic.tally(event_type, events)
+    def _count(self, written: tuple[Frames, int] | None) -> None:
+        if written is not None:
+            given, readers = written
+            self._written += sum(given.counts.values()) * readers
 
     def _readers(self) -> list[Subscription[Projects]]:
         return [reader for topic in self._topics.values() for reader in topic.readers]

@@ -11,7 +11,7 @@ to the one that has it. Of the store:
 | idempotency keys | 24 h | ≤ 1,000 rows, ≤ 100 ms | idempotency_keys |
 | windows of rate limits | when their last hit has left | ≤ 1,000 rows, ≤ 100 ms | rate_windows |
 | deliveries of webhooks | `retention.delivery_days` | ≤ 1,000 rows, ≤ 100 ms | deliveries |
-| events of commands and projects | `EVENT_DAYS` days | ≤ 1,000 rows, ≤ 100 ms | events |
+| events of commands and projects (4) | 7 days | ≤ 1,000 rows, ≤ 100 ms | events |
 | ended commands of any reach | `retention.days` + 2 days | ≤ 1,000 rows, ≤ 100 ms | commands |
 
 and of the places of this server's reach:
@@ -30,6 +30,8 @@ today's, and none in which a command waits or runs.
 
 (3) Never before the database's owner lets it (`audit_policy`), and nothing that is not sealed.
 
+(4) All but the newest of them, by which the feeds know that something went before it.
+
 A command outlives its output by a day: until then its stream answers 410, after that 404. A place
 that cannot be reached is passed by; its rows go a day later than others. Rows go in batches that
 shrink where one takes over 100 ms, with a pause as long as the batch took.
@@ -43,7 +45,7 @@ import trio
 from rdev.domain.backoff import Backoff
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId, command_of
-from rdev.domain.retention import BatchSize, Ended, Retention, days_to_drop
+from rdev.domain.retention import FEED_KEPT_S, BatchSize, Ended, Retention, days_to_drop
 from rdev.ports.execution import Executor
 from rdev.ports.telemetry import UpkeepTelemetry
 from rdev.ports.upkeep import PlaceDuties, StoreDuties, Upkeep
@@ -51,8 +53,6 @@ from rdev.ports.upkeep import PlaceDuties, StoreDuties, Upkeep
 INTERVAL_S = 60.0
 DAYS_AHEAD = 3
 DAY_S = 86_400.0
-# How far back a feed can be resumed (the HTTP contract).
-EVENT_DAYS = 7
 # Long after the last reader of a command's folder has read its end.
 TIDY_AGE_S = 300.0
 # So many folders at once: an exec of about a second.
@@ -130,7 +130,7 @@ class Housekeeper:
             "deliveries", lambda rows: store.forget_deliveries(older_s=deliveries_s, limit=rows)
         )
         await self._in_batches(
-            "events", lambda rows: store.forget_events(older_s=EVENT_DAYS * DAY_S, limit=rows)
+            "events", lambda rows: store.forget_events(older_s=FEED_KEPT_S, limit=rows)
         )
         older_s = (self._retention.days + 2) * DAY_S
         await self._in_batches(

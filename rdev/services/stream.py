@@ -19,6 +19,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.output import OutputLog
+from rdev.services.stream_group import OfferEach, Outlet
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_reader import (
     CLOSE_AT_ONCE,
@@ -30,12 +31,20 @@ from rdev.services.stream_reader import (
 )
 from rdev.services.stream_tail import Frames
 
-__all__ = ["BUFFER_BYTES", "HEARTBEAT_S", "Fanout", "Frames", "Signal", "Subscription"]
+__all__ = [
+    "BUFFER_BYTES",
+    "HEARTBEAT_S",
+    "Fanout",
+    "Frames",
+    "OfferEach",
+    "Outlet",
+    "Signal",
+    "Subscription",
+]
 
 BUFFER_BYTES = 262_144
-# So long the delivery loop works at most before others run; it looks at the clock this often.
+# So long the delivery loop works before others run; it looks at the clock after each group.
 YIELD_S = 0.002
-_READERS_A_LOOK = 16
 # Reads of the log at once for streams that other servers append to; the pool has more connections.
 LOOKS_AT_ONCE = 4
 # After a look that failed, and between two looks of a server that drains and is told nothing more.
@@ -182,7 +191,7 @@ class Fanout:
         finally:
             self._open -= 1
             topic.readers.discard(reader)
-            topic.waiting.pop(reader, None)
+            reader.stop_waiting()
             if not topic.readers:
                 del self._topics[command]
                 self._marked.pop(topic, None)
@@ -203,7 +212,7 @@ class Fanout:
     def mark(self, topic: Topic[CommandId]) -> None:
         """The topic has something for its readers. Never waits."""
         if self._nursery is None:
-            for reader in tuple(topic.waiting):
+            for reader in topic.all_waiting():
                 reader.wake()
         else:
             self._marked[topic] = None
@@ -236,34 +245,17 @@ class Fanout:
     async def _deliver_to(self, topic: Topic[CommandId], yield_at_s: float) -> float:
         """One write to each reader of a stream that waits; returns when to yield again."""
         self._start_look(topic)
-        last: Frames | None = None
-        position = count = 0
-        for number, reader in enumerate(tuple(topic.waiting), 1):
-            # Most readers stand at the same place: the same frames, and no question asked.
-            if last is not None and reader.position == position and reader.takes(last):
-                count += 1
-            else:
-                self._count(topic, last, count)
-                position, last = reader.position, reader.give()
-                count = 1
-            if not number % _READERS_A_LOOK and trio.current_time() >= yield_at_s:
+        for group in topic.groups_behind():
+            written = topic.write_to(group)
+            self._written += written[1] if written else 0
+            if trio.current_time() >= yield_at_s:
                 await trio.lowlevel.checkpoint()
                 yield_at_s = trio.current_time() + YIELD_S
-        self._count(topic, last, count)
-        if any(reader.position < topic.tail.last_seq for reader in topic.waiting):
+        if topic.groups_behind():
             self._marked[topic] = None
-        elif len(topic.waiting) == len(topic.readers):
+        elif topic.all_wait:
             topic.tail.forget(topic.tail.last_seq)
         return yield_at_s
-
-    def _count(self, topic: Topic[CommandId], given: Frames | None, readers: int) -> None:
-        if given is None:
-            return
-        topic.written_at_s = trio.current_time()
-        self._written += readers
-        if topic.tally is not None:
-            for event_type, events in given.counts.items():
-                topic.tally(event_type, events * readers)
 
     def _start_look(self, topic: Topic[CommandId]) -> None:
         if self._nursery is None or topic.is_looking or not topic.is_stale:
@@ -305,6 +297,7 @@ class Fanout:
             await trio.sleep(_SWEEP_S)
             for topic in tuple(self._topics.values()):
                 topic.forget_taken()
+                topic.regroup()
             if self.draining:
                 self.wake_all()
 

@@ -2,8 +2,8 @@
 comes next. `Key` names a stream; its positions are numbers that grow.
 
 A reader takes by itself (`receive`); while it waits there, it may let the hub write straight to its
-client (`offer`). Either way its position is the guard: nothing twice, nothing left out. It holds no
-events: what it has not taken yet is in the stream's tail, or in the log.
+client (`Outlet`). Either way its position is the guard: nothing twice, nothing left out. It holds
+no events: what it has not taken yet is in the stream's tail, or in the log.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.services.stream_group import MEMBERS_MAX, Group, Outlet
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_tail import Frames, Tail
 
@@ -22,9 +23,6 @@ CLOSE_AT_ONCE = 100
 
 Key = TypeVar("Key", bound=Hashable)
 
-# Writes frames to the client as far as it takes them at once and keeps the rest; says whether
-# everything left. Never waits.
-Offer = Callable[[Frames], bool]
 # Told what the hub wrote: a type of event, and how many.
 Tally = Callable[[str, int], None]
 
@@ -42,6 +40,7 @@ class Topic(Generic[Key]):
     """One stream that is watched here: its newest events and its readers."""
 
     __slots__ = (
+        "groups",
         "is_looking",
         "is_stale",
         "key",
@@ -57,12 +56,74 @@ class Topic(Generic[Key]):
         self.key = key
         self.tail = Tail(limit_bytes=limit_bytes)
         self.readers: set[Subscription[Key]] = set()
-        # Those that are inside `receive` and wait.
+        # Those that are inside `receive` and wait: each by itself, or in groups.
         self.waiting: dict[Subscription[Key], None] = {}
+        self.groups: dict[Group[Subscription[Key]], None] = {}
         # The log may hold more than the tail: somebody else appended.
         self.is_stale = self.is_looking = False
         self.looked_at_s = self.written_at_s = float("-inf")
         self.tally: Tally | None = None
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether every reader waits."""
+        grouped = sum([len(group.members) for group in self.groups])
+        return len(self.waiting) + grouped == len(self.readers)
+
+    def all_waiting(self) -> list["Subscription[Key]"]:
+        """Those that wait, by themselves or in groups."""
+        return [*self.waiting, *(reader for group in self.groups for reader in group.members)]
+
+    def groups_behind(self) -> list[Group["Subscription[Key]"]]:
+        """Those that can be written to now; whoever is behind and takes by itself is woken."""
+        last_seq = self.tail.last_seq
+        for reader in tuple(self.waiting):
+            if reader.position < last_seq and not reader.lets_write:
+                reader.wake()
+        self._gather()
+        return [group for group in self.groups if group.position < last_seq]
+
+    def write_to(self, group: Group["Subscription[Key]"]) -> tuple[Frames, int] | None:
+        """The next frames to all of a group; what was written, and to how many. None: they have
+        left meanwhile, or there is a hole, and they read the log."""
+        readers = list(group.members)
+        given = self.tail.after(group.position) if readers else None
+        if given is None:
+            for reader in readers:
+                reader.wake()
+            return None
+        for reader in group.write(given):
+            reader.block()
+        if given.is_final:
+            for reader in readers:
+                reader.end()
+        self.written_at_s = trio.current_time()
+        if self.tally is not None:
+            for event_type, events in given.counts.items():
+                self.tally(event_type, events * len(readers))
+        return given, len(readers)
+
+    def regroup(self) -> None:
+        """Groups that have become small are dissolved; their members gather anew."""
+        small = [group for group in self.groups if 2 * len(group.members) < MEMBERS_MAX]
+        if len(small) > 1:
+            for group in small:
+                for reader in tuple(group.members):
+                    reader.leave_group()
+                    self.waiting[reader] = None
+
+    def _gather(self) -> None:
+        """Those who wait by themselves and let the hub write join a group where they stand."""
+        if not self.waiting:
+            return
+        open_groups = {group.position: group for group in self.groups if group.has_room}
+        for reader in tuple(self.waiting):
+            group = open_groups.get(reader.position)
+            if group is None or not group.has_room:
+                group = Group(reader.position)
+            if reader.join(group):
+                self.groups[group] = None
+                open_groups[group.position] = group
 
     def forget_taken(self) -> None:
         """Let go of what all have that do not read the log anyway."""
@@ -87,41 +148,53 @@ class Hub(Protocol[Key]):
 
 
 class Subscription(Generic[Key]):
-    """A reader. `position` is the last event it was given. Made by `Fanout` and `Feed`."""
+    """A reader. Made by `Fanout` and `Feed`."""
 
     __slots__ = (
+        "_group",
         "_hub",
         "_is_blocked",
         "_is_dismissed",
         "_is_ended",
         "_log_end",
         "_news",
-        "_offer",
+        "_outlet",
+        "_position",
         "_reached",
-        "position",
         "replays",
         "topic",
     )
 
     def __init__(self, topic: Topic[Key], hub: Hub[Key], *, after: int) -> None:
         self.topic = topic
-        self.position = after
+        self._position = after
+        self._group: Group[Subscription[Key]] | None = None
         # Whether the log may hold events that the tail does not: at first, and after a hole.
         self.replays = True
         self._hub = hub
         self._log_end: int | None = None
         self._reached = after
         self._news = trio.Event()
-        self._offer: Offer | None = None
+        self._outlet: Outlet | None = None
         self._is_blocked = self._is_ended = False
         self._is_dismissed = hub.draining
 
-    async def receive(self, offer: Offer | None = None) -> Frames | Signal:
+    @property
+    def position(self) -> int:
+        """The last event it was given."""
+        return self._position if self._group is None else self._group.position
+
+    @property
+    def lets_write(self) -> bool:
+        """Whether it waits and the hub may write to its client."""
+        return self._outlet is not None
+
+    async def receive(self, outlet: Outlet | None = None) -> Frames | Signal:
         """The next frames, in order, without a hole or a double; or a signal.
 
         END after the final frames; DISMISSED when the reader was asked to go; HEARTBEAT after 15 s
-        of silence. With `offer` the hub writes by itself while nothing else is to be done;
-        BLOCKED then says that the client did not take everything: what `offer` kept must leave
+        of silence. With `outlet` the hub writes by itself while nothing else is to be done;
+        BLOCKED then says that the client did not take everything: what was kept must leave
         before anything else does. Errors: SERVICE_UNAVAILABLE when the log cannot be read (resume
         later), GONE when what comes next was pruned meanwhile. Cancellation: nothing is lost; the
         position is that of the last frames given.
@@ -141,7 +214,7 @@ class Subscription(Generic[Key]):
             # A stop may have come, or news, while the log was read.
             if self._signal() is not None or self.position < self.topic.tail.last_seq:
                 continue
-            if not await self._wait(offer):
+            if not await self._wait(outlet):
                 return Signal.HEARTBEAT
 
     def log_reaches(self, last_seq: int) -> None:
@@ -154,33 +227,33 @@ class Subscription(Generic[Key]):
         if self.position >= last_seq:
             self._catch_up()
 
-    def give(self) -> Frames | None:
-        """The hub's own way: write the next frames to the client of a reader that waits; what was
-        written, or None when there is nothing the hub can do."""
-        offer, tail = self._offer, self.topic.tail
-        if self.position >= tail.last_seq:
-            return None
-        found = tail.after(self.position) if offer is not None else None
-        if found is None or offer is None:
-            self.wake()  # it takes by itself, or reads the log where there is a hole
-            return None
-        self.takes(found)
-        return found
-
-    def takes(self, found: Frames) -> bool:
-        """Write frames that follow its position to the client of a reader that waits; whether it
-        let the hub write."""
-        offer = self._offer
-        if offer is None:
+    def join(self, group: Group["Subscription[Key]"]) -> bool:
+        """Be written to with a group from now on; whether it lets the hub write at all."""
+        if self._outlet is None:
             return False
-        self.position = found.last_seq
-        if not offer(found):
-            self._is_blocked = True
-            self.wake()
-        if found.is_final:
-            self._is_ended = True
-            self.wake()
+        del self.topic.waiting[self]
+        group.add(self, self._outlet)
+        self._group = group
         return True
+
+    def leave_group(self) -> None:
+        """Stand by itself, where the group stood. Idempotent."""
+        group, self._group = self._group, None
+        if group is not None:
+            self._position = group.position
+            group.remove(self)
+            if not group.members:
+                self.topic.groups.pop(group, None)
+
+    def block(self) -> None:
+        """The hub wrote, and the client did not take everything."""
+        self._is_blocked = True
+        self.wake()
+
+    def end(self) -> None:
+        """The hub wrote the final frames."""
+        self._is_ended = True
+        self.wake()
 
     def dismiss(self) -> None:
         """Ask the reader to go: its next signal is DISMISSED. Idempotent."""
@@ -189,9 +262,14 @@ class Subscription(Generic[Key]):
 
     def wake(self) -> None:
         """Let it look for itself what there is to do."""
-        self._offer = None
-        self.topic.waiting.pop(self, None)
+        self.stop_waiting()
         self._news.set()
+
+    def stop_waiting(self) -> None:
+        """From now on nothing is written to its client by the hub. Idempotent."""
+        self._outlet = None
+        self.leave_group()
+        self.topic.waiting.pop(self, None)
 
     def _signal(self) -> Signal | None:
         """1. What was begun must leave first. 2. The end is an end, also for who is to go."""
@@ -225,7 +303,7 @@ class Subscription(Generic[Key]):
 
     def _take(self, found: Frames) -> None:
         tail = self.topic.tail
-        self.position = found.last_seq
+        self._position = found.last_seq
         self._is_ended = found.is_final
         if self.replays and tail.first_seq <= self.position + 1 <= tail.last_seq + 1:
             self.replays = False
@@ -239,26 +317,25 @@ class Subscription(Generic[Key]):
             self.topic.tail.begin(self.position)
             self._hub.mark(self.topic)
 
-    async def _wait(self, offer: Offer | None) -> bool:
+    async def _wait(self, outlet: Outlet | None) -> bool:
         """Wait until there is something to do; False after 15 s without a write."""
         topic = self.topic
         silent_since_s = trio.current_time()
         self._news = trio.Event()
-        self._offer = offer
+        self._outlet = outlet
         topic.waiting[self] = None
         try:
             while True:
-                if offer is not None:
+                if outlet is not None:
                     silent_since_s = max(silent_since_s, topic.written_at_s)
                 with trio.move_on_at(silent_since_s + HEARTBEAT_S):
                     await self._news.wait()
                 if self._news.is_set():
                     return True
-                if offer is None or topic.written_at_s <= silent_since_s:
+                if outlet is None or topic.written_at_s <= silent_since_s:
                     break
         finally:
-            topic.waiting.pop(self, None)
-            self._offer = None
+            self.stop_waiting()
         if trio.current_time() - topic.looked_at_s > HEARTBEAT_S / 2:
             # A lost wake-up costs this much at most.
             topic.is_stale = True

@@ -2,11 +2,14 @@
 
 import json
 from itertools import pairwise
+from pathlib import Path
 
 import msgspec
+import psycopg
 import trio
 
-from tests.app.server import DEADLINE_S, Api, Json
+from rdev.adapters.postgres.embedded import running_embedded
+from tests.app.server import DEADLINE_S, Api, Json, Server, rdev
 
 
 async def entries(api: Api, wanted: int = 1, **parameters: str) -> list[Json]:
@@ -93,6 +96,14 @@ async def test_times_limit_what_is_shown(api: Api):
     assert wrong.status_code == 400
 
 
+async def test_a_filter_that_can_match_nothing_is_told_or_finds_nothing(api: Api):
+    for text in ("a\0b", "x" * 500):
+        assert (await api.get("/audit", params={"actor": text})).status_code == 400
+    for text in ("nobody", "é" * 20, "'; drop table audit_entries; --", "\ufffd"):
+        answer = await api.get("/audit", params={"action": text})
+        assert (answer.status_code, answer.json()["data"]) == (200, [])
+
+
 async def test_a_denial_is_an_entry_and_the_rest_is_a_count(api: Api):
     for _ in range(5):
         refused = await api.get("/queue", headers={"Authorization": "Bearer nobody"})
@@ -125,3 +136,61 @@ async def test_without_the_scope_nothing_is_shown(api: Api):
     key = {"Authorization": f"Bearer {made.json()['data']['key']}"}
     for path in ("/audit", "/audit/export", "/audit/verify"):
         assert (await api.get(path, headers=key)).status_code == 403
+
+
+def checkpoints_of(server: Server) -> Path:
+    return server.state_dir / "audit-checkpoints"
+
+
+async def test_the_command_line_verifies_the_log_and_its_checkpoints(server: Server, api: Api):
+    await api.run("true")
+    await entries(api, 3)
+    with trio.fail_after(DEADLINE_S):
+        while not checkpoints_of(server).exists():
+            await trio.sleep(0.1)
+    verify = ["audit", "verify", "--checkpoints", str(checkpoints_of(server))]
+    done = await trio.to_thread.run_sync(lambda: rdev(*verify, environment=server.environment))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"entries verified" in done.stdout
+    assert b"checkpoints agree" in done.stdout
+    asked = ["audit", "verify", "--url", server.url]
+    done = await trio.to_thread.run_sync(
+        lambda: rdev(*asked, environment=server.client_environment)
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"entries verified" in done.stdout
+
+
+async def test_the_command_line_names_a_checkpoint_that_was_forged(
+    server: Server, api: Api, tmp_path: Path
+):
+    await api.run("true")
+    await entries(api, 3)
+    forged = tmp_path / "checkpoints"
+    with trio.fail_after(DEADLINE_S):
+        while not checkpoints_of(server).exists():
+            await trio.sleep(0.1)
+    line = json.loads(checkpoints_of(server).read_text().splitlines()[0])
+    forged.write_text(json.dumps(line | {"hash": "00" * 32}) + "\n")
+    verify = ["audit", "verify", "--checkpoints", str(forged)]
+    done = await trio.to_thread.run_sync(lambda: rdev(*verify, environment=server.environment))
+    assert done.returncode == 1
+    assert b"checkpoint_forged" in done.stderr
+
+
+async def test_the_server_serves_in_the_role_that_cannot_change_the_log(server: Server, api: Api):
+    dsn = running_embedded(server.state_dir)
+    assert dsn is not None
+    with psycopg.connect(dsn) as owner:
+        found = owner.execute(
+            "select count(*) from pg_stat_activity where application_name like 'rdev%%' "
+            "and datname = current_database()"
+        ).fetchone()
+        assert found is not None
+        assert found[0] > 0
+        row = owner.execute(
+            "select has_table_privilege('rdev_app', 'audit_entries', 'update'), "
+            "has_table_privilege('rdev_app', 'audit_entries', 'delete'), "
+            "has_table_privilege('rdev_app', 'audit_entries', 'insert')"
+        ).fetchone()
+    assert row == (False, False, True)

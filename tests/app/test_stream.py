@@ -129,12 +129,6 @@ async def test_a_position_that_is_no_number_is_400(api: Api, position: str) -> N
     await api.ended(command)
 
 
-async def test_a_stream_needs_a_command(api: Api) -> None:
-    refused = await api.get("/projects/demo/events")
-    assert refused.status_code == 400
-    assert "stream_id" in refused.json()["detail"]
-
-
 async def test_head_of_a_stream_ends(api: Api) -> None:
     command = await api.submit("sleep 60")
     with trio.fail_after(DEADLINE_S):

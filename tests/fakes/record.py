@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import trio
 
@@ -64,9 +65,9 @@ class Record:
         self.events = [replace(one, at_s=one.at_s - seconds) for one in self.events]
 
     def forget(self, older_s: float, limit: int) -> int:
-        """Delete old events; returns how many."""
+        """Delete old events, all but the newest of them; returns how many."""
         before_s = trio.current_time() - older_s
-        old = [one for one in self.events[:limit] if one.at_s < before_s]
+        old = list(takewhile(lambda one: one.at_s < before_s, self.events))[:-1][:limit]
         self.events = [one for one in self.events if one not in old]
         return len(old)
 

@@ -4,7 +4,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import trio
 
 from rdev.adapters.execution import script
 from rdev.adapters.execution.attach import Patience
-from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.execution.executor import ScriptExecutor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Lost, LostReason, Offsets, Piece, Spec, Why
 from rdev.domain.ids import CommandId
@@ -37,6 +37,7 @@ from tests.adapters.execution.observing import (
     spec,
     until,
 )
+from tests.adapters.execution.pods import cluster
 
 
 @pytest.fixture
@@ -44,12 +45,17 @@ def projects(tmp_path: Path) -> Path:
     return tmp_path / "projects"
 
 
-@pytest.fixture
-async def executor(projects: Path) -> AsyncIterator[LocalExecutor]:
-    executor = local(projects, patience=QUICK)
-    await executor.prepare(PROJECT)
-    yield executor
-    await until(lambda: not processes_in(projects), "all processes are gone")
+@pytest.fixture(params=["local", "kubernetes"])
+async def executor(request: pytest.FixtureRequest, projects: Path) -> AsyncIterator[ScriptExecutor]:
+    async with AsyncExitStack() as stack:
+        if request.param == "local":
+            executor: ScriptExecutor = local(projects, patience=QUICK)
+        else:
+            made = await stack.enter_async_context(cluster(projects, patience=QUICK))
+            executor = made.executor
+        await executor.prepare(PROJECT)
+        yield executor
+        await until(lambda: not processes_in(projects), "all processes are gone")
 
 
 # --- the stream is a tail -----------------------------------------------------------------------
@@ -57,7 +63,7 @@ async def executor(projects: Path) -> AsyncIterator[LocalExecutor]:
 
 @pytest.mark.slow
 async def test_a_hundred_cuts_lose_and_double_nothing(
-    executor: LocalExecutor, projects: Path, tmp_path: Path
+    executor: ScriptExecutor, projects: Path, tmp_path: Path
 ) -> None:
     chunk, size = 20_000, 200_000  # bytes of a write, and of what is written at a time
     data = random.Random(7).randbytes(130 * size)
@@ -139,7 +145,7 @@ async def test_every_byte_passes_through_argv_environment_stdin_and_output(
     assert seen.err == b"\0\xff\n"
 
 
-async def test_a_hundred_megabytes_come_whole(executor: LocalExecutor) -> None:
+async def test_a_hundred_megabytes_come_whole(executor: ScriptExecutor) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     what = sh("head -c 100000000 /dev/zero")
     size = 0
@@ -155,7 +161,7 @@ async def test_a_hundred_megabytes_come_whole(executor: LocalExecutor) -> None:
 
 @pytest.mark.slow
 async def test_a_reader_that_pauses_holds_the_output_in_the_journal(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -171,7 +177,7 @@ async def test_a_reader_that_pauses_holds_the_output_in_the_journal(
 
 
 async def test_an_attach_whose_client_vanished_leaves_no_process(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -193,7 +199,7 @@ async def test_an_attach_whose_client_vanished_leaves_no_process(
 
 
 async def test_the_end_of_stdin_alone_ends_all_observers(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """What a WebSocket's end looks like from inside: nobody kills, stdin just ends."""
     command, instance = new_command(), await executor.instance(PROJECT)
@@ -242,7 +248,7 @@ async def test_a_place_that_cannot_be_reached_is_lost_and_may_still_run(projects
 
 @pytest.mark.slow
 async def test_racing_attaches_start_a_command_once(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     instance = await executor.instance(PROJECT)
     results: list[bytes] = []
@@ -263,7 +269,7 @@ async def test_racing_attaches_start_a_command_once(
 
 @pytest.mark.slow
 async def test_a_kill_that_races_the_start_is_decided_by_go(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """Either it never runs, or it is ended: never a command that outlives its kill."""
     instance = await executor.instance(PROJECT)
@@ -284,7 +290,7 @@ async def test_a_kill_that_races_the_start_is_decided_by_go(
 
 
 async def test_a_supervisor_in_another_instance_refuses_to_start(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """Also when the place changed between the attach and its supervisor."""
     command = new_command()
@@ -311,7 +317,7 @@ async def test_a_supervisor_in_another_instance_refuses_to_start(
     assert not (place / "spec.1").exists()
 
 
-async def test_a_short_spec_is_refused(executor: LocalExecutor, projects: Path) -> None:
+async def test_a_short_spec_is_refused(executor: ScriptExecutor, projects: Path) -> None:
     """A cut while the spec or the stdin travels must not start half a command."""
     command, instance = new_command(), await executor.instance(PROJECT)
     full = script.payload(script.become(sh("cat"), {}, command), b"0123456789")
@@ -332,7 +338,7 @@ async def test_a_short_spec_is_refused(executor: LocalExecutor, projects: Path) 
 
 @pytest.mark.slow
 async def test_a_supervisor_that_was_killed_is_lost_when_its_command_ended(
-    executor: LocalExecutor, projects: Path, tmp_path: Path
+    executor: ScriptExecutor, projects: Path, tmp_path: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     gate = tmp_path / "gate"
@@ -357,7 +363,7 @@ async def test_a_supervisor_that_was_killed_is_lost_when_its_command_ended(
 
 @pytest.mark.slow
 async def test_supervisor_and_command_killed_together_are_lost(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -376,7 +382,7 @@ async def test_supervisor_and_command_killed_together_are_lost(
 
 
 async def test_a_pid_that_was_taken_by_another_process_is_not_alive(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command = new_command()
     place = folder(projects, command)
@@ -387,7 +393,7 @@ async def test_a_pid_that_was_taken_by_another_process_is_not_alive(
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
-async def test_a_zombie_is_not_alive(executor: LocalExecutor, projects: Path) -> None:
+async def test_a_zombie_is_not_alive(executor: ScriptExecutor, projects: Path) -> None:
     """A pid 1 that does not reap leaves the command's pid in /proc for ever."""
     command = new_command()
     place = folder(projects, command)
@@ -402,7 +408,9 @@ async def test_a_zombie_is_not_alive(executor: LocalExecutor, projects: Path) ->
     await process.wait()
 
 
-async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, projects: Path) -> None:
+async def test_nobody_is_alive_in_another_instance(
+    executor: ScriptExecutor, projects: Path
+) -> None:
     command = new_command()
     place = folder(projects, command)
     (place / "go").mkdir(parents=True)
@@ -415,7 +423,7 @@ async def test_nobody_is_alive_in_another_instance(executor: LocalExecutor, proj
 
 @pytest.mark.parametrize("damage", ["half", "garbage", "empty", "no end"])
 async def test_a_status_that_is_not_whole_is_absent(
-    executor: LocalExecutor, projects: Path, damage: str
+    executor: ScriptExecutor, projects: Path, damage: str
 ) -> None:
     command = new_command()
     await observe(executor, command, sh("echo done"))
@@ -433,7 +441,7 @@ async def test_a_status_that_is_not_whole_is_absent(
     assert seen.end == Lost(reason=LostReason.SUPERVISOR_GONE)
 
 
-async def test_a_truncated_journal_is_lost(executor: LocalExecutor, projects: Path) -> None:
+async def test_a_truncated_journal_is_lost(executor: ScriptExecutor, projects: Path) -> None:
     command = new_command()
     await observe(executor, command, sh("echo 0123456789"))
     os.truncate(folder(projects, command) / "out", 5)
@@ -442,7 +450,7 @@ async def test_a_truncated_journal_is_lost(executor: LocalExecutor, projects: Pa
 
 
 async def test_a_journal_truncated_while_read_is_lost(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     command, instance = new_command(), await executor.instance(PROJECT)
     async with executor.attach(
@@ -461,7 +469,7 @@ async def test_a_journal_truncated_while_read_is_lost(
 
 @pytest.mark.slow
 async def test_what_descendants_write_after_the_end_is_never_output(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """A child writes all the time, before, at and after the command's own end."""
     script = "(while :; do echo late; done) & echo own; sleep 0.0$1; exit 3"
@@ -478,7 +486,7 @@ async def test_what_descendants_write_after_the_end_is_never_output(
 
 @pytest.mark.slow
 async def test_ending_without_a_status_holds_back_what_is_not_measured(
-    executor: LocalExecutor, projects: Path
+    executor: ScriptExecutor, projects: Path
 ) -> None:
     """An attach that comes between the command's end and its status sends nothing yet."""
     command, instance = new_command(), await executor.instance(PROJECT)

@@ -150,7 +150,7 @@ def old_day(owner: psycopg.Connection, days: int, rows: int) -> str:
 
 
 async def test_a_day_that_is_old_and_sealed_is_dropped_and_the_chain_holds(pools, audit, owner):
-    upkeep = PostgresUpkeep(pool=pools.housekeeping)
+    upkeep = PostgresUpkeep(pool=pools.housekeeping, holder="one")
     for days in (403, 402):
         old_day(owner, days, 4)
         assert await count_of(audit) == 4
@@ -174,7 +174,7 @@ async def test_a_day_that_is_old_and_sealed_is_dropped_and_the_chain_holds(pools
 
 
 async def test_a_day_that_is_young_or_not_sealed_stays(pools, audit, owner):
-    upkeep = PostgresUpkeep(pool=pools.housekeeping)
+    upkeep = PostgresUpkeep(pool=pools.housekeeping, holder="one")
     young = old_day(owner, 300, 2)
     assert await count_of(audit) == 2
     unsealed = old_day(owner, 500, 2)

@@ -8,10 +8,10 @@ import trio
 
 from rdev.domain.commands import Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.feed import START, Detail, FeedEvent, Position, cursor_of, position_of
+from rdev.domain.feed import START, Detail, FeedEvent, Position, cursor_of, position_of, row_of
 from rdev.domain.ids import ProjectId, command_id
 from tests.fakes.feed import KEPT_S, new_event
-from tests.ports.conftest import Pools
+from tests.ports.conftest import Pools, World
 from tests.ports.feed_world import Aborted, FeedWorld, fake_feed, postgres_feed
 
 LIMIT = 100
@@ -155,3 +155,29 @@ async def test_a_place_that_was_never_given_is_gone(feed: FeedWorld) -> None:
     with pytest.raises(RdevError) as refused:
         await read(feed, position_of((place >> 63) + 1_000_000, 0))
     assert refused.value.code is ErrorCode.GONE
+
+
+async def test_what_the_housekeeper_took_is_gone_and_no_more_than_that(
+    real_feed: FeedWorld, real: World, pools: Pools
+) -> None:
+    places = [await real_feed.put(new_event()) for _ in range(8)]
+    before = Position(places[0] - 1)
+    async with pools.requests.connection() as connection:
+        # The fifth is young, and what is filed behind it stays with it.
+        await connection.execute(
+            "update events set at = at - interval '8 days' where position <> %s",
+            (row_of(places[4])[1],),
+        )
+    async with real.upkeep.store_turn() as store:
+        assert store is not None
+        assert await store.forget_events(older_s=KEPT_S, limit=2) == 2
+        assert await store.forget_events(older_s=KEPT_S, limit=2) == 1
+        assert await store.forget_events(older_s=KEPT_S, limit=2) == 0
+    bounds = await real_feed.log.bounds()
+    assert bounds.oldest == places[3]
+    found = await read(real_feed, bounds.oldest)
+    assert [event.position for event in found] == places[4:]
+    for after in (before, places[2]):
+        with pytest.raises(RdevError) as refused:
+            await read(real_feed, after)
+        assert refused.value.details == {"oldest": cursor_of(places[3])}

@@ -1,7 +1,9 @@
 """A hub over a log that tests write directly, and clients that read from it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 from uuid import UUID
 
 import trio
@@ -14,9 +16,11 @@ from rdev.services.stream import (
     BUFFER_BYTES,
     Fanout,
     Frames,
+    OfferEach,
     Signal,
     Subscription,
 )
+from tests.fakes.outlets import one_by_one
 from tests.fakes.output import FakeOutput
 from tests.fakes.store import StoreState
 
@@ -120,6 +124,9 @@ class Client:
     writes: list[Frames] = field(default_factory=list)
     signals: list[Signal] = field(default_factory=list)
 
+    def together(self, outlets: Sequence[Self]) -> OfferEach:
+        return one_by_one([outlet.offer for outlet in outlets])
+
     def offer(self, frames: Frames) -> bool:
         assert not self.kept, "written before what was kept had left"
         self.writes.append(frames)
@@ -136,7 +143,7 @@ class Client:
     async def follow(self, reader: Subscription, *, offering: bool = True) -> None:
         """Read until there is nothing more to read."""
         while True:
-            item = await reader.receive(self.offer if offering else None)
+            item = await reader.receive(self if offering else None)
             match item:
                 case Frames():
                     self.seen += events_of(item)

@@ -16,7 +16,7 @@ from rdev.services.key_watch import TICK_S
 from rdev.services.tickets import Tickets
 from tests.fakes.keys import FakeKeys
 from tests.fakes.store import StoreState
-from tests.services.test_keys import ADMIN_KEY, HERE, Server, text_of
+from tests.services.test_keys import ACTOR, ADMIN_KEY, HERE, Server, text_of
 
 SECRET = b"the secret of all servers, 32 bytes and more"
 STREAM = command_id(UUID(int=5))
@@ -148,7 +148,7 @@ async def test_a_revocation_ends_the_tickets_here_and_where_it_is_heard(
     text, principal = await pair[0].session()
     for site in pair:
         assert await site.refusal(text) is None
-    await pair[0].server.keys.revoke(ADMIN, principal.key_id)
+    await pair[0].server.keys.revoke(ADMIN, principal.key_id, ACTOR)
     for site in pair:
         assert await site.refusal(text) is ErrorCode.KEY_REVOKED
 
@@ -160,7 +160,7 @@ async def test_a_revocation_that_nobody_heard_ends_them_after_the_ttl(
     two.server.is_deaf = True
     text, principal = await one.token()
     assert await two.refusal(text, TicketKind.STREAM) is None
-    await one.server.keys.revoke(ADMIN, principal.key_id)
+    await one.server.keys.revoke(ADMIN, principal.key_id, ACTOR)
     await trio.sleep(TTL_S - 0.1)
     assert await two.refusal(text, TicketKind.STREAM) is None
     await trio.sleep(0.1)
@@ -169,7 +169,7 @@ async def test_a_revocation_that_nobody_heard_ends_them_after_the_ttl(
 
 async def test_a_ticket_ends_with_the_secret_it_was_got_with(site: Site) -> None:
     text, principal = await site.session()
-    fresh = await site.server.keys.rotate(ADMIN, principal.key_id, grace_s=30)
+    fresh = await site.server.keys.rotate(ADMIN, principal.key_id, grace_s=30, actor=ACTOR)
     newer = site.tickets.open_session(await site.server.enter(text_of(fresh))).text
     await trio.sleep(29)
     assert (await site.refusal(text), await site.refusal(newer)) == (None, None)
@@ -251,7 +251,7 @@ async def test_a_revocation_ends_what_is_watched_for_a_ticket(
     entry = await two.tickets.check(text, TicketKind.STREAM, HERE)
     with two.server.watch.watch(entry.principal) as seen:
         await trio.sleep(10.1)
-        await one.server.keys.revoke(ADMIN, principal.key_id)
+        await one.server.keys.revoke(ADMIN, principal.key_id, ACTOR)
         with trio.fail_after(TICK_S + 0.1):
             await seen.ended.wait()
     assert seen.reason is KeyEnd.REVOKED

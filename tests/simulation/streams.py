@@ -3,13 +3,15 @@
 What the hub promises its readers may be given in another form; what a client sees may not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk
 from rdev.services.commands import Commands
-from rdev.services.stream import Fanout, Frames, Signal
+from rdev.services.stream import Fanout, Frames, OfferEach, Signal
+from tests.fakes.outlets import one_by_one
 from tests.simulation.link import Link
 
 # How often a client takes at once what the hub writes.
@@ -23,6 +25,9 @@ class Socket:
         self._link = link
         self._receive = receive
         self._kept: list[bytes] = []
+
+    def together(self, outlets: Sequence[Self]) -> OfferEach:
+        return one_by_one([outlet.offer for outlet in outlets])
 
     def offer(self, frames: Frames) -> bool:
         """As the hub wants it: whether everything left at once."""
@@ -64,7 +69,7 @@ async def follow(
             return True
         reader.log_ends(found.last_seq)
         while True:
-            match await reader.receive(socket.offer):
+            match await reader.receive(socket):
                 case Frames(data=data):
                     await socket.write(data)
                 case Signal.BLOCKED:

@@ -9,6 +9,7 @@ header are one list. Where the peer is not trusted, nothing it sends is looked a
 import re
 from collections.abc import Iterable, Sequence
 from enum import Enum, auto
+from functools import lru_cache
 from typing import Final
 
 from rdev.domain.addresses import Address, Network, parse_address
@@ -22,6 +23,9 @@ Headers = Iterable[tuple[bytes, bytes]]
 _PARAMETER = re.compile(r'\s*([!#$%&\'*+.^_`|~0-9A-Za-z-]+)=("(?:[^"\\]|\\.)*"|[^\s",;]*)\s*')
 # `192.0.2.1`, `192.0.2.1:80`, `[2001:db8::1]`, `[2001:db8::1]:80`, and bare IPv6.
 _NODE = re.compile(r"\[(?P<six>[^\]]*)\](?::[0-9]+)?|(?P<four>[0-9.]+)(?::[0-9]+)?")
+
+# Of peers, who come again and again: parsing each time was 3 % of a stream's connect.
+_parsed_peer = lru_cache(maxsize=4_096)(parse_address)
 
 
 class _Hop(Enum):
@@ -46,7 +50,7 @@ def client_address(
     cannot be read where it matters. A hop that hides itself (`unknown`, `_name`) ends the walk: the
     proxy that vouched for it stands for the client.
     """
-    nearest = parse_address(peer or LOCAL_PEER)
+    nearest = _parsed_peer(peer or LOCAL_PEER)
     if nearest is None:
         return peer
     if not trusted_proxies or not _is_within(nearest, trusted_proxies):

@@ -10,7 +10,7 @@ from rdev.adapters.http import schemas
 from rdev.adapters.http.describe import Answer, Described, Description, Parameter, whole
 from rdev.adapters.http.envelope import stream, success
 from rdev.adapters.http.exchange import hold, principal
-from rdev.adapters.http.query import PAGE, cursor_of, limit_of, moment_of, text_of, whole_of
+from rdev.adapters.http.query import PAGE, cursor_of, limit_of, moment_of, whole_of, word_of
 from rdev.adapters.http.wire import encode
 from rdev.domain.audit import AuditFilter, SealedEntry
 from rdev.domain.audit_chain import Verdict
@@ -110,9 +110,9 @@ async def _exported(
 
 def _filter() -> AuditFilter:
     return AuditFilter(
-        actor=text_of("actor"),
-        action=text_of("action"),
-        project=text_of("project"),
+        actor=word_of("actor"),
+        action=word_of("action"),
+        project=word_of("project"),
         since=moment_of("since"),
         until=moment_of("until"),
         within=principal().project_ids,

@@ -70,6 +70,8 @@ class Credentials:
     ) -> Principal:
         this.has_credential = True
         entry = await check(text, TicketKind.STREAM, this.client_ip)
+        # Also of a refusal it is known who asked.
+        this.principal = entry.principal
         if entry.ticket.stream != stream:
             raise RdevError(ErrorCode.FORBIDDEN, "the token is for the stream of another command")
         this.ticket = entry.ticket
@@ -85,6 +87,7 @@ class Credentials:
                 # Or each request of its page would count as another wrong credential.
                 this.headers.append(forgotten(origin, this.client_ip))
             raise
+        this.principal = entry.principal
         if this.method not in _READS:
             check_same_origin(this.scope, origin)
         elif this.route not in STREAM_ROUTES:  # which say it themselves

@@ -129,7 +129,7 @@ class Followers:
         now = exchange().now
         while True:
             try:
-                item = await reader.receive(writer.offer)
+                item = await reader.receive(writer.outlet)
             except RdevError as error:
                 # The head is out: what went wrong can only be said in the stream.
                 told = {"code": error.code, "message": error.message}

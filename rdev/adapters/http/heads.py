@@ -10,8 +10,9 @@ request.
 from collections.abc import Awaitable, Callable
 
 import h11
-from hypercorn.events import Closed
+from hypercorn.events import Closed, RawData
 from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.typing import H11SendableEvent
 
 from rdev.adapters.http.problems import Problem
 
@@ -88,8 +89,14 @@ class GuardedH11(H11Protocol):
             (b"connection", b"close"),
             *self.config.response_headers("h11"),
         ]
-        await self._send_h11_event(h11.Response(status_code=problem.status, headers=own))
+        events: list[H11SendableEvent] = [h11.Response(status_code=problem.status, headers=own)]
         if has_body:
-            await self._send_h11_event(h11.Data(data=problem.body))
-        await self._send_h11_event(h11.EndOfMessage())
+            events.append(h11.Data(data=problem.body))
+        events.append(h11.EndOfMessage())
+        try:
+            # All at once: where a route has the request already, its answer must not come between.
+            data = b"".join(self.connection.send(event) for event in events)
+        except h11.LocalProtocolError:
+            return  # an answer is on its way; the connection is closed behind it
+        await self.send(RawData(data=data))
         await self._linger()

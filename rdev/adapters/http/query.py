@@ -21,6 +21,7 @@ _NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 _MOMENT = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
+_WORD_MAX = 200
 _YEAR_MIN, _YEAR_MAX = 1970, 9_998
 
 LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, most=LIMIT_MAX)
@@ -59,6 +60,14 @@ def whole_of(name: str, *, least: int, most: int) -> int | None:
     if not is_whole or not least <= int(text) <= most:
         raise _wrong(name, f"must be a whole number from {least} to {most}")
     return int(text)
+
+
+def word_of(name: str) -> str | None:
+    """A text that something stored is held against, or None where it is absent."""
+    text = text_of(name)
+    if text is not None and (len(text) > _WORD_MAX or not text.isprintable()):
+        raise _wrong(name, f"must be at most {_WORD_MAX} printable characters")
+    return text
 
 
 def moment_of(name: str) -> datetime | None:

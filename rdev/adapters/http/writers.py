@@ -9,22 +9,20 @@ take for them.
 """
 
 import socket
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, Self
 
 import trio
 from hypercorn.typing import ASGISendCallable
 
 from rdev.adapters.http.connection import Connection
-from rdev.services.stream import Frames
+from rdev.services.stream import Frames, OfferEach, Outlet
 
 # Bytes that leave under one timeout: a slow but live reader takes a large page in many.
 _PIECE_BYTES = 1 << 16
 # How long a client that is cut may take for what was begun and for the reason.
 _PARTING_S = 2.0
 _LAST_CHUNK = b"0\r\n\r\n"
-
-Offer = Callable[[Frames], bool]
 
 
 class ClientLeftError(Exception):
@@ -38,7 +36,10 @@ class SlowClientError(Exception):
 class Writer(Protocol):
     """The only one who writes to a client after the first frames."""
 
-    offer: Offer | None
+    @property
+    def outlet(self) -> Outlet | None:
+        """Where the hub may write by itself; None where everything goes through this task."""
+        ...
 
     async def write(self, data: bytes) -> None:
         """Write all of it. Errors: ClientLeftError, SlowClientError. Blocks: while the client does
@@ -46,7 +47,7 @@ class Writer(Protocol):
         ...
 
     async def flush(self) -> None:
-        """Write what `offer` had to keep. Errors and Blocks: as `write`."""
+        """Write what the outlet had to keep. Errors and Blocks: as `write`."""
         ...
 
     async def end(self) -> None:
@@ -64,9 +65,13 @@ class SendWriter:
 
     def __init__(self, send: ASGISendCallable, *, write_timeout_s: float) -> None:
         """`send` of the request."""
-        self.offer: Offer | None = None
         self._send = send
         self._write_timeout_s = write_timeout_s
+
+    @property
+    def outlet(self) -> Outlet | None:
+        """See `Writer`."""
+        return None
 
     async def write(self, data: bytes) -> None:
         """See `Writer`."""
@@ -120,7 +125,7 @@ class DirectWriter:
     another).
     """
 
-    __slots__ = ("_connection", "_is_broken", "_rest", "_socket", "offer")
+    __slots__ = ("_chunked", "_connection", "_is_broken", "_rest", "_socket")
 
     def __init__(self, connection: Connection, taken: socket.socket, chunked: Chunked) -> None:
         """`taken` is what `connection.take` gave; `chunked` is shared by all writers."""
@@ -128,31 +133,41 @@ class DirectWriter:
         self._socket = taken
         self._rest = memoryview(b"")
         self._is_broken = False
-        self.offer: Offer | None = self._offering(chunked)
+        self._chunked = chunked
 
-    def _offering(self, chunked: Chunked) -> Offer:
-        """Writes a chunk as far as the socket takes it; says whether all of it left.
+    @property
+    def outlet(self) -> Outlet | None:
+        """See `Writer`."""
+        return self
 
-        Called for every reader and every burst: what it needs is bound here, and the send itself
-        is 85 % of what it costs.
+    def together(self, outlets: Sequence[Self]) -> OfferEach:
+        """See `Outlet`.
+
+        What it needs for each event is bound here, close together in memory: the sends, which are
+        nine tenths of what an event costs, leave nothing else in the caches.
         """
 
-        def offer(frames: Frames) -> bool:
+        def offer_each(frames: Frames) -> list[int]:
             wire = chunked.wire if frames is chunked.frames else chunked.of(frames)
-            try:
-                sent = send(wire)
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self._is_broken = True
-                return False
-            if sent == len(wire):
-                return True
-            self._rest = memoryview(wire)[sent:]
-            return False
+            size_bytes = len(wire)
+            kept = []
+            for place, send in enumerate(sends):
+                try:
+                    sent = send(wire)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    outlets[place]._is_broken = True
+                    kept.append(place)
+                    continue
+                if sent != size_bytes:
+                    outlets[place]._rest = memoryview(wire)[sent:]
+                    kept.append(place)
+            return kept
 
-        send = self._socket.send
-        return offer
+        chunked = self._chunked
+        sends = [outlet._socket.send for outlet in outlets]
+        return offer_each
 
     async def write(self, data: bytes) -> None:
         """See `Writer`."""

@@ -9,8 +9,8 @@ request each `WATCH_S` when nothing happens.
 """
 
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -32,6 +32,7 @@ WATCH_S: Final = 240.0
 _MARGIN_S: Final = 15.0
 _PAGE: Final = 500  # pods of one answer
 _BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way
+_REST_S: Final = 0.5  # for the end of a watch that is over
 _EXPIRED: Final = 410
 
 
@@ -189,7 +190,7 @@ class PodWatch:
                 if got.status_code != 200:
                     await got.aread()
                     raise refusal_of(got)
-                async with aclosing(_lines(got)) as lines:
+                async with _lines_of(got) as lines:
                     async for line in lines:
                         event = msgspec.json.decode(line, type=PodEvent)
                         if event.type == "ERROR":
@@ -215,6 +216,19 @@ class PodWatch:
         self._chosen = choose(self._pods.values())
         for project in dict.fromkeys(pod.project for pod in pods if pod is not None):
             self._changed(project)
+
+
+@asynccontextmanager
+async def _lines_of(response: httpx2.Response) -> AsyncIterator[AsyncIterator[bytes]]:
+    """The lines of a watch. httpx2 leaves its generators open where one stops in the middle: what
+    is left is read, which is nothing after an error, or cancelled, which closes them."""
+    async with aclosing(_lines(response)) as lines:
+        try:
+            yield lines
+        finally:
+            with trio.move_on_after(_REST_S):
+                async for _ in lines:  # noqa: ASYNC102  # a generator that was cancelled is at its end
+                    pass
 
 
 async def _lines(response: httpx2.Response) -> AsyncGenerator[bytes, None]:

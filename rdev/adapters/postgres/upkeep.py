@@ -90,14 +90,26 @@ where ctid = any(array(
 ))
 """
 
-# The oldest by their key, which is about the order of `at`: so many are looked at, however many
-# there are and however few are old.
+# From the beginning of the order on, up to the first that is young: nothing young goes with what is
+# filed behind it. The last of the old ones stays: it says that whoever stands before it has missed
+# something (`FeedLog`), and of what stands before it nothing is kept.
 _FORGET_EVENTS = """
 delete from events
 where (xid, position) in (
     select xid, position
-    from (select xid, position, at from events order by xid, position limit %(limit)s) oldest
-    where at < now() - make_interval(secs => %(older_s)s)
+    from (
+        select xid, position,
+               bool_and(is_old) over (order by xid, position
+                                      rows between unbounded preceding and 1 following) as is_gone,
+               lead(xid) over (order by xid, position) is not null as has_next
+        from (
+            select xid, position, at < now() - make_interval(secs => %(older_s)s) as is_old
+            from events
+            order by xid, position
+            limit %(limit)s + 1
+        ) first
+    ) run
+    where is_gone and has_next
 )
 """
 

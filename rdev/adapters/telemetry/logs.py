@@ -14,9 +14,8 @@ import msgspec
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from rdev.domain.redaction import REDACTED, redact_text
 from rdev.ports.telemetry import log_context
-
-REDACTED = "[redacted]"
 
 # Parts of a field's name that make its value a secret, whatever it is.
 _SECRET_NAMES = ("password", "secret", "token", "authorization", "credential", "cookie")
@@ -110,7 +109,7 @@ def _to_json(_: WrappedLogger, __: str, event: EventDict) -> str:
 
 
 class Redaction:
-    """Takes secrets out of a line: by the name of the field, and by value wherever it stands."""
+    """Takes secrets out of a line: by the field's name, and by value or shape anywhere."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         """Values shorter than 8 characters are ignored."""
@@ -139,13 +138,10 @@ class Redaction:
         return self._text(value if isinstance(value, str) else str(value))
 
     def _text(self, text: str) -> str:
-        """Text without the known secrets, and fit for UTF-8."""
+        """Text without the known secrets and what looks like one, and fit for UTF-8."""
         if not text.isascii():
             text = text.encode("utf-8", "replace").decode("utf-8")
-        for secret in self._secrets:
-            if secret in text:
-                text = text.replace(secret, REDACTED)
-        return text
+        return redact_text(text, self._secrets)
 
 
 @lru_cache(maxsize=1024)

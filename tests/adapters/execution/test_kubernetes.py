@@ -95,6 +95,7 @@ async def test_leaving_ends_the_stdin_of_what_ran(pods: Cluster, projects: Path)
     await until(mark.exists, "the end of stdin")
 
 
+@pytest.mark.slow
 async def test_a_reader_that_pauses_stops_the_sender(pods: Cluster) -> None:
     async with pods.transport.run(PROJECT, ["sh", "-c", "head -c 40000000 /dev/zero"]) as streams:
         await streams.stdout.receive_some(1)
@@ -280,6 +281,7 @@ async def test_an_exec_that_falls_silent_is_broken(projects: Path) -> None:
                 await streams.stdout.receive_some(1)
 
 
+@pytest.mark.slow
 async def test_a_quiet_exec_whose_server_answers_pings_is_not_broken(projects: Path) -> None:
     silence = Silence(ping_s=0.05, broken_s=1.0)
     async with cluster(projects, silence=silence) as made:
@@ -291,6 +293,7 @@ async def test_a_quiet_exec_whose_server_answers_pings_is_not_broken(projects: P
             assert await streams.stdout.receive_some(100) == b"still"
 
 
+@pytest.mark.slow
 async def test_pings_of_the_server_are_answered(projects: Path) -> None:
     """The fake drops who does not answer them."""
     async with cluster(projects, ping_s=0.05) as made:

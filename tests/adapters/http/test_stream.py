@@ -510,18 +510,22 @@ def some_frames(data: bytes) -> Frames:
     return Frames(data=data, first_seq=1, last_seq=1, is_final=False, counts={})
 
 
+def offer(writer: DirectWriter, frames: Frames) -> bool:
+    """Whether the socket took all of it."""
+    return not writer.together([writer])(frames)
+
+
 async def test_a_number_that_is_used_again_reaches_nobody_else() -> None:
     """A line of one project must never reach another project's reader."""
     with pair() as (here, there):
         writer = DirectWriter(Lender(), here, Chunked())  # type: ignore[arg-type]
-        assert writer.offer is not None
-        assert writer.offer(some_frames(b"data: mine\n\n"))
+        assert offer(writer, some_frames(b"data: mine\n\n"))
         number = here.fileno()
         here.close()
         with pair() as (other, reader):
             # The kernel gives the lowest free number: it is the same one.
             assert other.fileno() == number
-            assert not writer.offer(some_frames(b"data: secret\n\n"))
+            assert not offer(writer, some_frames(b"data: secret\n\n"))
             for write in (writer.flush, writer.end):
                 with pytest.raises(ClientLeftError):
                     await write()
@@ -538,8 +542,7 @@ async def test_what_the_socket_does_not_take_waits_for_room(nursery: trio.Nurser
         for number in range(20):
             data = b"data: %d\n\n" % number * 3_000
             wanted += chunk(data)
-            assert writer.offer is not None
-            if not writer.offer(some_frames(data)):
+            if not offer(writer, some_frames(data)):
                 async with trio.open_nursery() as both:
                     both.start_soon(writer.flush)
                     while len(received) < len(wanted):

@@ -223,6 +223,7 @@ async def test_a_command_runs_in_a_pod(cluster: TestCluster) -> None:
         assert (seen.out.decode(), seen.err, seen.exit.exit_code) == ("eins €\n", b"two\n", 5)
 
 
+@pytest.mark.slow
 async def test_a_command_in_a_pod_is_killed(cluster: TestCluster) -> None:
     async with executing(cluster) as (executor, _, project, _name):
         command, instance = new_command(), await executor.instance(project)
@@ -249,6 +250,7 @@ async def test_a_megabyte_of_lines_comes_whole(cluster: TestCluster) -> None:
         assert seen.out == b"".join(b"%d\n" % number for number in range(1, 150_001))
 
 
+@pytest.mark.slow
 async def test_a_command_whose_pod_is_deleted_is_lost_with_it(cluster: TestCluster) -> None:
     patience = Patience(heartbeat_s=0.5, silence_s=10, unreachable_s=2)
     async with executing(cluster, patience) as (executor, place, project, name):

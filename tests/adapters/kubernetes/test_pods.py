@@ -86,25 +86,37 @@ async def test_a_pod_that_loses_its_label_is_gone(fake: FakeApiServer) -> None:
 
 
 @pytest.mark.parametrize("in_band", [True, False])
+@pytest.mark.slow
 async def test_a_version_that_is_too_old_means_list_again(
     fake: FakeApiServer, in_band: bool
 ) -> None:
     fake.expired_in_band = in_band
     fake.put("pods", pod())
     async with watching(fake, watch_s=1) as seen:
+        fake.is_frozen = True  # so the version that is known stays behind
+        fake.drop("pods", POD)
+        fake.put("pods", pod("next-0", "next"))
+        fake.compact()
+        await until(lambda: seen.names() == {"next": "next-0"}, "all was listed again")
+        fake.is_frozen = False
+        assert (seen.watch.statistics().lists, seen.watch.statistics().failures) == (2, 0)
+        fake.put("pods", pod("third-0", "third"))
+        await until(lambda: "third" in seen.names(), "it goes on")
+
+
+async def test_what_changed_while_the_server_was_away_is_found(fake: FakeApiServer) -> None:
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
         seen.proxy.is_refusing = True
         seen.proxy.cut_all()
         await until(lambda: not seen.watch.is_current, "the watch is lost")
         fake.drop("pods", POD)
         fake.put("pods", pod("next-0", "next"))
-        fake.compact()
         seen.proxy.is_refusing = False
         await until(lambda: seen.names() == {"next": "next-0"}, "all was listed again")
-        fake.compact()  # the next watch, from before now, is told so
-        fake.put("pods", pod("third-0", "third"))
-        await until(lambda: "third" in seen.names(), "it goes on")
 
 
+@pytest.mark.slow
 async def test_a_watch_that_says_nothing_any_more_is_given_up(fake: FakeApiServer) -> None:
     fake.put("pods", pod())
     async with watching(fake, watch_s=1, margin_s=0.2) as seen:
@@ -117,6 +129,7 @@ async def test_a_watch_that_says_nothing_any_more_is_given_up(fake: FakeApiServe
         await until(lambda: seen.names() == {}, "it hears again")
 
 
+@pytest.mark.slow
 async def test_a_watch_that_ends_in_order_goes_on_without_a_list(fake: FakeApiServer) -> None:
     async with watching(fake, watch_s=1) as seen:
         asked = len(fake.requests)
@@ -127,6 +140,7 @@ async def test_a_watch_that_ends_in_order_goes_on_without_a_list(fake: FakeApiSe
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
+@pytest.mark.slow
 async def test_whatever_the_server_refuses_it_is_asked_again(
     fake: FakeApiServer, status: int
 ) -> None:
@@ -142,6 +156,7 @@ async def test_whatever_the_server_refuses_it_is_asked_again(
         assert seen.watch.statistics().failures >= 4
 
 
+@pytest.mark.slow
 async def test_a_server_that_says_when_is_not_asked_before(fake: FakeApiServer) -> None:
     fake.faults = [Fault(429, retry_after_s=1)]
     began = trio.current_time()
