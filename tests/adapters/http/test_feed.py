@@ -156,7 +156,7 @@ async def test_a_drain_is_told_and_ends_the_body(
         desk.feed.stop()
         rest = await wire.closed()
     assert b'event: disconnecting\ndata: {"reason":"draining"}\n\n' in rest
-    assert desk.feed.statistics().subscriptions == 0
+    await eventually(lambda: desk.feed.statistics().subscriptions == 0)
 
 
 async def test_what_is_refused_is_refused_before_the_head(
