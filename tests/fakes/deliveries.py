@@ -85,6 +85,16 @@ class FakeDeliveries:
             made.append(row)
         return made
 
+    def age(self, seconds: float) -> None:
+        """Make everything so much older."""
+        for row in self.rows.values():
+            row.due_s -= seconds
+            row.lease_until_s -= seconds
+        for endpoint in self.endpoints.values():
+            endpoint.held_until_s -= seconds
+            if endpoint.failing_since_s is not None:
+                endpoint.failing_since_s -= seconds
+
     async def claim(self, *, holder: str, limit: int, untrusted_limit: int) -> list[Owed]:
         await trio.lowlevel.checkpoint()
         found: list[Owed] = []

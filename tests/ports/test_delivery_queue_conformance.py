@@ -1,0 +1,202 @@
+"""The `DeliveryQueue` port, on the fake and on PostgreSQL."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from rdev.domain.deliveries import (
+    DISABLE_AFTER_S,
+    DeadReason,
+    DeliveryStatus,
+    Owed,
+    Settled,
+    Verdict,
+)
+from rdev.domain.webhooks import LANE_CAP, DisabledReason, WebhookId
+from rdev.ports.deliveries import DeliveryQueue
+from tests.fakes.deliveries import FakeDeliveries
+from tests.ports.conftest import Pools
+from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
+
+LEASE_S = 600.0
+GONE = Verdict(status=DeliveryStatus.DEAD, reason=DeadReason.GONE)
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeWorld:
+    queue: FakeDeliveries
+
+    async def endpoint(self, *, is_ordered: bool = False) -> WebhookId:
+        return self.queue.endpoint("https://a.example/", is_ordered=is_ordered)
+
+    async def owe(self, webhook: WebhookId, count: int) -> list[str]:
+        return [row.event for row in self.queue.owe(webhook, count)]
+
+    async def age(self, seconds: float) -> None:
+        self.queue.age(seconds)
+
+    async def stands(self, owed: Owed) -> tuple[str, int]:
+        row = self.queue.rows[owed.lease.delivery]
+        return ("pending" if row.status == "sending" else row.status), row.attempt
+
+
+@dataclass(slots=True, kw_only=True)
+class PostgresWorld:
+    queue: DeliveryQueue
+    hooks: Hooks
+
+    async def endpoint(self, *, is_ordered: bool = False) -> WebhookId:
+        project = f"p{next(self.hooks.serial)}"
+        return await self.hooks.endpoint(projects=frozenset({project}), is_ordered=is_ordered)
+
+    async def owe(self, webhook: WebhookId, count: int) -> list[str]:
+        found = await self.hooks.webhooks.get(webhook)
+        assert found is not None
+        assert found.project_ids is not None
+        (project,) = found.project_ids
+        ids = await self.hooks.happen(*["command.queued"] * count, project=project)
+        return [f"evt_{one.hex}" for one in ids]
+
+    async def age(self, seconds: float) -> None:
+        await self.hooks.age(seconds)
+
+    async def stands(self, owed: Owed) -> tuple[str, int]:
+        delivery = await self.hooks.delivery(owed)
+        return delivery.status.value, delivery.attempts
+
+
+World = FakeWorld | PostgresWorld
+
+
+@pytest.fixture
+async def real(pools: Pools) -> PostgresWorld:
+    hooks = postgres_hooks(pools.requests)
+    return PostgresWorld(queue=hooks.queue, hooks=hooks)
+
+
+@pytest.fixture(params=["fake", "postgres"])
+def world(request: pytest.FixtureRequest) -> World:
+    if request.param == "fake":
+        return FakeWorld(queue=FakeDeliveries(lease_s=LEASE_S))
+    return request.getfixturevalue("real")
+
+
+async def claim(world: World, limit: int = 100, untrusted_limit: int = 100) -> list[Owed]:
+    return await world.queue.claim(holder="one", limit=limit, untrusted_limit=untrusted_limit)
+
+
+async def test_one_at_a_time_until_something_was_accepted_then_as_many_as_the_cap(
+    world: World,
+) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 10)
+    (first,) = await claim(world)
+    assert not first.is_trusted
+    assert await claim(world) == []
+    await world.queue.settle([accepted(first)])
+    assert await world.stands(first) == ("delivered", 1)
+    several = await claim(world)
+    assert len(several) == LANE_CAP
+    assert all(owed.is_trusted for owed in several)
+    await world.queue.settle([refused(several[0], again_in_s=60)])
+    assert await claim(world) == []
+
+
+async def test_the_limits_of_a_claim_hold(world: World) -> None:
+    for _ in range(5):
+        await world.owe(await world.endpoint(), 1)
+    assert len(await claim(world, untrusted_limit=2)) == 2
+    assert len(await claim(world, limit=1)) == 1
+    assert await claim(world, untrusted_limit=0) == []
+    assert len(await claim(world)) == 2
+
+
+async def test_a_refused_one_comes_again_when_it_is_due(world: World) -> None:
+    (event,) = await world.owe(await world.endpoint(), 1)
+    (owed,) = await claim(world)
+    await world.queue.settle([refused(owed, again_in_s=30)])
+    assert await claim(world) == []
+    await world.age(31)
+    (again,) = await claim(world)
+    assert (again.event, again.attempt, again.failures) == (event, 2, 1)
+
+
+async def test_a_stale_lease_changes_nothing(world: World) -> None:
+    await world.owe(await world.endpoint(), 1)
+    (stale,) = await claim(world)
+    await world.age(LEASE_S + 1)
+    assert (await world.queue.tick()).interrupted == 1
+    (owed,) = await claim(world)
+    for settled in (accepted(stale), Settled(owed=stale, verdict=GONE, outcome=outcome(410))):
+        result = await world.queue.settle([settled])
+        assert (result.stale, result.disabled) == ({stale.lease.delivery}, set())
+    await world.queue.release([stale.lease], sent=True)
+    assert await world.stands(owed) == ("pending", 2)
+    assert (await world.queue.settle([accepted(owed)])).stale == set()
+
+
+async def test_what_was_not_sent_was_no_attempt_and_what_may_have_been_was_one(
+    world: World,
+) -> None:
+    await world.owe(await world.endpoint(), 1)
+    (owed,) = await claim(world)
+    await world.queue.release([owed.lease], sent=False)
+    assert await world.stands(owed) == ("pending", 0)
+    (owed,) = await claim(world)
+    await world.queue.release([owed.lease], sent=True)
+    assert await world.stands(owed) == ("pending", 1)
+    await claim(world)
+    assert await world.queue.release_holder("another") == 0
+    assert await world.queue.release_holder("one") == 1
+    assert len(await claim(world)) == 1
+
+
+async def test_an_ordered_endpoint_is_held_by_its_head(world: World) -> None:
+    events = await world.owe(await world.endpoint(is_ordered=True), 3)
+    (owed,) = await claim(world)
+    await world.queue.settle([refused(owed, again_in_s=30)])
+    assert await claim(world) == []
+    await world.age(31)
+    sent = []
+    while claimed := await claim(world):
+        sent += [one.event for one in claimed]
+        await world.queue.settle([accepted(one) for one in claimed])
+    assert sent == events
+
+
+async def test_a_held_endpoint_is_passed_by(world: World) -> None:
+    held, other = await world.endpoint(), await world.endpoint()
+    for webhook in (held, other):
+        await world.owe(webhook, 1)
+    await world.queue.hold(held, for_s=60)
+    assert [owed.webhook for owed in await claim(world)] == [other]
+    await world.age(61)
+    assert [owed.webhook for owed in await claim(world)] == [held]
+
+
+async def test_gone_disables_and_a_disabled_endpoint_gets_nothing(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 2)
+    (owed,) = await claim(world)
+    result = await world.queue.settle([Settled(owed=owed, verdict=GONE, outcome=outcome(410))])
+    assert result.disabled == {webhook}
+    assert await world.stands(owed) == ("dead", 1)
+    assert await claim(world) == []
+    assert not await world.queue.disable(webhook, DisabledReason.FAILING)
+    assert (await world.queue.tick()).enabled == 0
+
+
+async def test_days_of_failure_are_told_with_the_next_failure(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 1)
+    (owed,) = await claim(world)
+    assert (await world.queue.settle([refused(owed)])).failing_too_long == set()
+    await world.age(DISABLE_AFTER_S + 60)
+    (owed,) = await claim(world)
+    assert (await world.queue.settle([refused(owed)])).failing_too_long == {webhook}
+
+
+async def test_the_oldest_of_too_many_are_buried(world: World) -> None:
+    await world.owe(await world.endpoint(), 10)
+    assert await world.queue.bury_overflow(pending_max=10) == 0
+    assert await world.queue.bury_overflow(pending_max=7) == 3
