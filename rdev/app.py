@@ -93,6 +93,7 @@ async def _serve_until_stopped(
                 open_pool(connection.named("webhooks"), min_size=1, max_size=3)
             ),
         )
+        _watch_pools(telemetry, pools)
         server = build_server(settings, identity, pools, telemetry)
         stack.callback(server.close)
 
@@ -117,6 +118,21 @@ async def _serve_until_stopped(
             collector.calm()
             _log.info("serving", extra={"url": url})
             on_serving(url)
+
+
+def _watch_pools(telemetry: PrometheusTelemetry, pools: Pools) -> None:
+    """Connections by their purpose."""
+    telemetry.watch_each(
+        "pool",
+        {
+            "requests": pools.requests.statistics,
+            "heartbeats": pools.heartbeats.statistics,
+            "appends": pools.appends.statistics,
+            "claims": pools.claims.statistics,
+            "housekeeping": pools.housekeeping.statistics,
+            "webhooks": pools.webhooks.statistics,
+        },
+    )
 
 
 @asynccontextmanager

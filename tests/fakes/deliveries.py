@@ -185,6 +185,10 @@ class FakeDeliveries:
         enabled = sum(endpoint.is_open for endpoint in self.endpoints.values())
         return TickResult(enabled=enabled, interrupted=len(late), ended=0)
 
+    async def oldest_undelivered_s(self) -> float:
+        await trio.lowlevel.checkpoint()
+        return 0.0
+
     async def bury_overflow(self, *, pending_max: int) -> int:
         await trio.lowlevel.checkpoint()
         buried = 0
