@@ -260,9 +260,10 @@ class Fanout:
         if topic.groups_behind():
             self._marked[topic] = None
             return yield_at_s
-        if not topic.is_looking:
-            if topic.marked_at_s is not None and self._written > before:
-                self._told(trio.current_time() - topic.marked_at_s)
+        if self._written > before and topic.marked_at_s is not None:
+            self._told(trio.current_time() - topic.marked_at_s)
+            topic.marked_at_s = None
+        elif not topic.is_looking:
             topic.marked_at_s = None
         if topic.all_wait:
             topic.tail.forget(topic.tail.last_seq)

@@ -45,6 +45,8 @@ class Server:
     within: tuple[str, ...] = ()
     # What `python -m` runs as the server.
     module: str = "rdev"
+    # When the metrics were asked for last.
+    scraped_at_s: float = float("-inf")
 
     @property
     def log(self) -> str:
@@ -442,7 +444,10 @@ async def open_api(server: Server) -> AsyncIterator[Api]:
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
-    """The value of one series, 0 where it is not there yet."""
+    """The value of one series as it is now, 0 where it is not there yet. The server renders at most
+    once a second, so this waits until it does again."""
+    time.sleep(max(0.0, server.scraped_at_s + 1.05 - time.monotonic()))
+    server.scraped_at_s = time.monotonic()
     text = httpx2.get(server.url + "/metrics", trust_env=False).text
     wanted = {f'{label}="{value}"' for label, value in labels.items()}
     for line in text.splitlines():
