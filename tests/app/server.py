@@ -45,6 +45,7 @@ class Server:
     within: tuple[str, ...] = ()
     # What `python -m` runs as the server.
     module: str = "rdev"
+    arguments: tuple[str, ...] = ()
     # When the metrics were asked for last.
     scraped_at_s: float = float("-inf")
 
@@ -94,7 +95,7 @@ class Server:
         (self.state_dir / "address").unlink(missing_ok=True)
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.within, sys.executable, "-m", self.module, "serve"],
+                [*self.within, sys.executable, "-m", self.module, "serve", *self.arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
