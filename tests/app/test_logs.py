@@ -10,16 +10,6 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 GUIDE = [
     "level", "time", "msg", "request_id", "method", "path", "status", "duration_ms", "client_ip"
 ]  # fmt: skip
-    "level",
-    "time",
-    "msg",
-    "request_id",
-    "method",
-    "path",
-    "status",
-    "duration_ms",
-    "client_ip",
-]
 
 
 def lines(server: Server) -> list[dict[str, object]]:

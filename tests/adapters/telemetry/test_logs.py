@@ -122,9 +122,7 @@ def test_a_level_that_does_not_exist_is_refused():
 def told(name: str) -> set[str]:
     """From which level on this logger writes."""
     logger = logging.getLogger(name)
-    return {
-        word for word in ("debug", "info", "warn", "error") if logger.isEnabledFor(NUMBER[word])
-    }
+    return {word for word, number in NUMBER.items() if logger.isEnabledFor(number)}
 
 
 NUMBER = {"debug": 10, "info": 20, "warn": 30, "error": 40}
