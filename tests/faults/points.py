@@ -3,9 +3,9 @@
 A point is `<what>.<phase>`. For a statement: `before` it is sent, `uncommitted` (done, not yet
 committed), `committed` (before anybody acts on its reply). For an exec in a project: `before` it,
 `opened`, and for an attachment `half_spec` (half of what it must be told was sent) and `read`
-(something was read and not yet handed on). For a delivery of a webhook: `send.before` its request, and
-`send.after` its outcome came and is stored nowhere. A test arms a server by a file in its state folder; the
-server fires once, says so in `fired`, and is ended or stopped by its own signal.
+(something was read and not yet handed on). For a delivery of a webhook: `send.before` its request,
+and `send.after` (the outcome came and is stored nowhere). A test arms a server by a file in its
+state folder; the server fires once, says so in `fired`, and is ended or stopped by its own signal.
 """
 
 import os

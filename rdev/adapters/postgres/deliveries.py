@@ -40,6 +40,7 @@ from claim_deliveries(%s, %s, %s, %s)
 # One row of `given` for each attempt. Only what is still under that very lease is updated, and all
 # that follows is drawn from what was updated. Success wins where one endpoint had both. The rows of
 # lanes change with the first failure and the first success after it, not with every attempt.
+# (`status || ''`: by the primary key, where the planner would read all that is under way.)
 _SETTLE = """
 with given as (
     select * from unnest(
@@ -59,7 +60,7 @@ with given as (
                    else clock_timestamp() + make_interval(secs => g.again_in_s) end,
         finished_at = case when g.status <> 'pending' then clock_timestamp() end
     from given g
-    where d.id = g.id and d.lease_id = g.lease_id and d.status = 'sending'
+    where d.id = g.id and d.lease_id = g.lease_id and d.status || '' = 'sending'
     returning d.id, d.webhook_id, d.attempt, d.due = '-infinity' as is_ordered, g.status, g.sent,
               g.again_in_s, g.ago_s, g.answer, g.fault, g.detail, g.latency_ms, g.version,
               g.headers, g.body, g.truncated
@@ -111,7 +112,7 @@ _RELEASE = f"""
 with again as (
     {_GIVEN_BACK}
     from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) g (id, lease_id)
-    where d.id = g.id and d.lease_id = g.lease_id and d.status = 'sending'
+    where d.id = g.id and d.lease_id = g.lease_id and d.status || '' = 'sending'
     returning d.id, d.attempt
 )
 {_LOG_INTERRUPTED}
