@@ -8,6 +8,7 @@ other servers. Secrets are shown once, and sealed before they reach the store.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rdev.domain.audit import Actor
 from rdev.domain.deliveries import (
     REDELIVER_MAX,
     Delivery,
@@ -82,7 +83,12 @@ class Webhooks:
         self._random_bytes = random_bytes
 
     async def create(
-        self, by: Principal, request: WebhookRequest, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        request: WebhookRequest,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> ShownWebhook:
         """Make an endpoint; its secret is in the answer and nowhere else.
 
@@ -106,7 +112,7 @@ class Webhooks:
             idempotency=idempotency,
         )
         with commit_shield():
-            made = await self._store.insert(new)
+            made = await self._store.insert(new, actor)
             self._changed()
         text = None if made.is_replay else secret.text
         return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
@@ -124,7 +130,9 @@ class Webhooks:
         """Endpoints that `by` sees, newest first."""
         return await self._store.list_all(within=by.project_ids, before=before, limit=limit)
 
-    async def change(self, by: Principal, webhook: str, request: WebhookRequest) -> Webhook:
+    async def change(
+        self, by: Principal, webhook: str, request: WebhookRequest, actor: Actor
+    ) -> Webhook:
         """Change what the request names. Who enables it, or changes where or of what it is told,
         becomes its owner.
 
@@ -150,17 +158,17 @@ class Webhooks:
             owner=by.key_id if is_adopted else None,
         )
         with commit_shield():
-            changed = await self._store.change(found.id, change)
+            changed = await self._store.change(found.id, change, actor)
             self._changed()
         if changed is None:
             raise _unknown("webhook", webhook)
         return changed
 
-    async def delete(self, by: Principal, webhook: str) -> None:
+    async def delete(self, by: Principal, webhook: str, actor: Actor) -> None:
         """End it for ever. Errors: NOT_FOUND."""
         found = await self.get(by, webhook)
         with commit_shield():
-            if not await self._store.delete(found.id):
+            if not await self._store.delete(found.id, actor):
                 raise _unknown("webhook", webhook)
             self._changed()
 
@@ -168,6 +176,7 @@ class Webhooks:
         self,
         by: Principal,
         webhook: str,
+        actor: Actor,
         *,
         grace_s: int,
         idempotency: Idempotency | None = None,
@@ -182,19 +191,26 @@ class Webhooks:
             grace_s=grace_s,
             idempotency=idempotency,
         )
-        made = await self._store.rotate(rotation)
+        made = await self._store.rotate(rotation, actor)
         if made is None:
             raise _unknown("webhook", webhook)
         text = None if made.is_replay else secret.text
         return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
 
     async def test(
-        self, by: Principal, webhook: str, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        webhook: str,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> PingMade:
         """Send it a `ping`. Errors: NOT_FOUND; CONFLICT where it is disabled."""
         found = await self.get(by, webhook)
         with commit_shield():
-            made = await self._log.ping(found.id, {"webhook_id": found.id}, idempotency=idempotency)
+            made = await self._log.ping(
+                found.id, {"webhook_id": found.id}, actor, idempotency=idempotency
+            )
             self._changed()
         if made is None:
             raise _disabled(found)
@@ -223,24 +239,26 @@ class Webhooks:
             attempts=await self._log.attempts(found.id),
         )
 
-    async def redeliver(self, by: Principal, delivery: str) -> Delivery:
+    async def redeliver(self, by: Principal, delivery: str, actor: Actor) -> Delivery:
         """Send it again, under the same event id. Errors: NOT_FOUND; CONFLICT where its endpoint is
         disabled."""
         found = await self._seen(by, delivery)
         self._check_enabled(await self.get(by, found.webhook))
         with commit_shield():
-            if not await self._log.redeliver(found.id):
+            if not await self._log.redeliver(found.id, actor):
                 raise _unknown("delivery", delivery)
             self._changed()
         return await self._seen(by, delivery)
 
-    async def redeliver_since(self, by: Principal, webhook: str, request: RedeliverRequest) -> int:
+    async def redeliver_since(
+        self, by: Principal, webhook: str, request: RedeliverRequest, actor: Actor
+    ) -> int:
         """The same for many, the oldest `REDELIVER_MAX`; returns how many."""
         found = await self.get(by, webhook)
         self._check_enabled(found)
         wanted = Redelivery(webhook=found.id, since=request.since, status=request.status)
         with commit_shield():
-            count = await self._log.redeliver_since(wanted, limit=REDELIVER_MAX)
+            count = await self._log.redeliver_since(wanted, actor, limit=REDELIVER_MAX)
             self._changed()
         return count
 
