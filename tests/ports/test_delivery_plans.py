@@ -93,7 +93,7 @@ async def test_a_claim_asks_the_indexes_of_each_lane(pools: Pools, analyzed: boo
     for plan in plans:
         assert "Seq Scan on deliveries" not in plan, plan
         assert "Bitmap" not in plan, plan
-        # The first of a lane is the first of its index, and what is under way is counted in its own.
+        # The first of a lane is the first of its index; what is under way has an index too.
         used = set(re.findall(r"using (deliver\w+) on deliveries", plan))
         assert used <= {"deliveries_pending", "deliveries_sending", "deliveries_pkey"}, plan
         # Lanes are sorted, deliveries never.
