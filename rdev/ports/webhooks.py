@@ -121,11 +121,13 @@ class DeliveryLog(Protocol):
         self,
         webhook: WebhookId,
         *,
+        within: Collection[ProjectId] | None,
         status: DeliveryStatus | None,
         before: DeliveryId | None,
         limit: int,
     ) -> list[Delivery]:
-        """Deliveries of an endpoint, newest first, those older than `before`, at most `limit`."""
+        """Deliveries of an endpoint, newest first, those older than `before`, at most `limit`; with
+        `within` only those of these projects and of none."""
         ...
 
     async def get(self, delivery: DeliveryId) -> Delivery | None:

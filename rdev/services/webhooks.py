@@ -33,6 +33,7 @@ from rdev.domain.webhooks import (
     WebhookId,
     is_visible,
     is_webhook_id,
+    may_read_commands,
     projects_for,
     webhook_id,
 )
@@ -51,7 +52,7 @@ class ShownWebhook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryDetail:
-    """A delivery with what is sent and its attempts, oldest first."""
+    """A delivery with what is sent (None: not for who asks) and its attempts, oldest first."""
 
     delivery: Delivery
     payload: bytes | None
@@ -225,17 +226,20 @@ class Webhooks:
         before: DeliveryId | None,
         limit: int,
     ) -> list[Delivery]:
-        """What was owed to it, newest first. Errors: NOT_FOUND."""
+        """What was owed to it of projects that `by` sees, newest first. Errors: NOT_FOUND."""
         found = await self.get(by, webhook)
-        return await self._log.list_of(found.id, status=status, before=before, limit=limit)
+        return await self._log.list_of(
+            found.id, within=by.project_ids, status=status, before=before, limit=limit
+        )
 
     async def delivery(self, by: Principal, delivery: str) -> DeliveryDetail:
-        """One delivery with its attempts. Errors: NOT_FOUND, also where `by` does not see its
-        endpoint."""
+        """One delivery with its attempts, and what is sent where `by` may read commands. Errors:
+        NOT_FOUND, also where `by` does not see its endpoint or its project."""
         found = await self._seen(by, delivery)
+        is_shown = found.project is None or may_read_commands(by.grant)
         return DeliveryDetail(
             delivery=found,
-            payload=await self._log.payload(found.id),
+            payload=await self._log.payload(found.id) if is_shown else None,
             attempts=await self._log.attempts(found.id),
         )
 
@@ -256,7 +260,12 @@ class Webhooks:
         """The same for many, the oldest `REDELIVER_MAX`; returns how many."""
         found = await self.get(by, webhook)
         self._check_enabled(found)
-        wanted = Redelivery(webhook=found.id, since=request.since, status=request.status)
+        wanted = Redelivery(
+            webhook=found.id,
+            within=by.project_ids,
+            since=request.since,
+            status=request.status,
+        )
         with commit_shield():
             count = await self._log.redeliver_since(wanted, actor, limit=REDELIVER_MAX)
             self._changed()
@@ -277,7 +286,11 @@ class Webhooks:
         found = await self._log.get(DeliveryId(delivery)) if known else None
         webhook = None if found is None else await self._store.get(found.webhook)
         is_seen = webhook is not None and is_visible(by.grant, webhook.project_ids)
-        if found is None or not is_seen:
+        if (
+            found is None
+            or not is_seen
+            or not (found.project is None or by.grant.sees(found.project))
+        ):
             raise _unknown("delivery", delivery)
         return found
 

@@ -94,7 +94,7 @@ class Hooks:
 
     async def deliveries(self, webhook: WebhookId) -> list[Delivery]:
         """Oldest first."""
-        found = await self.log.list_of(webhook, status=None, before=None, limit=1_000)
+        found = await self.log.list_of(webhook, within=None, status=None, before=None, limit=1_000)
         return found[::-1]
 
     async def waiting(self, webhook: WebhookId) -> list[Delivery]:

@@ -80,7 +80,9 @@ async def test_what_changes_nothing_is_not_entered(hooks: Hooks, pools: Pools) -
     rotation = SecretRotation(webhook=unknown, secret=b"x", grace_s=5)
     assert await hooks.webhooks.rotate(rotation, ACTOR) is None
     assert await hooks.log.ping(unknown, {}, ACTOR, idempotency=None) is None
-    nothing = Redelivery(webhook=unknown, since=datetime.fromtimestamp(0, UTC), status=None)
+    nothing = Redelivery(
+        webhook=unknown, within=None, since=datetime.fromtimestamp(0, UTC), status=None
+    )
     assert await hooks.log.redeliver_since(nothing, ACTOR, limit=10) == 0
     assert await entries(pools) == []
 
@@ -137,7 +139,7 @@ async def test_what_is_asked_for_again_is_entered(hooks: Hooks, pools: Pools) ->
     assert await hooks.log.redeliver(delivery, ACTOR)
     (again,) = await hooks.claim()
     await hooks.queue.settle([accepted(again)])
-    wanted = Redelivery(webhook=webhook, since=since, status=DeliveryStatus.DELIVERED)
+    wanted = Redelivery(webhook=webhook, within=None, since=since, status=DeliveryStatus.DELIVERED)
     assert await hooks.log.redeliver_since(wanted, ACTOR, limit=10) == 1
 
     _, one, many = await entries(pools)

@@ -347,7 +347,9 @@ async def test_of_more_than_may_wait_the_oldest_are_dead_and_counted(hooks: Hook
     ids = await hooks.happen(*["command.queued"] * 10)
     assert await hooks.queue.bury_overflow(pending_max=10) == 0
     assert await hooks.queue.bury_overflow(pending_max=7) == 3
-    dead = await hooks.log.list_of(webhook, status=DeliveryStatus.DEAD, before=None, limit=100)
+    dead = await hooks.log.list_of(
+        webhook, within=None, status=DeliveryStatus.DEAD, before=None, limit=100
+    )
     assert {one.reason for one in dead} == {DeadReason.OVERFLOW}
     assert len(await hooks.waiting(webhook)) == 7
     found = await hooks.webhooks.get(webhook)
@@ -385,10 +387,10 @@ async def test_a_range_is_asked_for_again_by_time_and_status(hooks: Hooks) -> No
             dead = Verdict(status=DeliveryStatus.DEAD, reason=DeadReason.EXHAUSTED)
             await hooks.queue.settle([Settled(owed=owed, verdict=dead, outcome=outcome(500))])
     since = min(one.created_at for one in settled)
-    wanted = Redelivery(webhook=webhook, since=since, status=DeliveryStatus.DEAD)
+    wanted = Redelivery(webhook=webhook, within=None, since=since, status=DeliveryStatus.DEAD)
     assert await hooks.log.redeliver_since(wanted, ACTOR, limit=1) == 1
     assert await hooks.log.redeliver_since(wanted, ACTOR, limit=10) == 1
-    everything = Redelivery(webhook=webhook, since=since, status=None)
+    everything = Redelivery(webhook=webhook, within=None, since=since, status=None)
     assert await hooks.log.redeliver_since(everything, ACTOR, limit=10) == 2
     assert len(await hooks.waiting(webhook)) == 4
 

@@ -1,6 +1,6 @@
 """The log of deliveries in PostgreSQL, and asking for what is in it again."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC
 from uuid import UUID
 
@@ -46,6 +46,7 @@ _LIST = (
 where d.webhook_id = %(webhook)s
   and (%(before)s::uuid is null or d.id < %(before)s)
   and d.status = any(%(statuses)s)
+  and (%(within)s::text[] is null or d.project is null or d.project = any(%(within)s))
 order by d.id desc
 limit %(limit)s
 """
@@ -84,6 +85,7 @@ _REDELIVER_SINCE = f"""
 with chosen as (
     select id from deliveries
     where webhook_id = %(webhook)s and id >= %(first)s and status = any(%(statuses)s)
+      and (%(within)s::text[] is null or project is null or project = any(%(within)s))
     order by id
     limit %(limit)s
 )
@@ -109,6 +111,7 @@ class PostgresDeliveryLog:
         self,
         webhook: WebhookId,
         *,
+        within: Collection[ProjectId] | None,
         status: DeliveryStatus | None,
         before: DeliveryId | None,
         limit: int,
@@ -116,6 +119,7 @@ class PostgresDeliveryLog:
         """See `DeliveryLog.list_of`."""
         parameters = {
             "webhook": webhook_uuid(webhook),
+            "within": None if within is None else sorted(within),
             "before": None if before is None else delivery_uuid(before),
             "statuses": _STATUSES[status],
             "limit": limit,
@@ -150,6 +154,7 @@ class PostgresDeliveryLog:
         since_ms = int(wanted.since.astimezone(UTC).timestamp() * 1000)
         parameters = {
             "webhook": webhook_uuid(wanted.webhook),
+            "within": None if wanted.within is None else sorted(wanted.within),
             "first": UUID(int=max(0, since_ms) << 80),
             "statuses": [status for status in statuses if status != "sending"],
             "limit": limit,
