@@ -16,13 +16,18 @@ def lines(server: Server) -> list[dict[str, object]]:
     return [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
 
 
+def requests(server: Server) -> list[dict[str, object]]:
+    return [line for line in lines(server) if line["msg"] == "request completed"]
+
+
 async def test_each_request_is_one_line_with_the_fields_of_the_guide(quick_place: Path) -> None:
     with open_server(quick_place) as server:
         async with open_api(server) as api:
             await api.get("/projects?token=secret-of-nobody")
             await api.get("/nowhere", headers={"traceparent": f"00-{TRACE}-00f067aa0ba902b7-01"})
-        found = [line for line in lines(server) if line["msg"] == "request completed"]
-    plain, traced = found
+        # It is written when the request is over, which is after its answer.
+        until(lambda: len(requests(server)) == 2, "both are logged", server)
+        plain, traced = requests(server)
     assert list(plain) == GUIDE
     assert list(traced) == [*GUIDE[:4], "trace_id", *GUIDE[4:]]
     assert (plain["level"], plain["method"], plain["path"], plain["status"]) == (
