@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -328,6 +327,7 @@ def test_every_manifest_is_explained() -> None:
 
 
 def _version() -> str:
-    found = re.search(r'^version = "(.+)"$', Path(ROOT / "pyproject.toml").read_text(), re.M)
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     assert found is not None
     return found[1]
