@@ -74,7 +74,7 @@ binary: setup ## dist/rdev, one file with all of it (see docs/operations/deploym
 		{ echo "make binary: run $(BIN)/pip install -e '.[binary]'" >&2; exit 1; }
 	$(BIN)/pyinstaller --noconfirm --clean --log-level WARN --distpath dist --workpath build/binary \
 		deploy/binary/rdev.spec
-	$(BIN)/python -m pytest -q tests/deploy/test_binary.py
+	RDEV_TEST_BINARY=$(CURDIR)/dist/rdev $(BIN)/python -m pytest -q tests/deploy/test_binary.py
 
 image: ## the container image; ENGINE=podman, BASE=… for another base
 	$(ENGINE) build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg REVISION=$(REVISION) \
