@@ -31,6 +31,14 @@ class Action(StrEnum):
     KEY_ROTATED = "key.rotated"
     KEY_REVOKED = "key.revoked"
     PROJECT_CREATED = "project.created"
+    WEBHOOK_CREATED = "webhook.created"
+    WEBHOOK_CHANGED = "webhook.changed"
+    WEBHOOK_DELETED = "webhook.deleted"
+    WEBHOOK_ROTATED = "webhook.rotated"
+    WEBHOOK_TESTED = "webhook.tested"
+    WEBHOOK_REDELIVERED = "webhook.redelivered"
+    # By the server: its receiver is gone or fails for days, or its owner's key has ended.
+    WEBHOOK_DISABLED = "webhook.disabled"
     ACCESS_DENIED = "access.denied"
     # A day was dropped after its time; the database was restored into another cluster.
     DAY_DROPPED = "audit.day_dropped"

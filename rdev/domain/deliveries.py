@@ -116,9 +116,10 @@ class Owed:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redelivery:
     """What is asked for again, of one endpoint: those made since then that have this status (None:
-    delivered or dead)."""
+    delivered or dead), `within` some projects, or all."""
 
     webhook: WebhookId
+    within: frozenset[ProjectId] | None
     since: datetime
     status: DeliveryStatus | None
 

@@ -139,6 +139,11 @@ def is_visible(holder: Grant, project_ids: frozenset[ProjectId] | None) -> bool:
     return project_ids is not None and project_ids <= holder.project_ids
 
 
+def may_read_commands(holder: Grant) -> bool:
+    """Whether a key may know what events of commands and projects tell."""
+    return holder.may(Scope.PROJECTS_READ) or holder.may(Scope.PROJECTS_EXECUTE)
+
+
 def projects_for(
     holder: Grant, wanted: frozenset[ProjectId] | None, events: Collection[EventType]
 ) -> frozenset[ProjectId] | None:
@@ -147,8 +152,7 @@ def projects_for(
     Errors: FORBIDDEN for projects that the key does not see, and for events of commands and
     projects where it may not read those.
     """
-    may_read = holder.may(Scope.PROJECTS_READ) or holder.may(Scope.PROJECTS_EXECUTE)
-    if not may_read and not _ABOUT_ENDPOINTS.issuperset(events):
+    if not may_read_commands(holder) and not _ABOUT_ENDPOINTS.issuperset(events):
         message = "a key that may not read commands cannot be told of them"
         raise RdevError(ErrorCode.FORBIDDEN, message, details={"scope": Scope.PROJECTS_READ.value})
     if wanted is None:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from rdev.domain.audit import Actor
 from rdev.domain.deliveries import (
     Delivery,
     DeliveryAttempt,
@@ -73,9 +74,10 @@ class PingMade:
 
 
 class WebhookStore(Protocol):
-    """Endpoints. Errors of all: SERVICE_UNAVAILABLE."""
+    """Endpoints. What changes one enters it in the audit log, in the same transaction; a replay
+    enters nothing. Errors of all: SERVICE_UNAVAILABLE."""
 
-    async def insert(self, new: NewWebhook) -> WebhookMade:
+    async def insert(self, new: NewWebhook, actor: Actor) -> WebhookMade:
         """Store an endpoint and its idempotency key, in one transaction.
 
         Errors: TOO_MANY_REQUESTS where there are `WEBHOOKS_MAX`; IDEMPOTENCY_MISMATCH; CONFLICT,
@@ -94,33 +96,38 @@ class WebhookStore(Protocol):
         those that are limited to some of these projects."""
         ...
 
-    async def change(self, webhook: WebhookId, change: WebhookChange) -> Webhook | None:
+    async def change(
+        self, webhook: WebhookId, change: WebhookChange, actor: Actor
+    ) -> Webhook | None:
         """Store what becomes of it, as it is then; None: there is none. Being enabled begins anew:
         what was pending is due, and past failures are forgotten."""
         ...
 
-    async def rotate(self, rotation: SecretRotation) -> WebhookMade | None:
+    async def rotate(self, rotation: SecretRotation, actor: Actor) -> WebhookMade | None:
         """Give it another secret; the one before goes on signing beside it for `grace_s`, one
         before that ends now. None: there is none. Errors: those of `insert`."""
         ...
 
-    async def delete(self, webhook: WebhookId) -> bool:
+    async def delete(self, webhook: WebhookId, actor: Actor) -> bool:
         """End it for ever with all that is pending; False: there is none."""
         ...
 
 
 class DeliveryLog(Protocol):
-    """What was owed, sent and answered. Errors of all: SERVICE_UNAVAILABLE."""
+    """What was owed, sent and answered. What is asked for again is entered in the audit log, in the
+    same transaction. Errors of all: SERVICE_UNAVAILABLE."""
 
     async def list_of(
         self,
         webhook: WebhookId,
         *,
+        within: Collection[ProjectId] | None,
         status: DeliveryStatus | None,
         before: DeliveryId | None,
         limit: int,
     ) -> list[Delivery]:
-        """Deliveries of an endpoint, newest first, those older than `before`, at most `limit`."""
+        """Deliveries of an endpoint, newest first, those older than `before`, at most `limit`; with
+        `within` only those of these projects and of none."""
         ...
 
     async def get(self, delivery: DeliveryId) -> Delivery | None:
@@ -135,17 +142,22 @@ class DeliveryLog(Protocol):
         """Its attempts, oldest first."""
         ...
 
-    async def redeliver(self, delivery: DeliveryId) -> bool:
+    async def redeliver(self, delivery: DeliveryId, actor: Actor) -> bool:
         """Send it again from the start of the schedule, under the same event id; one that is
         pending is due now. False: there is none."""
         ...
 
-    async def redeliver_since(self, wanted: Redelivery, *, limit: int) -> int:
+    async def redeliver_since(self, wanted: Redelivery, actor: Actor, *, limit: int) -> int:
         """The same for many, the oldest first, at most `limit`; returns how many."""
         ...
 
     async def ping(
-        self, webhook: WebhookId, data: Mapping[str, str], *, idempotency: Idempotency | None
+        self,
+        webhook: WebhookId,
+        data: Mapping[str, str],
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None,
     ) -> PingMade | None:
         """Owe a `ping` to an enabled endpoint; None: there is none, or it is disabled."""
         ...

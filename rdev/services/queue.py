@@ -87,7 +87,7 @@ class CommandQueue:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once. `announce` says that a stream has events which no appender published (a
         claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
-        waits. `left_alone` names the projects that the next claim or take-over is to pass by, for now."""
+        waits. `left_alone` names the projects that the next claim or take-over passes by."""
         self._lanes = lanes
         self._leases = leases
         self._executor = executor

@@ -8,6 +8,7 @@ other servers. Secrets are shown once, and sealed before they reach the store.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from rdev.domain.audit import Actor
 from rdev.domain.deliveries import (
     REDELIVER_MAX,
     Delivery,
@@ -32,6 +33,7 @@ from rdev.domain.webhooks import (
     WebhookId,
     is_visible,
     is_webhook_id,
+    may_read_commands,
     projects_for,
     webhook_id,
 )
@@ -50,7 +52,7 @@ class ShownWebhook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryDetail:
-    """A delivery with what is sent and its attempts, oldest first."""
+    """A delivery with what is sent (None: not for who asks) and its attempts, oldest first."""
 
     delivery: Delivery
     payload: bytes | None
@@ -82,7 +84,12 @@ class Webhooks:
         self._random_bytes = random_bytes
 
     async def create(
-        self, by: Principal, request: WebhookRequest, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        request: WebhookRequest,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> ShownWebhook:
         """Make an endpoint; its secret is in the answer and nowhere else.
 
@@ -106,7 +113,7 @@ class Webhooks:
             idempotency=idempotency,
         )
         with commit_shield():
-            made = await self._store.insert(new)
+            made = await self._store.insert(new, actor)
             self._changed()
         text = None if made.is_replay else secret.text
         return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
@@ -124,7 +131,9 @@ class Webhooks:
         """Endpoints that `by` sees, newest first."""
         return await self._store.list_all(within=by.project_ids, before=before, limit=limit)
 
-    async def change(self, by: Principal, webhook: str, request: WebhookRequest) -> Webhook:
+    async def change(
+        self, by: Principal, webhook: str, request: WebhookRequest, actor: Actor
+    ) -> Webhook:
         """Change what the request names. Who enables it, or changes where or of what it is told,
         becomes its owner.
 
@@ -150,17 +159,17 @@ class Webhooks:
             owner=by.key_id if is_adopted else None,
         )
         with commit_shield():
-            changed = await self._store.change(found.id, change)
+            changed = await self._store.change(found.id, change, actor)
             self._changed()
         if changed is None:
             raise _unknown("webhook", webhook)
         return changed
 
-    async def delete(self, by: Principal, webhook: str) -> None:
+    async def delete(self, by: Principal, webhook: str, actor: Actor) -> None:
         """End it for ever. Errors: NOT_FOUND."""
         found = await self.get(by, webhook)
         with commit_shield():
-            if not await self._store.delete(found.id):
+            if not await self._store.delete(found.id, actor):
                 raise _unknown("webhook", webhook)
             self._changed()
 
@@ -168,6 +177,7 @@ class Webhooks:
         self,
         by: Principal,
         webhook: str,
+        actor: Actor,
         *,
         grace_s: int,
         idempotency: Idempotency | None = None,
@@ -182,19 +192,26 @@ class Webhooks:
             grace_s=grace_s,
             idempotency=idempotency,
         )
-        made = await self._store.rotate(rotation)
+        made = await self._store.rotate(rotation, actor)
         if made is None:
             raise _unknown("webhook", webhook)
         text = None if made.is_replay else secret.text
         return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
 
     async def test(
-        self, by: Principal, webhook: str, *, idempotency: Idempotency | None = None
+        self,
+        by: Principal,
+        webhook: str,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
     ) -> PingMade:
         """Send it a `ping`. Errors: NOT_FOUND; CONFLICT where it is disabled."""
         found = await self.get(by, webhook)
         with commit_shield():
-            made = await self._log.ping(found.id, {"webhook_id": found.id}, idempotency=idempotency)
+            made = await self._log.ping(
+                found.id, {"webhook_id": found.id}, actor, idempotency=idempotency
+            )
             self._changed()
         if made is None:
             raise _disabled(found)
@@ -209,38 +226,48 @@ class Webhooks:
         before: DeliveryId | None,
         limit: int,
     ) -> list[Delivery]:
-        """What was owed to it, newest first. Errors: NOT_FOUND."""
+        """What was owed to it of projects that `by` sees, newest first. Errors: NOT_FOUND."""
         found = await self.get(by, webhook)
-        return await self._log.list_of(found.id, status=status, before=before, limit=limit)
+        return await self._log.list_of(
+            found.id, within=by.project_ids, status=status, before=before, limit=limit
+        )
 
     async def delivery(self, by: Principal, delivery: str) -> DeliveryDetail:
-        """One delivery with its attempts. Errors: NOT_FOUND, also where `by` does not see its
-        endpoint."""
+        """One delivery with its attempts, and what is sent where `by` may read commands. Errors:
+        NOT_FOUND, also where `by` does not see its endpoint or its project."""
         found = await self._seen(by, delivery)
+        is_shown = found.project is None or may_read_commands(by.grant)
         return DeliveryDetail(
             delivery=found,
-            payload=await self._log.payload(found.id),
+            payload=await self._log.payload(found.id) if is_shown else None,
             attempts=await self._log.attempts(found.id),
         )
 
-    async def redeliver(self, by: Principal, delivery: str) -> Delivery:
+    async def redeliver(self, by: Principal, delivery: str, actor: Actor) -> Delivery:
         """Send it again, under the same event id. Errors: NOT_FOUND; CONFLICT where its endpoint is
         disabled."""
         found = await self._seen(by, delivery)
         self._check_enabled(await self.get(by, found.webhook))
         with commit_shield():
-            if not await self._log.redeliver(found.id):
+            if not await self._log.redeliver(found.id, actor):
                 raise _unknown("delivery", delivery)
             self._changed()
         return await self._seen(by, delivery)
 
-    async def redeliver_since(self, by: Principal, webhook: str, request: RedeliverRequest) -> int:
+    async def redeliver_since(
+        self, by: Principal, webhook: str, request: RedeliverRequest, actor: Actor
+    ) -> int:
         """The same for many, the oldest `REDELIVER_MAX`; returns how many."""
         found = await self.get(by, webhook)
         self._check_enabled(found)
-        wanted = Redelivery(webhook=found.id, since=request.since, status=request.status)
+        wanted = Redelivery(
+            webhook=found.id,
+            within=by.project_ids,
+            since=request.since,
+            status=request.status,
+        )
         with commit_shield():
-            count = await self._log.redeliver_since(wanted, limit=REDELIVER_MAX)
+            count = await self._log.redeliver_since(wanted, actor, limit=REDELIVER_MAX)
             self._changed()
         return count
 
@@ -259,7 +286,11 @@ class Webhooks:
         found = await self._log.get(DeliveryId(delivery)) if known else None
         webhook = None if found is None else await self._store.get(found.webhook)
         is_seen = webhook is not None and is_visible(by.grant, webhook.project_ids)
-        if found is None or not is_seen:
+        if (
+            found is None
+            or not is_seen
+            or not (found.project is None or by.grant.sees(found.project))
+        ):
             raise _unknown("delivery", delivery)
         return found
 

@@ -15,18 +15,20 @@ import trio
 from psycopg import sql
 
 from rdev.adapters.postgres.embedded import running_embedded
+from rdev.domain.signing import parse_secret
 from tests.app.server import DEADLINE_S, Api, Server, open_api, open_server
 
 NAMES = (
     "variable", "stdin", "option", "assignment", "userinfo", "header", "git_url", "wrong_key",
-    "wrong_bearer", "cookie", "query", "body", "variable_in_argv",
+    "wrong_bearer", "cookie", "query", "body", "variable_in_argv", "webhook_path",
 )  # fmt: skip
 CANARIES = {name: f"canary{secrets.token_hex(12)}" for name in NAMES}
 
 
 @pytest.fixture(scope="module")
 def server(quick_place) -> Iterator[Server]:
-    with open_server(quick_place, RDEV_LOG_LEVEL="debug") as server:
+    nets = {"RDEV_WEBHOOK_ALLOW_NETS": "127.0.0.0/8", "RDEV_WEBHOOK_SCHEDULE": "0.1"}
+    with open_server(quick_place, RDEV_LOG_LEVEL="debug", **nets) as server:
         yield server
 
 
@@ -38,6 +40,7 @@ async def said(server: Server) -> dict[str, str]:
         said = await _submitted(api)
         said |= await _refused(api)
         said |= await _told(api)
+        said |= await _hooked(api)
         await _sealed(api)
         export = await api.get("/audit/export")
         said["audit"] = export.text
@@ -100,9 +103,41 @@ async def _told(api: Api) -> dict[str, str]:
     }
 
 
+async def _hooked(api: Api) -> dict[str, str]:
+    """A webhook's secrets: each is in one answer and nowhere else, also after attempts."""
+    url = f"http://127.0.0.1:1/{CANARIES['webhook_path']}"
+    made = await api.post("/webhooks", {"url": url, "events": ["ping"]})
+    id_ = made.json()["data"]["id"]
+    turned = await api.post(f"/webhooks/{id_}/rotate-secret", {})
+    for name, answer in (("webhook secret", made), ("rotated webhook secret", turned)):
+        secret = msgspec.convert(answer.json()["data"]["secret"], str)
+        CANARIES[name] = secret.removeprefix("whsec_")
+        CANARIES[f"{name}'s bytes"] = parse_secret(secret).key.hex()
+    await api.post(f"/webhooks/{id_}/test", {})
+    with trio.fail_after(DEADLINE_S):
+        while not (listed := await _dead(api, id_)):
+            await trio.sleep(0.1)
+    return {
+        "webhook": (await api.get(f"/webhooks/{id_}")).text,
+        "webhooks": (await api.get("/webhooks")).text,
+        "deliveries": listed,
+        "changed webhook": (
+            await api.http.patch(f"/webhooks/{id_}", json={"description": "x"})
+        ).text,
+    }
+
+
+async def _dead(api: Api, webhook: str) -> str:
+    """The only delivery that is dead, in detail; nothing while there is none."""
+    found = (await api.get(f"/webhooks/{webhook}/deliveries", params={"status": "dead"})).json()
+    if not found["data"]:
+        return ""
+    return (await api.get(f"/deliveries/{found['data'][0]['id']}")).text
+
+
 async def _sealed(api: Api) -> None:
     with trio.fail_after(DEADLINE_S):
-        while "key.rotated" not in (await api.get("/audit", params={"limit": "200"})).text:
+        while "webhook.changed" not in (await api.get("/audit", params={"limit": "200"})).text:
             await trio.sleep(0.1)
 
 
@@ -138,8 +173,11 @@ async def test_a_secret_is_in_no_answer_log_metric_entry_or_row(said: dict[str, 
 
 
 def _is_named_as_such(found: tuple[str, str]) -> bool:
-    """A fault names the field it is about: the names in a body are the client's."""
+    """A fault names the field it is about: the names in a body are the client's. Of a webhook's
+    URL the endpoint itself tells, to whoever may see it."""
     name, place = found
+    if name == "webhook_path":
+        return place in ("webhook", "webhooks", "changed webhook", "table webhooks")
     return name == "body" and place == "answer 5"
 
 

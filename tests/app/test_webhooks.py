@@ -264,6 +264,43 @@ async def test_a_key_is_told_of_its_own_projects_only(
     assert sink.ids() == [seen]
 
 
+async def test_of_deliveries_a_key_sees_those_of_its_own_projects(
+    api: Api, server: Server, sink_of: Callable[..., Awaitable[Sink]]
+) -> None:
+    """Also where the endpoint was told of others, before somebody narrowed it."""
+    sink = await sink_of()
+    hook = await make(api, sink, project_ids=["demo", "other"])
+    await happen(server, "command.queued", project="other")
+    await happen(server, "command.queued", project="demo")
+    await sink.received(2)
+    path = f"/webhooks/{hook['id']}"
+    narrowed = await api.http.patch(path, json={"project_ids": ["demo"]})
+    assert narrowed.status_code == 200
+    with trio.fail_after(DEADLINE_S):
+        while True:
+            found = (await api.get(path + "/deliveries?status=delivered")).json()["data"]
+            ids = {one["project"]: one["id"] for one in found}
+            if set(ids) == {"demo", "other"}:
+                break
+            await trio.sleep(POLL_S)
+
+    scopes = ["webhooks:write", "webhooks:read"]
+    key = await api.post("/keys", {"name": "a", "scopes": scopes, "project_ids": ["demo"]})
+    headers = {"Authorization": f"Bearer {key.json()['data']['key']}"}
+    listed = (await api.get(path + "/deliveries", headers=headers)).json()["data"]
+    assert [one["id"] for one in listed] == [ids["demo"]]
+    foreign = f"/deliveries/{ids['other']}"
+    assert (await api.get(foreign, headers=headers)).status_code == 404
+    assert (await api.post(foreign + "/redeliver", {}, headers=headers)).status_code == 404
+    since = {"since": "2020-01-01T00:00:00Z"}
+    again = await api.post(path + "/redeliver", since, headers=headers)
+    assert again.json()["data"] == {"redelivered": 1}
+    # It may not read commands: of what is sent it learns nothing.
+    own = f"/deliveries/{ids['demo']}"
+    assert (await api.get(own, headers=headers)).json()["data"]["payload"] is None
+    assert (await api.get(own)).json()["data"]["payload"] is not None
+
+
 async def test_only_who_may_read_commands_is_told_of_them(
     api: Api, sink_of: Callable[..., Awaitable[Sink]]
 ) -> None:

@@ -3,8 +3,9 @@
 A point is `<what>.<phase>`. For a statement: `before` it is sent, `uncommitted` (done, not yet
 committed), `committed` (before anybody acts on its reply). For an exec in a project: `before` it,
 `opened`, and for an attachment `half_spec` (half of what it must be told was sent) and `read`
-(something was read and not yet handed on). A test arms a server by a file in its state folder; the
-server fires once, says so in `fired`, and is ended or stopped by its own signal.
+(something was read and not yet handed on). For a delivery of a webhook: `send.before` its request,
+and `send.after` (the outcome came and is stored nowhere). A test arms a server by a file in its
+state folder; the server fires once, says so in `fired`, and is ended or stopped by its own signal.
 """
 
 import os
@@ -39,6 +40,17 @@ EXEC_POINTS = (
     "kill_command.before",
     "kill_command.opened",
 )
+# Between the commit of an event and its request, and between that and the stored outcome.
+WEBHOOK_POINTS = (
+    "claim_deliveries.before",
+    "claim_deliveries.uncommitted",
+    "claim_deliveries.committed",
+    "send.before",
+    "send.after",
+    "settle.before",
+    "settle.uncommitted",
+    "settle.committed",
+)
 POINTS = STATEMENT_POINTS + EXEC_POINTS
 
 
@@ -50,7 +62,7 @@ class Points:
 
     def arm(self, point: str, *, nth: int = 1, action: Signals = SIGKILL) -> None:
         """Let the server meet its signal when it comes to the point for the nth time."""
-        assert point in POINTS, point
+        assert point in POINTS + WEBHOOK_POINTS, point
         fresh = self.folder / "point.new"
         fresh.write_text(f"{point} {nth} {action.name}")
         fresh.rename(self.folder / "point")

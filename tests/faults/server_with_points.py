@@ -21,11 +21,14 @@ from psycopg.rows import Row
 
 import rdev.adapters.execution.local
 import rdev.adapters.postgres.connection
+import rdev.webhook_wiring
 import rdev.wiring
 from rdev.adapters.execution.transport import Streams
-from rdev.adapters.postgres import commands, lanes, leases, notifier, output
+from rdev.adapters.postgres import commands, deliveries, lanes, leases, notifier, output
+from rdev.adapters.webhooks.sender import HttpWebhookSender
 from rdev.cli import main
 from rdev.domain.ids import ProjectId
+from rdev.domain.sending import Outcome, OutgoingRequest
 from tests.faults.points import Points
 
 STATE_DIR = Path(os.environ["RDEV_STATE_DIR"])
@@ -45,6 +48,8 @@ NAMES = {
     leases._RELEASE: "release",
     leases._RELEASE_HOLDER: "release_holder",
     notifier._NOTIFY: "notify",
+    deliveries._CLAIM: "claim_deliveries",
+    deliveries._SETTLE: "settle",
 }
 
 
@@ -131,6 +136,16 @@ class PointedStdout(trio.abc.ReceiveStream):
         await self._inner.aclose()
 
 
+class PointedSender(HttpWebhookSender):
+    """Looks for the armed point around each request to a receiver."""
+
+    async def send(self, request: OutgoingRequest) -> Outcome:
+        POINTS.reach("send.before")
+        outcome = await super().send(request)
+        POINTS.reach("send.after")
+        return outcome
+
+
 def clock_is_off_by_s() -> float:
     """How wrong this process's clock is now."""
     try:
@@ -160,6 +175,7 @@ def step_clock() -> None:
 if __name__ == "__main__":
     rdev.adapters.postgres.connection.TrioConnection = PointedConnection  # type: ignore[misc]
     rdev.adapters.execution.local.LocalTransport = PointedTransport  # type: ignore[misc]
+    rdev.webhook_wiring.HttpWebhookSender = PointedSender  # type: ignore[misc]
     step_clock()
     sys.argv[0] = "rdev"
     main()

@@ -201,7 +201,7 @@ async def test_an_attack_leaves_nothing_behind_and_stops_nobody(
 @pytest.mark.full
 @pytest.mark.timeout(300)
 async def test_ten_thousand_idle_connections_are_held_and_let_go(server: Server, api: Api) -> None:
-    """As many as the limit of descriptors lets this process open; they say nothing, and go at once."""
+    """As many as the limit of descriptors allows here; they say nothing, and go at once."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(IDLE_CONNECTIONS, hard - SPARE_DESCRIPTORS)
     host, port = server.url.removeprefix("http://").rsplit(":", 1)

@@ -1,6 +1,8 @@
 """Webhooks while the server is killed again and again: nothing that was committed is lost.
 
 Events are committed while receivers answer 500 to three in ten requests and nothing to one in ten.
+The server dies at each named point between the commit of an event and the stored outcome of its
+attempt in turn, each of them at least once, and where there are rounds left at any moment.
 `pytest -s` prints the ledger; the seed of a failed run is in its message.
 """
 
@@ -17,9 +19,12 @@ import pytest
 import trio
 
 from rdev.adapters.postgres import cluster
-from tests.app.server import DEADLINE_S, POLL_S, Server, open_api, open_server
+from tests.app.server import DEADLINE_S, POLL_S, Server, open_api, open_state
+from tests.faults.points import WEBHOOK_POINTS, Points
 
 ENDPOINTS = 20
+# A server dies at one of the first so many times that it comes to its point.
+NTH_MAX = 8
 BATCH = 25
 FAILED, HUNG = 0.3, 0.1
 TOTAL_S = 0.5
@@ -91,7 +96,9 @@ def server(quick_place: Path) -> Iterator[Server]:
         "RDEV_WEBHOOK_SCHEDULE": ",".join(["0.2"] * 30),
         "RDEV_RATE_LIMIT_ADDRESS": "off",
     }
-    with open_server(quick_place, **settings) as server:
+    with open_state(quick_place, **settings) as server:
+        server.module = "tests.faults.server_with_points"
+        server.start()
         server.keep_port()
         yield server
 
@@ -122,7 +129,7 @@ async def make_endpoints(server: Server, url: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("events", "kills"), [(400, 3), pytest.param(10_000, 25, marks=pytest.mark.full)]
+    ("events", "kills"), [(450, 8), pytest.param(10_000, 25, marks=pytest.mark.full)]
 )
 async def test_kills_lose_no_event_and_every_repeat_has_the_same_id(
     server: Server, nursery: trio.Nursery, events: int, kills: int
@@ -136,17 +143,25 @@ async def test_kills_lose_no_event_and_every_repeat_has_the_same_id(
     await make_endpoints(server, url)
     committed: set[str] = set()
     each = events // (kills + 1)
+    points = Points(folder=server.state_dir)
 
     for round_ in range(kills + 1):
+        # Of the points in turn, at one of their first times; what is left over dies at any moment.
+        is_pointed = round_ < kills // len(WEBHOOK_POINTS) * len(WEBHOOK_POINTS)
+        if is_pointed:
+            point = WEBHOOK_POINTS[round_ % len(WEBHOOK_POINTS)]
+            points.arm(point, nth=chance.randint(1, NTH_MAX))
         end = events if round_ == kills else (round_ + 1) * each
         for first in range(round_ * each, end, BATCH):
             last = min(first + BATCH, end) - 1
             committed.update(await trio.to_thread.run_sync(commit, server, first, last))
         if round_ == kills:
             break
-        # At any moment: before the claim, while it is sent, before it is stored.
-        await trio.sleep(chance.random() * 0.5)
-        server.kill()
+        if is_pointed:
+            await trio.to_thread.run_sync(server.wait)
+        else:
+            await trio.sleep(chance.random() * 0.5)
+            server.kill()
         await trio.to_thread.run_sync(server.start)
 
     receivers.is_calm = True
@@ -161,6 +176,8 @@ async def test_kills_lose_no_event_and_every_repeat_has_the_same_id(
         f" ({receivers.hung} hung), {attempts} attempts ({interrupted} interrupted):"
         f" {len(lost)} lost, {twice} accepted twice, all under the same id"
     )
+    print("died at:", ", ".join(f"{name} {n}" for name, n in Counter(points.fired).items()))
+    assert set(points.fired) == set(WEBHOOK_POINTS)
     assert lost == [], f"seed {seed}"
     assert set(receivers.requests) == committed, f"seed {seed}"
     assert deliveries == len(committed)

@@ -27,6 +27,7 @@ from rdev.domain.sending import Outcome, SendFault
 from rdev.domain.webhooks import EventType, NewWebhook, WebhookId, webhook_id
 from rdev.ports.deliveries import DeliveryQueue
 from rdev.ports.webhooks import DeliveryLog, WebhookStore
+from tests.fakes.store import ACTOR
 
 LEASE_S = 600.0
 ALL_EVENTS = tuple(EventType)
@@ -78,7 +79,7 @@ class Hooks:
             owner=owner,
             secret=secret,
         )
-        return (await self.webhooks.insert(new)).webhook.id
+        return (await self.webhooks.insert(new, ACTOR)).webhook.id
 
     async def claim(self, limit: int = 1_000, untrusted_limit: int = 1_000) -> list[Owed]:
         return await self.queue.claim(holder="one", limit=limit, untrusted_limit=untrusted_limit)
@@ -93,7 +94,7 @@ class Hooks:
 
     async def deliveries(self, webhook: WebhookId) -> list[Delivery]:
         """Oldest first."""
-        found = await self.log.list_of(webhook, status=None, before=None, limit=1_000)
+        found = await self.log.list_of(webhook, within=None, status=None, before=None, limit=1_000)
         return found[::-1]
 
     async def waiting(self, webhook: WebhookId) -> list[Delivery]:

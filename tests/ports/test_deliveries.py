@@ -18,6 +18,7 @@ from rdev.domain.deliveries import (
     delivery_id,
 )
 from rdev.domain.webhooks import DisabledReason, EventType, WebhookChange
+from tests.fakes.store import ACTOR
 from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
 
@@ -320,7 +321,7 @@ async def test_an_endpoint_whose_projects_were_narrowed_sends_nothing_of_the_oth
         is_enabled=True,
         owner=None,
     )
-    await hooks.webhooks.change(webhook, change)
+    await hooks.webhooks.change(webhook, change, ACTOR)
     assert [owed.is_allowed for owed in await hooks.claim()] == [False]
 
 
@@ -346,7 +347,9 @@ async def test_of_more_than_may_wait_the_oldest_are_dead_and_counted(hooks: Hook
     ids = await hooks.happen(*["command.queued"] * 10)
     assert await hooks.queue.bury_overflow(pending_max=10) == 0
     assert await hooks.queue.bury_overflow(pending_max=7) == 3
-    dead = await hooks.log.list_of(webhook, status=DeliveryStatus.DEAD, before=None, limit=100)
+    dead = await hooks.log.list_of(
+        webhook, within=None, status=DeliveryStatus.DEAD, before=None, limit=100
+    )
     assert {one.reason for one in dead} == {DeadReason.OVERFLOW}
     assert len(await hooks.waiting(webhook)) == 7
     found = await hooks.webhooks.get(webhook)
@@ -365,10 +368,10 @@ async def test_a_dead_delivery_that_is_asked_for_again_comes_with_the_same_event
     await hooks.queue.settle([Settled(owed=owed, verdict=dead, outcome=outcome(500))])
     assert await hooks.claim() == []
 
-    assert await hooks.log.redeliver(delivery_id(owed.lease.delivery))
+    assert await hooks.log.redeliver(delivery_id(owed.lease.delivery), ACTOR)
     (again,) = await hooks.claim()
     assert (again.event, again.failures, again.attempt) == (owed.event, 0, 2)
-    assert not await hooks.log.redeliver(delivery_id(UUID(int=1)))
+    assert not await hooks.log.redeliver(delivery_id(UUID(int=1)), ACTOR)
 
 
 async def test_a_range_is_asked_for_again_by_time_and_status(hooks: Hooks) -> None:
@@ -384,19 +387,19 @@ async def test_a_range_is_asked_for_again_by_time_and_status(hooks: Hooks) -> No
             dead = Verdict(status=DeliveryStatus.DEAD, reason=DeadReason.EXHAUSTED)
             await hooks.queue.settle([Settled(owed=owed, verdict=dead, outcome=outcome(500))])
     since = min(one.created_at for one in settled)
-    wanted = Redelivery(webhook=webhook, since=since, status=DeliveryStatus.DEAD)
-    assert await hooks.log.redeliver_since(wanted, limit=1) == 1
-    assert await hooks.log.redeliver_since(wanted, limit=10) == 1
-    everything = Redelivery(webhook=webhook, since=since, status=None)
-    assert await hooks.log.redeliver_since(everything, limit=10) == 2
+    wanted = Redelivery(webhook=webhook, within=None, since=since, status=DeliveryStatus.DEAD)
+    assert await hooks.log.redeliver_since(wanted, ACTOR, limit=1) == 1
+    assert await hooks.log.redeliver_since(wanted, ACTOR, limit=10) == 1
+    everything = Redelivery(webhook=webhook, within=None, since=since, status=None)
+    assert await hooks.log.redeliver_since(everything, ACTOR, limit=10) == 2
     assert len(await hooks.waiting(webhook)) == 4
 
 
 async def test_a_deleted_endpoint_is_sent_nothing(hooks: Hooks) -> None:
     webhook = await hooks.endpoint()
     await hooks.happen("command.queued")
-    assert await hooks.webhooks.delete(webhook)
-    assert not await hooks.webhooks.delete(webhook)
+    assert await hooks.webhooks.delete(webhook, ACTOR)
+    assert not await hooks.webhooks.delete(webhook, ACTOR)
     assert await hooks.claim() == []
     assert await hooks.webhooks.get(webhook) is None
     await hooks.happen("command.queued")

@@ -5,7 +5,7 @@ import base64
 from quart import Blueprint, Response, request
 
 from rdev.adapters.http.envelope import accepted, created, no_content, read_json, success
-from rdev.adapters.http.exchange import principal
+from rdev.adapters.http.exchange import actor, principal
 from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.query import choice_of, cursor_of, limit_of
 from rdev.domain.deliveries import (
@@ -34,7 +34,7 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
     async def create_webhook() -> Response:
         body = await read_json()
         wanted = parse_webhook(body)
-        made = await webhooks.create(principal(), wanted, idempotency=idempotency_of(body))
+        made = await webhooks.create(principal(), wanted, actor(), idempotency=idempotency_of(body))
         return _once(made)
 
     @routes.get("/webhooks")
@@ -53,11 +53,11 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
     @routes.patch("/webhooks/<webhook>")
     async def change_webhook(webhook: str) -> Response:
         wanted = parse_webhook_change(await read_json())
-        return success(_shown(await webhooks.change(principal(), webhook, wanted)))
+        return success(_shown(await webhooks.change(principal(), webhook, wanted, actor())))
 
     @routes.delete("/webhooks/<webhook>")
     async def delete_webhook(webhook: str) -> Response:
-        await webhooks.delete(principal(), webhook)
+        await webhooks.delete(principal(), webhook, actor())
         return no_content()
 
     @routes.post("/webhooks/<webhook>/rotate-secret")
@@ -66,6 +66,7 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
         made = await webhooks.rotate(
             principal(),
             webhook,
+            actor(),
             grace_s=parse_rotation(body),
             idempotency=idempotency_of(body),
         )
@@ -75,7 +76,7 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
     async def test_webhook(webhook: str) -> Response:
         body = await _optional_json()
         parse_nothing(body)
-        made = await webhooks.test(principal(), webhook, idempotency=idempotency_of(body))
+        made = await webhooks.test(principal(), webhook, actor(), idempotency=idempotency_of(body))
         headers = {
             "Location": f"/deliveries/{made.delivery}",
             **replay_headers(is_replay=made.is_replay),
@@ -106,7 +107,7 @@ def delivery_routes(webhooks: Webhooks) -> Blueprint:
     @routes.post("/webhooks/<webhook>/redeliver")
     async def redeliver_range(webhook: str) -> Response:
         wanted = parse_redeliver(await read_json())
-        count = await webhooks.redeliver_since(principal(), webhook, wanted)
+        count = await webhooks.redeliver_since(principal(), webhook, wanted, actor())
         return accepted({"redelivered": count})
 
     @routes.get("/deliveries/<delivery>")
@@ -116,7 +117,7 @@ def delivery_routes(webhooks: Webhooks) -> Blueprint:
     @routes.post("/deliveries/<delivery>/redeliver")
     async def redeliver(delivery: str) -> Response:
         parse_nothing(await _optional_json())
-        return accepted(_shown_delivery(await webhooks.redeliver(principal(), delivery)))
+        return accepted(_shown_delivery(await webhooks.redeliver(principal(), delivery, actor())))
 
     return routes
 

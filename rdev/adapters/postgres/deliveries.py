@@ -13,7 +13,8 @@ from uuid import UUID
 from psycopg.rows import TupleRow
 
 from rdev.adapters.postgres.connection import TrioConnection
-from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import Action
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
     EVENT_PREFIX,
@@ -40,6 +41,7 @@ from claim_deliveries(%s, %s, %s, %s)
 # One row of `given` for each attempt. Only what is still under that very lease is updated, and all
 # that follows is drawn from what was updated. Success wins where one endpoint had both. The rows of
 # lanes change with the first failure and the first success after it, not with every attempt.
+# (`status || ''`: by the primary key, where the planner would read all that is under way.)
 _SETTLE = """
 with given as (
     select * from unnest(
@@ -59,7 +61,7 @@ with given as (
                    else clock_timestamp() + make_interval(secs => g.again_in_s) end,
         finished_at = case when g.status <> 'pending' then clock_timestamp() end
     from given g
-    where d.id = g.id and d.lease_id = g.lease_id and d.status = 'sending'
+    where d.id = g.id and d.lease_id = g.lease_id and d.status || '' = 'sending'
     returning d.id, d.webhook_id, d.attempt, d.due = '-infinity' as is_ordered, g.status, g.sent,
               g.again_in_s, g.ago_s, g.answer, g.fault, g.detail, g.latency_ms, g.version,
               g.headers, g.body, g.truncated
@@ -111,7 +113,7 @@ _RELEASE = f"""
 with again as (
     {_GIVEN_BACK}
     from unnest(%(ids)s::uuid[], %(leases)s::bigint[]) g (id, lease_id)
-    where d.id = g.id and d.lease_id = g.lease_id and d.status = 'sending'
+    where d.id = g.id and d.lease_id = g.lease_id and d.status || '' = 'sending'
     returning d.id, d.attempt
 )
 {_LOG_INTERRUPTED}
@@ -155,14 +157,27 @@ set held_until = greatest(held_until, clock_timestamp() + make_interval(secs => 
 where webhook_id = %s
 """
 
-_DISABLE = "select disable_webhook(%s, %s)"
-
-_END_ORPHANS = """
-select count(*) from (
-    select disable_webhook(id, 'key_ended') as was_enabled
-    from (select id from webhooks where is_enabled and not is_owner_good(owner) order by id) ended
-) e where was_enabled
+_ENTRIES = """
+entry as (
+    insert into audit_entries (actor, actor_name, action, target, detail)
+    select 'server', '', %(action)s, 'whk_' || encode(uuid_send(id), 'hex'),
+           jsonb_build_object('reason', %(reason)s::text)
+    from stopped where was_enabled
+)
+select count(*) from stopped where was_enabled
 """
+_DISABLE = f"""
+with stopped as materialized (
+    select %(id)s::uuid as id, disable_webhook(%(id)s, %(reason)s) as was_enabled
+), {_ENTRIES}
+"""
+
+_END_ORPHANS = f"""
+with stopped as materialized (
+    select id, disable_webhook(id, %(reason)s) as was_enabled
+    from (select id from webhooks where is_enabled and not is_owner_good(owner) order by id) ended
+), {_ENTRIES}
+"""  # noqa: S608
 
 _COUNT_ENABLED = "select count(*) from webhooks where is_enabled"
 
@@ -229,7 +244,7 @@ class PostgresDeliveries:
                 cursor = await connection.execute(_SETTLE, _settle_parameters(ordered))
                 rows = await cursor.fetchall()
                 for webhook in sorted({row[1] for row in rows if row[0] in gone}):
-                    await connection.execute(_DISABLE, (webhook, DisabledReason.GONE.value))
+                    await connection.execute(_DISABLE, _stop(DisabledReason.GONE, webhook))
                     disabled.add(webhook_id(webhook))
         found = {row[0] for row in rows}
         return SettleResult(
@@ -265,7 +280,7 @@ class PostgresDeliveries:
 
     async def disable(self, webhook: WebhookId, reason: DisabledReason) -> bool:
         """See `DeliveryQueue.disable`."""
-        return bool(await self._number(_DISABLE, (webhook_uuid(webhook), reason.value)))
+        return bool(await self._number(_DISABLE, _stop(reason, webhook_uuid(webhook))))
 
     async def tick(self) -> TickResult:
         """See `DeliveryQueue.tick`."""
@@ -275,7 +290,7 @@ class PostgresDeliveries:
                 interrupted = (await connection.execute(_RELEASE_LATE, values)).rowcount
         return TickResult(
             interrupted=interrupted,
-            ended=await self._number(_END_ORPHANS),
+            ended=await self._number(_END_ORPHANS, _stop(DisabledReason.KEY_ENDED)),
             enabled=await self._number(_COUNT_ENABLED),
         )
 
@@ -292,7 +307,7 @@ class PostgresDeliveries:
                     buried += 0 if row is None else row[0]
         return buried
 
-    async def _number(self, statement: str, values: Sequence[object] = ()) -> int:
+    async def _number(self, statement: str, values: Parameters = ()) -> int:
         with translate_errors():
             async with self._pool.connection() as connection:
                 row = await (await connection.execute(statement, values)).fetchone()
@@ -334,6 +349,11 @@ def _to_owed(
         payload=payload.encode(),
         secrets=(bytes(secret),) if previous is None else (bytes(secret), bytes(previous)),
     )
+
+
+def _stop(reason: DisabledReason, webhook: UUID | None = None) -> dict[str, object]:
+    """What `_DISABLE` and, without an endpoint, `_END_ORPHANS` are given."""
+    return {"id": webhook, "reason": reason.value, "action": Action.WEBHOOK_DISABLED.value}
 
 
 def _settle_parameters(settled: Sequence[Settled]) -> dict[str, object]:

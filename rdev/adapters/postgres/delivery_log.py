@@ -1,14 +1,16 @@
 """The log of deliveries in PostgreSQL, and asking for what is in it again."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC
 from uuid import UUID
 
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
+from rdev.adapters.postgres.entries import ENTRY, entry_parameters
 from rdev.adapters.postgres.idempotency import find_made, keep, translate_key_in_use
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import Action, Actor
 from rdev.domain.deliveries import (
     EVENT_PREFIX,
     DeadReason,
@@ -44,6 +46,7 @@ _LIST = (
 where d.webhook_id = %(webhook)s
   and (%(before)s::uuid is null or d.id < %(before)s)
   and d.status = any(%(statuses)s)
+  and (%(within)s::text[] is null or d.project is null or d.project = any(%(within)s))
 order by d.id desc
 limit %(limit)s
 """
@@ -67,19 +70,22 @@ set status = 'pending', reason = null, finished_at = null, failures = 0,
     due = case when w.is_ordered then '-infinity' else clock_timestamp() end
 """
 # One that is being sent stays as it is; whoever asks is told of it.
-_REDELIVER = (
-    _AGAIN
-    + """
-from webhooks w
-where d.id = %s and d.status <> 'sending' and w.id = d.webhook_id
-"""
+_REDELIVER = f"""
+with made as (
+{_AGAIN}
+    from webhooks w
+    where d.id = %(id)s and d.status <> 'sending' and w.id = d.webhook_id
+    returning d.id
 )
+{ENTRY} from made
+"""
 
 # From the first id of that moment on: ids begin with their milliseconds.
 _REDELIVER_SINCE = f"""
 with chosen as (
     select id from deliveries
     where webhook_id = %(webhook)s and id >= %(first)s and status = any(%(statuses)s)
+      and (%(within)s::text[] is null or project is null or project = any(%(within)s))
     order by id
     limit %(limit)s
 )
@@ -105,6 +111,7 @@ class PostgresDeliveryLog:
         self,
         webhook: WebhookId,
         *,
+        within: Collection[ProjectId] | None,
         status: DeliveryStatus | None,
         before: DeliveryId | None,
         limit: int,
@@ -112,6 +119,7 @@ class PostgresDeliveryLog:
         """See `DeliveryLog.list_of`."""
         parameters = {
             "webhook": webhook_uuid(webhook),
+            "within": None if within is None else sorted(within),
             "before": None if before is None else delivery_uuid(before),
             "statuses": _STATUSES[status],
             "limit": limit,
@@ -132,29 +140,39 @@ class PostgresDeliveryLog:
         """See `DeliveryLog.attempts`."""
         return [_to_attempt(row) for row in await self._all(_ATTEMPTS, (delivery_uuid(delivery),))]
 
-    async def redeliver(self, delivery: DeliveryId) -> bool:
+    async def redeliver(self, delivery: DeliveryId, actor: Actor) -> bool:
         """See `DeliveryLog.redeliver`."""
+        entry = entry_parameters(actor, Action.WEBHOOK_REDELIVERED, delivery, detail={})
         with translate_errors():
             async with self._pool.connection() as connection:
-                await connection.execute(_REDELIVER, (delivery_uuid(delivery),))
+                await connection.execute(_REDELIVER, {"id": delivery_uuid(delivery)} | entry)
         return await self.get(delivery) is not None
 
-    async def redeliver_since(self, wanted: Redelivery, *, limit: int) -> int:
+    async def redeliver_since(self, wanted: Redelivery, actor: Actor, *, limit: int) -> int:
         """See `DeliveryLog.redeliver_since`."""
         statuses = ["delivered", "dead"] if wanted.status is None else _STATUSES[wanted.status]
         since_ms = int(wanted.since.astimezone(UTC).timestamp() * 1000)
         parameters = {
             "webhook": webhook_uuid(wanted.webhook),
+            "within": None if wanted.within is None else sorted(wanted.within),
             "first": UUID(int=max(0, since_ms) << 80),
             "statuses": [status for status in statuses if status != "sending"],
             "limit": limit,
         }
         with translate_errors():
-            async with self._pool.connection() as connection:
-                return (await connection.execute(_REDELIVER_SINCE, parameters)).rowcount
+            async with self._pool.connection() as connection, connection.transaction():
+                count = (await connection.execute(_REDELIVER_SINCE, parameters)).rowcount
+                if count:
+                    await connection.execute(ENTRY, _redelivered(wanted, actor, count))
+                return count
 
     async def ping(
-        self, webhook: WebhookId, data: Mapping[str, str], *, idempotency: Idempotency | None
+        self,
+        webhook: WebhookId,
+        data: Mapping[str, str],
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None,
     ) -> PingMade | None:
         """See `DeliveryLog.ping`."""
         parameters = {
@@ -169,7 +187,11 @@ class PostgresDeliveryLog:
                     return None
                 made = delivery_id(row[0])
                 is_own = await keep(connection, idempotency, made=made)
-                if not is_own:
+                if is_own:
+                    detail = {"delivery_id": made}
+                    entry = entry_parameters(actor, Action.WEBHOOK_TESTED, webhook, detail=detail)
+                    await connection.execute(ENTRY, entry)
+                else:
                     # What was owed just now is not; the key's own delivery stands for it.
                     await connection.execute("delete from deliveries where id = %s", (row[0],))
         if is_own:
@@ -187,6 +209,11 @@ class PostgresDeliveryLog:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(statement, parameters)
                 return await cursor.fetchall()
+
+
+def _redelivered(wanted: Redelivery, actor: Actor, count: int) -> dict[str, object]:
+    detail = {"since": wanted.since.isoformat(), "status": wanted.status, "count": count}
+    return entry_parameters(actor, Action.WEBHOOK_REDELIVERED, wanted.webhook, detail=detail)
 
 
 def _to_delivery(row: DictRow) -> Delivery:

@@ -1,13 +1,16 @@
 """Webhook endpoints in PostgreSQL. Their secrets come here sealed."""
 
 from collections.abc import Collection
+from urllib.parse import urlsplit
 from uuid import UUID
 
 from psycopg.rows import DictRow, TupleRow, dict_row
 
 from rdev.adapters.postgres.connection import TrioConnection
+from rdev.adapters.postgres.entries import ENTRY, entry_parameters
 from rdev.adapters.postgres.idempotency import find_made, keep, translate_key_in_use
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
+from rdev.domain.audit import Action, Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, ProjectId, key_id, key_uuid
@@ -93,12 +96,15 @@ where id = %(id)s and deleted_at is null
 """
 
 # Its deliveries are put away with time; nothing of it is claimed any more.
-_DELETE = """
-with gone as (delete from webhook_lanes where webhook_id = %(id)s)
-update webhooks
-set deleted_at = clock_timestamp(), is_enabled = false, secret = '', previous_secret = null
-where id = %(id)s and deleted_at is null
-"""
+_DELETE = f"""
+with made as (
+    update webhooks
+    set deleted_at = clock_timestamp(), is_enabled = false, secret = '', previous_secret = null
+    where id = %(id)s and deleted_at is null
+    returning id
+), gone as (delete from webhook_lanes using made where webhook_id = made.id)
+{ENTRY} from made
+"""  # noqa: S608  (put together from constants)
 
 
 class PostgresWebhooks:
@@ -107,13 +113,14 @@ class PostgresWebhooks:
     def __init__(self, *, pool: Pool) -> None:
         self._pool = pool
 
-    async def insert(self, new: NewWebhook) -> WebhookMade:
+    async def insert(self, new: NewWebhook, actor: Actor) -> WebhookMade:
         """See `WebhookStore.insert`."""
         with translate_key_in_use(), translate_errors():
             async with self._pool.connection() as connection, connection.transaction():
                 is_own = await keep(connection, new.idempotency, made=new.id)
                 if is_own:
                     await _insert(connection, new)
+                    await connection.execute(ENTRY, _created(new, actor))
         if not is_own:
             assert new.idempotency is not None
             return await self._replayed(new.idempotency)
@@ -135,7 +142,9 @@ class PostgresWebhooks:
         }
         return [_to_webhook(row) for row in await self._all(_LIST, parameters)]
 
-    async def change(self, webhook: WebhookId, change: WebhookChange) -> Webhook | None:
+    async def change(
+        self, webhook: WebhookId, change: WebhookChange, actor: Actor
+    ) -> Webhook | None:
         """See `WebhookStore.change`."""
         parameters = {
             "id": webhook_uuid(webhook),
@@ -156,9 +165,10 @@ class PostgresWebhooks:
                 # Lane before deliveries, as a claim.
                 await connection.execute(_CHANGE_LANE, parameters)
                 await connection.execute(_CHANGE_PENDING, parameters)
+                await connection.execute(ENTRY, _changed(webhook, change, actor))
         return await self.get(webhook)
 
-    async def rotate(self, rotation: SecretRotation) -> WebhookMade | None:
+    async def rotate(self, rotation: SecretRotation, actor: Actor) -> WebhookMade | None:
         """See `WebhookStore.rotate`."""
         parameters = {
             "id": webhook_uuid(rotation.webhook),
@@ -168,18 +178,21 @@ class PostgresWebhooks:
         with translate_key_in_use(), translate_errors():
             async with self._pool.connection() as connection, connection.transaction():
                 is_own = await keep(connection, rotation.idempotency, made=rotation.webhook)
-                if is_own and (await connection.execute(_ROTATE, parameters)).rowcount == 0:
-                    return None
+                if is_own:
+                    if (await connection.execute(_ROTATE, parameters)).rowcount == 0:
+                        return None
+                    await connection.execute(ENTRY, _rotated(rotation, actor))
         if not is_own:
             assert rotation.idempotency is not None
             return await self._replayed(rotation.idempotency)
         return WebhookMade(webhook=await self._made(rotation.webhook))
 
-    async def delete(self, webhook: WebhookId) -> bool:
+    async def delete(self, webhook: WebhookId, actor: Actor) -> bool:
         """See `WebhookStore.delete`."""
         with translate_errors():
             async with self._pool.connection() as connection:
-                cursor = await connection.execute(_DELETE, {"id": webhook_uuid(webhook)})
+                entry = entry_parameters(actor, Action.WEBHOOK_DELETED, webhook, detail={})
+                cursor = await connection.execute(_DELETE, {"id": webhook_uuid(webhook)} | entry)
                 return cursor.rowcount == 1
 
     async def _made(self, webhook: WebhookId) -> Webhook:
@@ -223,6 +236,34 @@ async def _insert(connection: TrioConnection[TupleRow], new: NewWebhook) -> None
     await connection.execute(_INSERT, parameters)
     cap = _cap(is_ordered=new.is_ordered)
     await connection.execute(_INSERT_LANE, (parameters["id"], new.is_enabled, cap))
+
+
+def _created(new: NewWebhook, actor: Actor) -> dict[str, object]:
+    return entry_parameters(actor, Action.WEBHOOK_CREATED, new.id, detail=_detail(new))
+
+
+def _changed(webhook: WebhookId, change: WebhookChange, actor: Actor) -> dict[str, object]:
+    detail = _detail(change)
+    if change.owner is not None:
+        detail["key_id"] = change.owner
+    return entry_parameters(actor, Action.WEBHOOK_CHANGED, webhook, detail=detail)
+
+
+def _rotated(rotation: SecretRotation, actor: Actor) -> dict[str, object]:
+    detail = {"grace_s": rotation.grace_s}
+    return entry_parameters(actor, Action.WEBHOOK_ROTATED, rotation.webhook, detail=detail)
+
+
+def _detail(said: NewWebhook | WebhookChange) -> dict[str, object]:
+    """What an entry tells of an endpoint. Of the URL only where it leads: paths hold secrets."""
+    parts = urlsplit(said.url)
+    return {
+        "origin": f"{parts.scheme}://{parts.netloc}",
+        "events": [event.value for event in said.events],
+        "project_ids": _sorted(said.project_ids),
+        "ordered": said.is_ordered,
+        "enabled": said.is_enabled,
+    }
 
 
 def _cap(*, is_ordered: bool) -> int:
