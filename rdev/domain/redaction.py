@@ -62,7 +62,7 @@ _AROUND = [
         r"(?P<before>\b(?:proxy-)?authorization\s*:\s*(?:[a-z-]+\s+)?)[^\s\"']+(?P<after>)",
         # curl -u name:password
         r"(?P<before>(?<!\S)(?:-u|--user|--proxy-user)[=\s]\s*[\"']?[^\s:\"']*:)[^\s\"']+(?P<after>)",
-        # SESSION_COOKIE=value
+        # a variable or field of a cookie: SESSION_COOKIE=…
         rf"(?P<before>(?<![\w.-])[\w.-]{{1,64}}?cookie=){_VALUE}(?P<after>)",
         # name=value, "name": "value", --name value
         rf"(?P<before>(?<![\w.-]){_NAME}[\"']?\s*(?:=|:(?!/))\s*){_VALUE}(?P<after>)",

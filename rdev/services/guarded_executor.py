@@ -6,10 +6,10 @@ submitted waits in its queue. Kills are never refused. Only the way to the place
 a command that fails was reached, and so was one whose end is any `Lost` but `UNREACHABLE`.
 
 An attachment lasts as long as its command, so it holds no permit: it asks once, and what it sees
-(a piece, an end, that the place is out of reach) counts for the generation it began in. Calls are
-what the project's place is asked: an attachment that was given up stands for each of its tries, some
-twenty in half a minute, so that one is enough; a handful of claims alone is not. Bounds:
-`PROJECTS_MAX` breakers; those that have seen nothing lately go first.
+(a piece, an end, that the place is out of reach) counts for the generation it began in. Calls
+are what the place is asked: an attachment that was given up stands for each of its tries, some
+twenty in half a minute, so that one is enough; a handful of claims alone is not.
+Bounds: `PROJECTS_MAX` breakers; those that have seen nothing lately go first.
 """
 
 from collections import OrderedDict
