@@ -4,9 +4,22 @@ from dataclasses import replace
 
 import pytest
 import trio
+import uuid_utils.compat
 
 from rdev.domain.deliveries import DeadReason, DeliveryStatus, Settled, Verdict
-from rdev.domain.webhooks import DisabledReason, Webhook, WebhookChange, WebhookId
+from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import Idempotency
+from rdev.domain.keys import ADMIN_KEY_ID
+from rdev.domain.webhooks import (
+    WEBHOOKS_MAX,
+    DisabledReason,
+    EventType,
+    NewWebhook,
+    Webhook,
+    WebhookChange,
+    WebhookId,
+    webhook_id,
+)
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
@@ -121,3 +134,42 @@ async def test_changes_and_answers_410_and_overflows_never_wait_in_a_ring(hooks:
                 nursery.start_soon(settle)
                 nursery.start_soon(bury)
                 nursery.start_soon(change, number % 2 == 0)
+
+
+async def test_there_are_so_many_endpoints_and_no_more(hooks: Hooks, pools: Pools) -> None:
+    """A replay is answered all the same, and one that is deleted makes room."""
+    key = Idempotency(key_id=ADMIN_KEY_ID, key="new", digest=b"d" * 32)
+    made = await hooks.webhooks.insert(new_webhook(key), ACTOR)
+    async with pools.requests.connection() as connection:
+        await connection.execute(
+            "insert into webhook_lanes (webhook_id, cap) select gen_random_uuid(), 1"
+            " from generate_series(2, %s)",
+            (WEBHOOKS_MAX,),
+        )
+    with pytest.raises(RdevError) as full:
+        await hooks.webhooks.insert(new_webhook(None), ACTOR)
+    assert full.value.code is ErrorCode.TOO_MANY_REQUESTS
+    assert full.value.retry_after_s is not None
+    again = await hooks.webhooks.insert(new_webhook(key), ACTOR)
+    assert (again.webhook.id, again.is_replay) == (made.webhook.id, True)
+    other = replace(key, digest=b"e" * 32)
+    with pytest.raises(RdevError, match="IDEMPOTENCY_MISMATCH"):
+        await hooks.webhooks.insert(new_webhook(other), ACTOR)
+
+    await hooks.webhooks.delete(made.webhook.id, ACTOR)
+    assert not (await hooks.webhooks.insert(new_webhook(None), ACTOR)).is_replay
+
+
+def new_webhook(key: Idempotency | None) -> NewWebhook:
+    return NewWebhook(
+        id=webhook_id(uuid_utils.compat.uuid7()),
+        url="https://hooks.example.com/",
+        description="",
+        events=(EventType.PING,),
+        project_ids=None,
+        is_ordered=False,
+        is_enabled=True,
+        owner=ADMIN_KEY_ID,
+        secret=b"sealed",
+        idempotency=key,
+    )
