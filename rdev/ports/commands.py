@@ -163,8 +163,11 @@ class Lanes(Protocol):
 class Leases(Protocol):
     """Who may write for a running command."""
 
-    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
-        """Take commands of this reach whose lease has expired, under fresh leases.
+    async def take_over(
+        self, *, reach: str, holder: str, limit: int, closed: Collection[ProjectId] = ()
+    ) -> list[Claimed]:
+        """Take commands of this reach whose lease has expired, under fresh leases; those of
+        `closed` projects stay for the next one who does not name them.
 
         Attempt, instance and the log's offsets stay: the command is attached to, not run again.
         """

@@ -19,9 +19,16 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.feed import FeedEvent, Position, event_frame, event_name
 from rdev.domain.ids import ProjectId
 from rdev.ports.feed import FeedLog
-from rdev.services.stream import BUFFER_BYTES, YIELD_S
+from rdev.services.stream import BUFFER_BYTES
 from rdev.services.stream_pages import Pages
-from rdev.services.stream_reader import CLOSE_AT_ONCE, Subscription, Topic, dismiss_each
+from rdev.services.stream_reader import (
+    CLOSE_AT_ONCE,
+    YIELD_S,
+    Subscription,
+    Topic,
+    dismiss_each,
+    let_others_run,
+)
 from rdev.services.stream_tail import Frames
 
 # Whose events are watched; None for those of all projects.
@@ -275,11 +282,10 @@ class Feed:
             while groups := topic.groups_behind():
                 for group in groups:
                     self._count(topic.write_to(group))
-                    if trio.current_time() >= yield_at_s:
-                        await trio.lowlevel.checkpoint()
-                        yield_at_s = trio.current_time() + YIELD_S
+                    yield_at_s = await let_others_run(yield_at_s)
             topic.forget_taken()
             topic.regroup()
+            yield_at_s = await let_others_run(yield_at_s)
 
     def _count(self, written: tuple[Frames, int] | None) -> None:
         if written is not None:

@@ -155,13 +155,10 @@ class KeyWatch:
 
     async def run_once(self) -> None:
         """Look once at all that is watched, and write what was used."""
+        # Before the look too: where the database hangs, look and write take `LOOK_S` each.
+        self._end_due()
         await self._look()
-        now_s = trio.current_time()
-        for watched in list(self._watched.values()):
-            if now_s >= watched.ends_at_s:
-                self._end(watched, watched.ends_as)
-        now = self._now()
-        self._end_each([w for w in self._ending if w.ends_at and now >= w.ends_at], KeyEnd.EXPIRED)
+        self._end_due()
         await self._write_used()
 
     def statistics(self) -> KeyWatchStatistics:
@@ -172,6 +169,15 @@ class KeyWatch:
             failures=self._failures,
             ended=self._ended,
         )
+
+    def _end_due(self) -> None:
+        """Tell of the ends that were known beforehand."""
+        now_s = trio.current_time()
+        for watched in list(self._watched.values()):
+            if now_s >= watched.ends_at_s:
+                self._end(watched, watched.ends_as)
+        now = self._now()
+        self._end_each([w for w in self._ending if w.ends_at and now >= w.ends_at], KeyEnd.EXPIRED)
 
     async def _look(self) -> None:
         asked = dict(self._watched)

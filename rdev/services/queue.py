@@ -87,7 +87,7 @@ class CommandQueue:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once. `announce` says that a stream has events which no appender published (a
         claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
-        waits. `left_alone` names the projects that the next claim is to pass by, for now."""
+        waits. `left_alone` names the projects that the next claim or take-over passes by."""
         self._lanes = lanes
         self._leases = leases
         self._executor = executor
@@ -101,6 +101,9 @@ class CommandQueue:
         self._lease_s = lease_s
         self._running_max = running_max
         self._left_alone = left_alone
+        # What a take-over passed by: for the claim that follows it, so that a project's turn to be
+        # tried is one turn for both.
+        self._passed_by: Collection[ProjectId] | None = None
         # Half: while some are on their way to their commit, the others are being claimed.
         self._claim_max = max(1, running_max // CLAIMS_IN_TURN)
         self._running: dict[Lease, _Running] = {}
@@ -177,6 +180,7 @@ class CommandQueue:
         Errors: SERVICE_UNAVAILABLE; the lanes stay to be touched.
         """
         self._unmet_cancels.clear()
+        passed_by, self._passed_by = self._passed_by, None
         limit = min(self._running_max - len(self._running), self._claim_max)
         if limit <= 0 or self._stop.is_set():
             await self._touch()
@@ -188,7 +192,7 @@ class CommandQueue:
                 holder=self._holder,
                 limit=limit,
                 touched=touched,
-                closed=self._left_alone(),
+                closed=self._left_alone() if passed_by is None else passed_by,
             )
             for command in found.expired:
                 self._announce(command)
@@ -210,9 +214,10 @@ class CommandQueue:
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
             return
+        self._passed_by = closed = self._left_alone()
         with commit_shield():
             for one in await self._leases.take_over(
-                reach=self._executor.reach, holder=self._holder, limit=permits
+                reach=self._executor.reach, holder=self._holder, limit=permits, closed=closed
             ):
                 self._start(one, attempts)
 

@@ -24,10 +24,12 @@ from rdev.services.stream_pages import Pages
 from rdev.services.stream_reader import (
     CLOSE_AT_ONCE,
     HEARTBEAT_S,
+    YIELD_S,
     Signal,
     Subscription,
     Topic,
     dismiss_each,
+    let_others_run,
 )
 from rdev.services.stream_tail import Frames
 
@@ -43,8 +45,6 @@ __all__ = [
 ]
 
 BUFFER_BYTES = 262_144
-# So long the delivery loop works before others run; it looks at the clock after each group.
-YIELD_S = 0.002
 # Reads of the log at once for streams that other servers append to; the pool has more connections.
 LOOKS_AT_ONCE = 4
 # After a look that failed, and between two looks of a server that drains and is told nothing more.
@@ -248,9 +248,9 @@ class Fanout:
         for group in topic.groups_behind():
             written = topic.write_to(group)
             self._written += written[1] if written else 0
-            if trio.current_time() >= yield_at_s:
-                await trio.lowlevel.checkpoint()
-                yield_at_s = trio.current_time() + YIELD_S
+            yield_at_s = await let_others_run(yield_at_s)
+        # Also where nothing was written: very many streams may be marked at once.
+        yield_at_s = await let_others_run(yield_at_s)
         if topic.groups_behind():
             self._marked[topic] = None
         elif topic.all_wait:
@@ -295,9 +295,11 @@ class Fanout:
         """Let go of what all have; a draining server is told nothing more, so it looks."""
         while True:
             await trio.sleep(_SWEEP_S)
+            yield_at_s = trio.current_time() + YIELD_S
             for topic in tuple(self._topics.values()):
                 topic.forget_taken()
                 topic.regroup()
+                yield_at_s = await let_others_run(yield_at_s)
             if self.draining:
                 self.wake_all()
 

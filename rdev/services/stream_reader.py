@@ -21,6 +21,9 @@ HEARTBEAT_S = 15.0
 # So many streams are closed at once; with more, their clients come back over a while.
 CLOSE_AT_ONCE = 100
 
+# So long a delivery loop works before others run.
+YIELD_S = 0.002
+
 Key = TypeVar("Key", bound=Hashable)
 
 # Told what the hub wrote: a type of event, and how many.
@@ -350,3 +353,11 @@ async def dismiss_each(readers: Sequence[Subscription[Key]], *, over_s: float) -
         if number >= CLOSE_AT_ONCE:
             await trio.sleep(pause_s)
         reader.dismiss()
+
+
+async def let_others_run(moment_s: float) -> float:
+    """Let others run where the moment has come; when to do so next."""
+    if trio.current_time() < moment_s:
+        return moment_s
+    await trio.lowlevel.checkpoint()
+    return trio.current_time() + YIELD_S

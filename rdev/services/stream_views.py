@@ -6,7 +6,7 @@ the truth of now (has the command ended? is the number too high?), so then it is
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -32,7 +32,8 @@ class Watched(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A command and its oldest stored event, as they were at `read_at_s` (the clock of trio)."""
+    """A command (without its arguments) and its oldest stored event, as they were at `read_at_s`
+    (the clock of trio)."""
 
     command: Command
     oldest_seq: int | None
@@ -57,8 +58,9 @@ class Views:
         is_young = known is not None and asked_at_s - known.read_at_s < VIEW_S
         if known is not None and is_young and after < known.command.last_seq:
             return known
+        # Its arguments (a prompt) may be hundreds of KiB, and nobody here asks for them.
         found = View(
-            command=await self._commands.get(command),
+            command=replace(await self._commands.get(command), argv=()),
             oldest_seq=await self._commands.oldest_seq(command),
             read_at_s=asked_at_s,
         )

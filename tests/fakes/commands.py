@@ -1,6 +1,6 @@
 """Commands and their leases in memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 
 import trio
@@ -107,9 +107,12 @@ class FakeCommands:
         self._state.reply()
         return CancelResult(command=row.command, ended_now=ended_now)
 
-    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
+    async def take_over(
+        self, *, reach: str, holder: str, limit: int, closed: Collection[ProjectId] = ()
+    ) -> list[Claimed]:
         await self._state.step()
         rows = [row for row in self._state.rows.values() if row.reach == reach and is_running(row)]
+        rows = [row for row in rows if row.command.project not in closed]
         late = [row for row in rows if row.lease_until < trio.current_time()]
         taken = [row for row in late if row.command.id not in self._state.held][:limit]
         for row in taken:

@@ -36,7 +36,7 @@ class FakeKeys:
     # How many times the store was asked for a credential, and for standings.
     finds: int = 0
     looks: int = 0
-    # So long the standings take.
+    # So long the standings take, and the writing of uses.
     stalls_s: float = 0.0
     # Called between the reading and the answer of `find`.
     on_find: Callable[[], object] = lambda: None
@@ -135,6 +135,7 @@ class FakeKeys:
         }
 
     async def note_used(self, keys: Collection[KeyId]) -> None:
+        await trio.sleep(self.stalls_s)
         await self.state.step()
         now = self.state.now
         for id_ in keys:

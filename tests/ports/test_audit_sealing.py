@@ -97,6 +97,41 @@ async def test_two_servers_that_seal_at_once_seal_each_entry_once(pools, audit, 
     assert await is_valid(audit)
 
 
+async def test_what_begins_while_a_sealer_waits_does_not_overtake_what_still_runs(
+    audit, owner, migrated_dsn
+):
+    """It is no entry of another cluster, though the sealer's first look did not know of it."""
+    with psycopg.connect(migrated_dsn) as running, psycopg.connect(migrated_dsn) as blocker:
+        running.execute(_WRITE, (1,))
+        blocker.execute("lock table audit_seals in share mode")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count_of, audit)
+            with trio.fail_after(30):
+                while not owner.execute("select 1 from pg_locks where not granted").fetchone():
+                    await trio.sleep(0.01)
+            owner.execute(_WRITE, (1,))
+            blocker.commit()
+        assert owner.execute("select count(*) from audit_seals").fetchone() == (0,)
+        running.commit()
+    with trio.fail_after(30):
+        while owner.execute("select count(*) from audit_seals").fetchone() != (2,):
+            await count_of(audit)
+    assert await is_valid(audit)
+
+
+async def test_sealing_goes_on_where_the_last_sealed_entry_was_deleted(audit, owner):
+    """Verification finds it; the server is not to fail of it."""
+    owner.execute(_WRITE, (3,))
+    assert await count_of(audit) == 3
+    owner.execute("delete from audit_entries where id = (select max(entry) from audit_seals)")
+    owner.execute(_WRITE, (2,))
+    assert await count_of(audit) == 2
+    assert await count_of(audit) == 0
+    verdict = await AuditVerifier(chain=audit).verify()
+    assert verdict.fault is not None
+    assert verdict.fault.seq == 3
+
+
 async def test_a_database_restored_into_another_cluster_goes_on(audit, owner):
     owner.execute(_WRITE, (5,))
     assert await count_of(audit) == 5

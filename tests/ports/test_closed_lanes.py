@@ -98,3 +98,24 @@ async def test_whatever_is_closed_the_open_ones_are_served_in_their_order(
         limit = chance.randrange(1, 5)
         found = [set(await claim(world, limit, closed)) for world in (real, fake)]
         assert found[0] == found[1]
+
+
+async def test_what_others_left_in_a_closed_project_stays_for_the_next_take_over(
+    world: World,
+) -> None:
+    """It is not leased, and nothing says that it was taken over."""
+    for name in ("bad", "good"):
+        await world.project(name)
+        await world.queued(name)
+    held = await world.claim()
+    await world.leases.release([one.lease for one in held])
+
+    async def take_over(*closed: str) -> list[str]:
+        names = [ProjectId(one) for one in closed]
+        found = await world.leases.take_over(reach=REACH, holder="two", limit=10, closed=names)
+        return [one.project for one in found]
+
+    assert await take_over("bad", "good") == []
+    assert await take_over("bad") == ["good"]
+    assert await take_over("bad") == []
+    assert await take_over() == ["bad"]

@@ -101,3 +101,39 @@ async def test_a_trial_that_fails_costs_the_trial_alone(
     assert _statuses(server, bad) == {Status.SUCCEEDED}
     assert server.place.started[0] is not None
     assert len(server.place.started) == 22
+
+
+async def _left_in_the_bad_project(server: Server) -> list[CommandId]:
+    """Commands that ran there when their server died."""
+    left = [await submit(server, "quick", project=BAD) for _ in range(3)]
+    held = await server.claim()
+    assert len(held) == 3
+    for one in held:
+        await server.store.record_instance(one.lease, "boot-1")
+    await server.store.release([one.lease for one in held])
+    return left
+
+
+async def test_while_it_is_open_nothing_is_taken_over_there(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    await _left_in_the_bad_project(server)
+    await nursery.start(server.queue.run)
+    await trio.sleep(3)
+    assert _taken_over(server) == 0
+
+
+async def test_what_was_left_there_goes_on_when_it_can_be_reached_and_so_does_its_queue(
+    server: Server, nursery: trio.Nursery
+) -> None:
+    """A turn to try it is one for both: neither takes all of them from the other."""
+    left = await _left_in_the_bad_project(server)
+    queued, _ = await _fill(server)
+    await nursery.start(server.queue.run)
+    await trio.sleep(3)
+    server.place.unreachable = set()
+    began_s = trio.current_time()
+    for command in [*left, *queued]:
+        await server.ended(command)
+    assert _taken_over(server) == len(left)
+    assert trio.current_time() - began_s < 10

@@ -2,11 +2,14 @@
 
 import contextlib
 from itertools import pairwise
+from uuid import UUID
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from rdev.domain.ids import command_id
+from rdev.services import stream, stream_reader
 from rdev.services.stream import (
     CLOSE_AT_ONCE,
     Signal,
@@ -233,3 +236,31 @@ async def test_a_server_that_drains_looks_at_the_log_by_itself(nursery: trio.Nur
     hub.commit(3)
     await trio.sleep(3.0)
     assert [len(client.seen) for client in clients].count(3) == 2
+
+
+async def test_very_many_streams_that_are_marked_at_once_hold_up_nobody(
+    hub: Hub, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing is written: after a reconnect everybody looks at the log."""
+    for module in (stream, stream_reader):
+        monkeypatch.setattr(module, "YIELD_S", 0.0)
+    turns = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    await nursery.start(hub.fanout.run)
+    with contextlib.ExitStack() as stack:
+        for number in range(100):
+            stack.enter_context(hub.fanout.subscribe(command_id(UUID(int=number)), after=0))
+        async with trio.open_nursery() as others:
+            others.start_soon(take_turns)
+            hub.fanout.wake_all()
+            await trio.lowlevel.checkpoint()
+            while not hub.fanout.is_idle:
+                await trio.lowlevel.checkpoint()
+            others.cancel_scope.cancel()
+    assert turns >= 90

@@ -55,6 +55,13 @@ async def test_whoever_asks_for_the_end_gets_the_truth_of_now(counted: Counted, 
     assert (view.command.last_seq, view.command.status) == (7, Status.SUCCEEDED)
 
 
+async def test_what_a_command_was_given_is_not_remembered(counted: Counted) -> None:
+    """A thousand prompts of 128 KiB would be 128 MiB."""
+    counted.command = replace(counted.command, argv=("claude", "x" * 131_071))
+    view = await Views(counted).of(counted.command.id, after=0)
+    assert view.command == replace(counted.command, argv=())
+
+
 async def test_so_many_views_are_remembered_and_no_more(counted: Counted) -> None:
     views = Views(counted)
     for number in range(VIEWS_MAX + 10):

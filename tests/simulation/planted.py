@@ -96,7 +96,9 @@ class HeartbeatWithoutCancel(FakeCommands):
 class TakeOverAtOnce(FakeCommands):
     """Does not wait for a lease to run out."""
 
-    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
+    async def take_over(
+        self, *, reach: str, holder: str, limit: int, closed: Collection[ProjectId] = ()
+    ) -> list[Claimed]:
         await self._state.step()
         rows = [row for row in self._state.rows.values() if row.reach == reach and is_running(row)]
         taken = [row for row in rows if row.holder != holder][:limit]

@@ -1,6 +1,6 @@
 """Leases in PostgreSQL: heartbeat, take-over, release. All times are the database's."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from uuid import UUID
 
@@ -27,6 +27,7 @@ _TAKE_OVER = f"""
 with expired as (
     select id, holder as left_by from commands
     where reach = %(reach)s and status = 'running' and lease_until < clock_timestamp()
+      and project <> all (%(closed)s)
     order by id
     limit %(limit)s
     for update skip locked
@@ -121,9 +122,17 @@ class PostgresLeases:
         self._heartbeats = heartbeats
         self._lease_s = lease_s
 
-    async def take_over(self, *, reach: str, holder: str, limit: int) -> list[Claimed]:
+    async def take_over(
+        self, *, reach: str, holder: str, limit: int, closed: Collection[ProjectId] = ()
+    ) -> list[Claimed]:
         """See `Leases.take_over`."""
-        parameters = {"reach": reach, "holder": holder, "limit": limit, "lease_s": self._lease_s}
+        parameters = {
+            "reach": reach,
+            "holder": holder,
+            "limit": limit,
+            "lease_s": self._lease_s,
+            "closed": list(closed),
+        }
         with translate_errors():
             async with self._pool.connection() as connection:
                 make = args_row(partial(to_claimed, take_over=True))

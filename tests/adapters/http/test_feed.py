@@ -10,9 +10,10 @@ import trio
 
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import Followers
+from rdev.adapters.http.server import ConnectionTimes
 from rdev.adapters.http.stream import stream_routes
 from rdev.domain.commands import Command, Status
-from rdev.domain.feed import Position, cursor_of
+from rdev.domain.feed import Detail, Position, cursor_of
 from rdev.domain.ids import CommandId, KeyId, ProjectId
 from rdev.domain.keys import Grant, Principal, Scope
 from rdev.ports.telemetry import Silence
@@ -133,6 +134,28 @@ async def test_a_client_that_reads_late_loses_nothing(desk: Desk) -> None:
             desk.feed.changed()
             await trio.sleep(0)
         assert await ids_until(late, len(places)) == [cursor_of(place) for place in places]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+async def test_a_client_that_stalls_is_cut_and_disturbs_nobody(
+    serve: Serve, nursery: trio.Nursery, version: str
+) -> None:
+    desk = await _desk(serve, nursery, version, times=ConnectionTimes(write_s=1.0))
+    large = new_event(detail=Detail(reason="x" * 60_000))
+    places = []
+    async with desk.follow() as stalled, desk.follow() as reader:
+        while desk.feed.statistics().subscriptions == 2:
+            places.append(await desk.log.put(large))
+            desk.feed.changed()
+            assert await ids_until(reader, 1) == [cursor_of(places[-1])]
+        assert desk.feed.statistics().subscriptions == 1
+        # It is told nothing twice, and its body has no end that would look like one.
+        rest = await stalled.closed()
+        found = [match[1].decode() for match in _ID.finditer(rest)]
+        assert found == [cursor_of(place) for place in places[: len(found)]]
+        assert len(found) < len(places)
+        assert not rest.endswith(b"0\r\n\r\n")
 
 
 async def test_silence_is_broken_with_a_place_to_resume_from(

@@ -392,8 +392,13 @@ async def test_a_draining_server_says_so_and_when_to_come_back(watch: Watch) -> 
     assert all(1_000 <= pause <= 3_000 for pause in pauses)
 
 
-async def test_a_stalled_client_is_cut_and_disturbs_nobody(start: Serve) -> None:
-    watch = await start(times=ConnectionTimes(write_s=1.0))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["direct", "send"])
+async def test_a_stalled_client_is_cut_and_disturbs_nobody(
+    start: Serve, way: str, certificate: TlsFiles
+) -> None:
+    tls = certificate if way == "send" else None
+    watch = await start(tls=tls, times=ConnectionTimes(write_s=1.0))
     async with watch.follow() as stalled, watch.follow() as reader:
         for one in (stalled, reader):
             await one.until(lambda events: len(events) == 1)
