@@ -17,7 +17,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-contract test-faults test-simulation coverage bench lock hooks docs-states docs-limits clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-simulation coverage bench lock hooks docs-states docs-limits clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,9 @@ test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minute
 
 test-contract: setup ## 100,000 requests invented from the OpenAPI document (MINUTES=60 at most)
 	$(BIN)/python -m tests.contract --minutes $(or $(MINUTES),60)
+
+test-kubernetes: setup ## what runs over execs, on a stand-in of the API server (RDEV_TEST_KUBECONFIG: a real one too)
+	$(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution tests/faults/test_attach.py $(ARGS)
 
 test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))

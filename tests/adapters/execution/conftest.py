@@ -16,7 +16,8 @@ def projects(tmp_path: Path) -> Path:
     return tmp_path / "projects"
 
 
-@pytest.fixture(params=["local", "kubernetes"])
+# Over execs it is minutes long: `make test-kubernetes`. A short version is test_kubernetes.py.
+@pytest.fixture(params=["local", pytest.param("kubernetes", marks=pytest.mark.full)])
 async def executor(request: pytest.FixtureRequest, projects: Path) -> AsyncIterator[ScriptExecutor]:
     async with AsyncExitStack() as stack:
         if request.param == "local":
