@@ -38,6 +38,7 @@ class Control:
 
     stop: trio.Event = field(default_factory=trio.Event)
     server: Server | None = None
+    reload: Callable[[], None] | None = None
 
 
 async def serve(
@@ -45,14 +46,17 @@ async def serve(
     identity: Identity,
     *,
     on_serving: Callable[[str], None] = lambda url: None,
+    reload: Callable[[], None] | None = None,
 ) -> None:
     """Run a server until SIGTERM or SIGINT; `on_serving` is told its URL when it can serve.
+
+    With `reload` SIGHUP calls it, and ends nothing.
 
     SIGTERM leaves the commands running for the next server; SIGINT (Ctrl-C) ends them. A second
     signal, or one before it serves, ends at once. Errors: RdevError when it cannot start; whatever
     a subsystem raised.
     """
-    control = Control()
+    control = Control(reload=reload)
     async with trio.open_nursery() as nursery:
         # First of all: a database that was started must be stopped, whenever the signal comes.
         await nursery.start(_heed_signals, control, nursery.cancel_scope)
@@ -93,6 +97,7 @@ async def _serve_until_stopped(
                 open_pool(connection.named("webhooks"), min_size=1, max_size=3)
             ),
         )
+        _watch_pools(telemetry, pools)
         server = build_server(settings, identity, pools, telemetry)
         stack.callback(server.close)
 
@@ -119,6 +124,21 @@ async def _serve_until_stopped(
             on_serving(url)
 
 
+def _watch_pools(telemetry: PrometheusTelemetry, pools: Pools) -> None:
+    """Connections by their purpose."""
+    telemetry.watch_each(
+        "pool",
+        {
+            "requests": pools.requests.statistics,
+            "heartbeats": pools.heartbeats.statistics,
+            "appends": pools.appends.statistics,
+            "claims": pools.claims.statistics,
+            "housekeeping": pools.housekeeping.statistics,
+            "webhooks": pools.webhooks.statistics,
+        },
+    )
+
+
 @asynccontextmanager
 async def _database(settings: Settings) -> AsyncIterator[str]:
     """The DSN given, or an embedded PostgreSQL with its migrations applied."""
@@ -143,9 +163,15 @@ async def _heed_signals(
     """
     stopped_at_s = -math.inf
     _ignore_for_itself()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    heeded = [signal.SIGTERM, signal.SIGINT]
+    if control.reload is not None:
+        heeded.append(signal.SIGHUP)
+    with trio.open_signal_receiver(*heeded) as signals:
         task_status.started()
         async for number in signals:
+            if number == signal.SIGHUP and control.reload is not None:
+                control.reload()
+                continue
             if trio.current_time() < stopped_at_s + ONE_SIGNAL_S:
                 continue
             if control.server is None or control.stop.is_set():

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +34,7 @@ from rdev.domain.purposes import SECRET_BYTES
 from rdev.domain.webhook_targets import TargetRules, parse_networks
 
 PREFIX = "RDEV_"
+LogLevel = Literal["debug", "info", "warn", "error"]
 ADMIN_KEY_CHARACTERS_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
 _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
@@ -126,6 +127,15 @@ def _schedule(text: str) -> str:
     return text
 
 
+def _logger_levels(text: str) -> str:
+    for part in filter(str.strip, text.split(",")):
+        name, _, level = part.partition("=")
+        if not name.strip() or level.strip() not in get_args(LogLevel):
+            told = ", ".join(get_args(LogLevel))
+            raise ValueError(f"must be LOGGER=LEVEL with commas between; levels: {told}")
+    return text
+
+
 def _authorities(path: Path) -> Path:
     try:
         ssl.create_default_context(cafile=path)
@@ -189,7 +199,8 @@ class Settings(BaseSettings):
     webhook_retention_days: int = Field(default=14, ge=4, le=365)
     webhook_connect_s: float = Field(default=5, gt=0, le=60)
     webhook_total_s: float = Field(default=15, gt=0, le=600)
-    log_level: Literal["debug", "info", "warn", "error"] = "info"
+    log_level: LogLevel = "info"
+    log_levels: Annotated[str, AfterValidator(_logger_levels)] = ""
 
     @model_validator(mode="after")
     def _tls_in_pairs(self) -> Self:
@@ -227,6 +238,12 @@ class Settings(BaseSettings):
             allow_nets=parse_networks(self.webhook_allow_nets),
             deny_nets=parse_networks(self.webhook_deny_nets),
         )
+
+    @property
+    def logger_levels(self) -> dict[str, str]:
+        """Levels of loggers that have their own."""
+        pairs = (part.partition("=") for part in self.log_levels.split(",") if part.strip())
+        return {name.strip(): level.strip() for name, _, level in pairs}
 
     @classmethod
     def settings_customise_sources(

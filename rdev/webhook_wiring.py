@@ -19,8 +19,11 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.deliveries import parse_schedule
 from rdev.identity import Identity
-from rdev.ports.telemetry import BreakerTelemetry
-from rdev.services.webhook_dispatcher import DispatcherLimits, WebhookDispatcher
+from rdev.services.webhook_dispatcher import (
+    DispatcherLimits,
+    DispatcherTelemetry,
+    WebhookDispatcher,
+)
 from rdev.services.webhooks import Webhooks
 
 # A delivery's lease outlives its attempt by so much: for storing what came of it.
@@ -34,7 +37,7 @@ class WebhookNeeds:
     requests: Pool
     deliveries: Pool
     notifier: Notifier
-    telemetry: BreakerTelemetry
+    telemetry: DispatcherTelemetry
     backoff: Callable[[], Backoff]
     now: Callable[[], datetime]
 

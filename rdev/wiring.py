@@ -86,6 +86,7 @@ from rdev.services.keys import Keys
 from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
+from rdev.services.queue_meter import QueueMeter
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
@@ -152,7 +153,7 @@ def build_server(
             now=_now,
         ),
     )
-    feed, fanout = _streams(settings, pools, log, notifier, hooks.dispatcher)
+    feed, fanout = _streams(settings, pools, log, notifier, hooks.dispatcher, telemetry)
     appender = Appender(log=log, publish=fanout.publish, backoff=_backoff)
     queue = CommandQueue(
         lanes=PostgresLanes(pool=pools.claims, lease_s=settings.lease_s),
@@ -254,12 +255,11 @@ def build_server(
         refusal=app.unreadable,
         tls=_tls(settings),
     )
-    for part, statistics in {
+    parts = {
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
         "feed": feed.statistics,
-        "pool": pools.requests.statistics,
         "listener": listener.statistics,
         "notifier": notifier.statistics,
         "exec_breaker": executor.statistics,
@@ -269,7 +269,8 @@ def build_server(
         "audit": audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
-    }.items():
+    }
+    for part, statistics in parts.items():
         telemetry.watch(part, statistics)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
@@ -286,6 +287,7 @@ def build_server(
             poll,
             hooks.dispatcher,
             queue,
+            QueueMeter(gate=gate, telemetry=telemetry),
             http,
         ),
         readiness=readiness,
@@ -328,6 +330,7 @@ def _streams(
     log: PostgresOutput,
     notifier: Notifier,
     dispatcher: WebhookDispatcher,
+    telemetry: PrometheusTelemetry,
 ) -> tuple[Feed, Fanout]:
     """Whoever watches: the life of all commands, and each command's own stream."""
     feed = Feed(
@@ -347,6 +350,7 @@ def _streams(
         status_changed=status_changed,
         buffer_bytes=settings.stream_buffer_bytes,
         drain_s=settings.grace_s * _CLOSING_SHARE,
+        told=telemetry.stream_written,
     )
     return feed, fanout
 

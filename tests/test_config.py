@@ -41,3 +41,27 @@ def test_every_proxy_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     assert told.startswith("RDEV_TRUSTED_PROXIES: ")
     assert "'10.0.0.1/8' has bits set after its prefix; 10.0.0.0/8 is the network" in told
     assert "'nonsense' must be an IP address" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "levels"),
+    [
+        ("", {}),
+        ("psycopg=debug", {"psycopg": "debug"}),
+        ("rdev.http.requests=error, hypercorn = warn,", {
+            "rdev.http.requests": "error", "hypercorn": "warn",
+        }),
+    ],
+)  # fmt: skip
+def test_loggers_have_levels_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, given: str, levels: dict[str, str]
+) -> None:
+    monkeypatch.setenv("RDEV_LOG_LEVELS", given)
+    assert load_settings({}).logger_levels == levels
+
+
+@pytest.mark.parametrize("given", ["psycopg", "psycopg=loud", "=debug", "a=info,,b", "a=warning"])
+def test_a_level_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("RDEV_LOG_LEVELS", given)
+    with pytest.raises(SettingsError, match=r"^RDEV_LOG_LEVELS: must be LOGGER=LEVEL"):
+        load_settings({})

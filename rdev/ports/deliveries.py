@@ -70,6 +70,11 @@ class DeliveryQueue(Protocol):
         """Give back what has outlived its lease; stop endpoints whose owner's key has ended."""
         ...
 
+    async def oldest_undelivered_s(self) -> float:
+        """How long ago the oldest message that is still owed was; 0 where none is. Its cost is in
+        what is owed."""
+        ...
+
     async def bury_overflow(self, *, pending_max: int) -> int:
         """Of endpoints for which more than `pending_max` wait, make the oldest dead; returns how
         many."""

@@ -11,6 +11,8 @@ from enum import StrEnum
 from typing import Protocol
 
 from rdev.domain.breaker import BreakerReason, BreakerState
+from rdev.domain.commands import Status
+from rdev.domain.depths import Depths
 from rdev.domain.ids import ProjectId
 
 # Fields that the logs adapter adds to each line written by this task and the tasks it starts
@@ -42,14 +44,30 @@ class Telemetry(Protocol):
         """
         ...
 
+    def command_claimed(self, kind: str, wait_s: float) -> None:
+        """A command was claimed to be run, so long after it was accepted; no take-over."""
+        ...
+
     def command_started(self, project: ProjectId, kind: str) -> None:
-        """A command runs now."""
+        """A command runs through this server now."""
+        ...
+
+    def command_left(self, project: ProjectId, kind: str) -> None:
+        """What `command_started` told of is over here, whether the command has ended or not."""
         ...
 
     def command_finished(
-        self, project: ProjectId, kind: str, status: str, duration_s: float | None
+        self, project: ProjectId, kind: str, status: Status, duration_s: float
     ) -> None:
-        """A command has its final status; `duration_s` is None where it never started."""
+        """A command that ran has its final status, and that is stored."""
+        ...
+
+    def kill_unconfirmed(self, kind: str) -> None:
+        """A command was to be ended, and something of it may still run."""
+        ...
+
+    def queue_counted(self, depths: Depths | None) -> None:
+        """The queue was counted; None where it could not be."""
         ...
 
     def stream(self, project: ProjectId) -> AbstractContextManager[None]:
@@ -58,6 +76,18 @@ class Telemetry(Protocol):
 
     def events_sent(self, project: ProjectId, event_type: str, count: int) -> None:
         """`count` events of one type were written to a stream."""
+        ...
+
+    def events_replayed(self, project: ProjectId, count: int) -> None:
+        """So many of them were read from the database for this stream."""
+        ...
+
+    def slow_reader_cut(self, project: ProjectId) -> None:
+        """A stream was ended because its client took nothing."""
+        ...
+
+    def stream_written(self, lag_s: float) -> None:
+        """What this server had news of so long ago is written to all who waited for it."""
         ...
 
     def authenticated(self, failure: AuthFailure | None) -> None:
@@ -69,6 +99,23 @@ class Telemetry(Protocol):
 
         `limit` comes from a closed set in the code: `rate_limit`, `in_flight`, `held`, `body`, …
         """
+        ...
+
+    def rate_decided(self, policy: str, *, refused: bool) -> None:
+        """A policy of the rate limits decided. `policy` comes from a closed set in the code."""
+        ...
+
+
+class WebhookTelemetry(Protocol):
+    """What the dispatcher tells; no verb blocks, awaits or raises either."""
+
+    def webhook_attempted(self, outcome: str, latency_s: float) -> None:
+        """An attempt is over, and that is stored. `outcome`: `accepted`, the class of the status
+        (`3xx`, `4xx`, `5xx`, `other`), or a `SendFault`."""
+        ...
+
+    def webhook_dead(self, reason: str, count: int = 1) -> None:
+        """So many deliveries were given up. `reason` is a `DeadReason`."""
         ...
 
 
@@ -100,12 +147,42 @@ class Silence:
     def request_finished(self, method: str, path: str, status: int, latency_s: float) -> None:
         """Nothing."""
 
+    def command_claimed(self, kind: str, wait_s: float) -> None:
+        """Nothing."""
+
     def command_started(self, project: ProjectId, kind: str) -> None:
         """Nothing."""
 
+    def command_left(self, project: ProjectId, kind: str) -> None:
+        """Nothing."""
+
     def command_finished(
-        self, project: ProjectId, kind: str, status: str, duration_s: float | None
+        self, project: ProjectId, kind: str, status: Status, duration_s: float
     ) -> None:
+        """Nothing."""
+
+    def kill_unconfirmed(self, kind: str) -> None:
+        """Nothing."""
+
+    def queue_counted(self, depths: Depths | None) -> None:
+        """Nothing."""
+
+    def events_replayed(self, project: ProjectId, count: int) -> None:
+        """Nothing."""
+
+    def slow_reader_cut(self, project: ProjectId) -> None:
+        """Nothing."""
+
+    def stream_written(self, lag_s: float) -> None:
+        """Nothing."""
+
+    def rate_decided(self, policy: str, *, refused: bool) -> None:
+        """Nothing."""
+
+    def webhook_attempted(self, outcome: str, latency_s: float) -> None:
+        """Nothing."""
+
+    def webhook_dead(self, reason: str, count: int = 1) -> None:
         """Nothing."""
 
     @contextmanager

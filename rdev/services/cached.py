@@ -30,6 +30,7 @@ class CachedStatistics:
     """Entries now; since the start: loads, those that failed, and entries that were invalidated."""
 
     entries: int
+    hits: int
     loads: int
     failures: int
     invalidated: int
@@ -64,7 +65,7 @@ class Cached(Generic[K, V]):
         self._tagged: dict[str, set[K]] = {}
         self._loads: dict[K, _Load] = {}
         self._generation = 0
-        self._load_count = self._failures = self._invalidated = 0
+        self._hits = self._load_count = self._failures = self._invalidated = 0
 
     def peek(self, key: K) -> V | None:
         """What is remembered now; None also where that is nothing."""
@@ -83,8 +84,10 @@ class Cached(Generic[K, V]):
             now_s = trio.current_time()
             entry = self._found.get(key)
             if entry is not None and now_s < entry[1]:
+                self._hits += 1
                 return entry[0]
             if now_s < self._missing.get(key, now_s):
+                self._hits += 1
                 return None
             under_way = self._loads.get(key)
             if under_way is None:
@@ -114,6 +117,7 @@ class Cached(Generic[K, V]):
         """What is and what was."""
         return CachedStatistics(
             entries=len(self._found) + len(self._missing),
+            hits=self._hits,
             loads=self._load_count,
             failures=self._failures,
             invalidated=self._invalidated,

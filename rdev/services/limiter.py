@@ -104,6 +104,7 @@ class RateLimiter:
         if denied:
             self._counts["refused_locally"] += 1
             self._telemetry.limit_checked(_REQUESTS, refused=True)
+            self._tell(denied)
             raise RateLimitedError(denied)
         asked_at_s = trio.current_time()
         decisions = await self._ask(hits)
@@ -111,6 +112,7 @@ class RateLimiter:
             return self._without_answer(is_write=is_write)
         refused = not all(decision.is_admitted for decision in decisions)
         self._telemetry.limit_checked(_REQUESTS, refused=refused)
+        self._tell(decisions)
         if refused:
             self._counts["refused"] += 1
             self._remember(hits, decisions, asked_at_s)
@@ -121,6 +123,10 @@ class RateLimiter:
         """What is and what was."""
         counts = {name: self._counts[name] for name in _COUNTS}
         return LimiterStatistics(denials=len(self._denials), **counts)
+
+    def _tell(self, decisions: Sequence[Decision]) -> None:
+        for decision in decisions:
+            self._telemetry.rate_decided(decision.policy.name, refused=not decision.is_admitted)
 
     async def _ask(self, hits: Sequence[Hit]) -> Sequence[Decision] | None:
         """What the store says; None when it does not."""
@@ -189,7 +195,10 @@ class AddressLimiter:
             self._failures.take(network_of(address))
 
     def _check(self, decision: Decision | None) -> None:
-        if decision is not None and not decision.is_admitted:
+        if decision is None:
+            return
+        self._telemetry.rate_decided(decision.policy.name, refused=not decision.is_admitted)
+        if not decision.is_admitted:
             self._telemetry.limit_checked(decision.policy.name, refused=True)
             raise RateLimitedError([decision])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.commands import LANE_CLASS, Claimed, Lease
+from rdev.domain.commands import LANE_CLASS, Claimed, Lease, Outcome
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Why
 from rdev.domain.ids import CommandId, ProjectId
@@ -273,21 +273,19 @@ class CommandQueue:
         at_stop = self._cancel_at_stop and self._stop.is_set()
         if at_stop or claimed.lease.command in self._unmet_cancels:
             attempt.cancel()  # the claim was under way when it was, or the others were, cancelled
+        if not claimed.take_over:
+            self._telemetry.command_claimed(claimed.kind, claimed.queue_wait_ms / 1000)
         self._telemetry.command_started(claimed.project, claimed.kind)
         attempts.start_soon(self._run_attempt, running, name=claimed.lease.command)
 
     async def _run_attempt(self, running: _Running) -> None:
         """One attempt to its end; a fault concerns this command only, and is logged."""
         claimed = running.attempt.claimed
-        status = "interrupted"
-        started_at = trio.current_time()
+        started_at_s = trio.current_time()
         try:
             with running.scope:
                 finished = await running.attempt.run()
-                status = finished.outcome.status
-                self._finished += finished.outcome.status.is_terminal
-                if finished.outcome.reason == Why.OUTPUT_LIMIT:
-                    self._telemetry.limit_checked("journal", refused=True)
+                self._tell(claimed, finished.outcome, trio.current_time() - started_at_s)
             if running.scope.cancelled_caught:
                 self._stale += 1
         except* LeaseLostError:
@@ -297,10 +295,20 @@ class CommandQueue:
             self._set_aside(claimed.lease, group)
         finally:
             del self._running[claimed.lease]
-            self._telemetry.command_finished(
-                claimed.project, claimed.kind, status, trio.current_time() - started_at
-            )
+            self._telemetry.command_left(claimed.project, claimed.kind)
             self.wake(Lane(project=claimed.project, lane_class=LANE_CLASS[claimed.kind]))
+
+    def _tell(self, claimed: Claimed, outcome: Outcome, attempt_s: float) -> None:
+        """An attempt is over, and what came of it is stored. An attempt that another one follows is
+        no end. After a take-over the supervisor knows for how long it ran, not we."""
+        if outcome.reason == Why.OUTPUT_LIMIT:
+            self._telemetry.limit_checked("journal", refused=True)
+        if outcome.kill is not None and not outcome.kill.confirmed:
+            self._telemetry.kill_unconfirmed(claimed.kind)
+        if outcome.status.is_terminal:
+            self._finished += 1
+            ran_s = attempt_s if outcome.duration_ms is None else outcome.duration_ms / 1000
+            self._telemetry.command_finished(claimed.project, claimed.kind, outcome.status, ran_s)
 
     def _set_aside(self, lease: Lease, group: BaseExceptionGroup[RdevError]) -> None:
         """An attempt that cannot go on now: its lease runs out, and somebody tries again."""

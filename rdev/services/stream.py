@@ -76,10 +76,13 @@ class Fanout:
         status_changed: Callable[[], None] = lambda: None,
         buffer_bytes: int = BUFFER_BYTES,
         drain_s: float = 0.0,
+        told: Callable[[float], None] = lambda _: None,
     ) -> None:
         """`tell_replicas` says to the others that a stream has news, `status_changed` that a
         command has another status; neither waits. `drain_s` is how long the closing of very many
-        streams may take."""
+        streams may take. `told` learns how old (seconds) the news is that a stream's readers have
+        just been written."""
+        self._told = told
         self.draining = False
         self.fell_back = 0
         self.pages: Pages[CommandId] = Pages(log)
@@ -215,6 +218,8 @@ class Fanout:
             for reader in topic.all_waiting():
                 reader.wake()
         else:
+            if topic.marked_at_s is None:
+                topic.marked_at_s = trio.current_time()
             self._marked[topic] = None
             self._work.set()
 
@@ -245,6 +250,7 @@ class Fanout:
     async def _deliver_to(self, topic: Topic[CommandId], yield_at_s: float) -> float:
         """One write to each reader of a stream that waits; returns when to yield again."""
         self._start_look(topic)
+        before = self._written
         for group in topic.groups_behind():
             written = topic.write_to(group)
             self._written += written[1] if written else 0
@@ -253,7 +259,13 @@ class Fanout:
         yield_at_s = await let_others_run(yield_at_s)
         if topic.groups_behind():
             self._marked[topic] = None
-        elif topic.all_wait:
+            return yield_at_s
+        if self._written > before and topic.marked_at_s is not None:
+            self._told(trio.current_time() - topic.marked_at_s)
+            topic.marked_at_s = None
+        elif not topic.is_looking:
+            topic.marked_at_s = None
+        if topic.all_wait:
             topic.tail.forget(topic.tail.last_seq)
         return yield_at_s
 

@@ -48,6 +48,7 @@ class Topic(Generic[Key]):
         "is_stale",
         "key",
         "looked_at_s",
+        "marked_at_s",
         "readers",
         "tail",
         "tally",
@@ -66,6 +67,8 @@ class Topic(Generic[Key]):
         self.is_stale = self.is_looking = False
         self.looked_at_s = self.written_at_s = float("-inf")
         self.tally: Tally | None = None
+        # Since when there is something that not everybody who waits was written.
+        self.marked_at_s: float | None = None
 
     @property
     def all_wait(self) -> bool:
@@ -164,6 +167,7 @@ class Subscription(Generic[Key]):
         "_outlet",
         "_position",
         "_reached",
+        "from_log",
         "replays",
         "topic",
     )
@@ -174,6 +178,8 @@ class Subscription(Generic[Key]):
         self._group: Group[Subscription[Key]] | None = None
         # Whether the log may hold events that the tail does not: at first, and after a hole.
         self.replays = True
+        # Whether the frames that `receive` gave last were read from the log.
+        self.from_log = False
         self._hub = hub
         self._log_end: int | None = None
         self._reached = after
@@ -306,6 +312,7 @@ class Subscription(Generic[Key]):
 
     def _take(self, found: Frames) -> None:
         tail = self.topic.tail
+        self.from_log = self.replays
         self._position = found.last_seq
         self._is_ended = found.is_final
         if self.replays and tail.first_seq <= self.position + 1 <= tail.last_seq + 1:

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 import trio
 
@@ -38,7 +39,7 @@ from rdev.domain.signing import Secret, sign
 from rdev.domain.webhook_targets import parse_target
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
-from rdev.ports.telemetry import BreakerTelemetry
+from rdev.ports.telemetry import BreakerTelemetry, WebhookTelemetry
 from rdev.ports.webhooks import SecretBox, WebhookSender
 from rdev.services.breaker import BreakerOpenError, CircuitBreaker
 from rdev.services.shield import commit_shield
@@ -68,6 +69,9 @@ BREAKER = BreakerSettings(
     half_open_s=60.0,
 )
 
+# Of statuses that are no acceptance.
+_CLASSES = {3: "3xx", 4: "4xx", 5: "5xx"}
+
 _log = logging.getLogger("rdev.webhooks")
 
 
@@ -76,7 +80,8 @@ class DispatcherStatistics:
     """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one;
     `endpoints` enabled; `breakers_open`. Since the start: `claimed`, `delivered`, `failed`
     attempts, `dead` deliveries, `stale` outcomes, `interrupted` attempts, deliveries that were
-    `overflow`."""
+    `overflow`. `oldest_undelivered_s`: for how long the oldest message has waited, up to
+    `OVERFLOW_EVERY_S` ago; 0 where none does."""
 
     in_flight: int
     untrusted: int
@@ -89,6 +94,7 @@ class DispatcherStatistics:
     stale: int
     interrupted: int
     overflow: int
+    oldest_undelivered_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +105,10 @@ class DispatcherLimits:
     in_flight_max: int = 256
     schedule_s: tuple[float, ...] = SCHEDULE_S
     pending_max: int = PENDING_MAX
+
+
+class DispatcherTelemetry(WebhookTelemetry, BreakerTelemetry, Protocol):
+    """Attempts, and the endpoints' breakers."""
 
 
 class WebhookDispatcher:
@@ -112,7 +122,7 @@ class WebhookDispatcher:
         queue: DeliveryQueue,
         sender: WebhookSender,
         box: SecretBox,
-        telemetry: BreakerTelemetry,
+        telemetry: DispatcherTelemetry,
         backoff: Callable[[], Backoff],
         now: Callable[[], datetime],
         wake_replicas: Callable[[], None],
@@ -141,6 +151,7 @@ class WebhookDispatcher:
         self._endpoints = 1
         self._claimed = self._delivered = self._failed = self._dead = 0
         self._stale = self._interrupted = self._overflow = 0
+        self._oldest_s = 0.0
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop`. Survives a database that is gone: it tries again with pauses."""
@@ -190,6 +201,7 @@ class WebhookDispatcher:
             stale=self._stale,
             interrupted=self._interrupted,
             overflow=self._overflow,
+            oldest_undelivered_s=self._oldest_s,
         )
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
@@ -319,7 +331,11 @@ class WebhookDispatcher:
             return
         self._delivered += one.verdict.status is DeliveryStatus.DELIVERED
         self._failed += one.outcome is not None and not one.outcome.is_accepted
-        self._dead += one.verdict.status is DeliveryStatus.DEAD
+        if one.outcome is not None:
+            self._telemetry.webhook_attempted(came_to(one.outcome), one.outcome.latency_s)
+        if one.verdict.status is DeliveryStatus.DEAD:
+            self._dead += 1
+            self._telemetry.webhook_dead(one.verdict.reason or "")
 
     async def _claim_loop(self, attempts: trio.Nursery) -> None:
         backoff = self._backoff()
@@ -362,12 +378,18 @@ class WebhookDispatcher:
                 await self.tick_once()
                 if trio.current_time() >= overflow_at_s:
                     overflow_at_s = trio.current_time() + OVERFLOW_EVERY_S
-                    self._overflow += await self._queue.bury_overflow(
-                        pending_max=self._limits.pending_max
-                    )
+                    await self._count_pending()
             except RdevError as error:
                 _check_unavailable(error)
             await trio.sleep(TICK_S)
+
+    async def _count_pending(self) -> None:
+        """What may not wait any longer is dead; how long the rest has waited."""
+        buried = await self._queue.bury_overflow(pending_max=self._limits.pending_max)
+        self._overflow += buried
+        if buried:
+            self._telemetry.webhook_dead(DeadReason.OVERFLOW, buried)
+        self._oldest_s = await self._queue.oldest_undelivered_s()
 
     async def _give_back(self) -> None:
         """Store what has ended, and give back the rest: it may have been sent."""
@@ -382,6 +404,15 @@ class WebhookDispatcher:
             except RdevError as error:
                 _check_unavailable(error)
                 _log.warning("deliveries were not given back", extra={"error": str(error)})
+
+
+def came_to(outcome: Outcome) -> str:
+    """What an attempt is counted as: a closed set, whatever an endpoint answers."""
+    if outcome.is_accepted:
+        return "accepted"
+    if outcome.fault is not None:
+        return outcome.fault
+    return _CLASSES.get((outcome.status or 0) // 100, "other")
 
 
 def _unsendable(detail: str) -> Outcome:

@@ -45,6 +45,9 @@ class Server:
     within: tuple[str, ...] = ()
     # What `python -m` runs as the server.
     module: str = "rdev"
+    arguments: tuple[str, ...] = ()
+    # When the metrics were asked for last.
+    scraped_at_s: float = float("-inf")
 
     @property
     def log(self) -> str:
@@ -92,7 +95,7 @@ class Server:
         (self.state_dir / "address").unlink(missing_ok=True)
         with self._log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [*self.within, sys.executable, "-m", self.module, "serve"],
+                [*self.within, sys.executable, "-m", self.module, "serve", *self.arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -442,7 +445,10 @@ async def open_api(server: Server) -> AsyncIterator[Api]:
 
 
 def metric(server: Server, name: str, **labels: str) -> float:
-    """The value of one series, 0 where it is not there yet."""
+    """The value of one series as it is now, 0 where it is not there yet. The server renders at most
+    once a second, so this waits until it does again."""
+    time.sleep(max(0.0, server.scraped_at_s + 1.05 - time.monotonic()))
+    server.scraped_at_s = time.monotonic()
     text = httpx2.get(server.url + "/metrics", trust_env=False).text
     wanted = {f'{label}="{value}"' for label, value in labels.items()}
     for line in text.splitlines():

@@ -42,6 +42,7 @@ class Row:
     event: str
     payload: bytes
     due_s: float
+    created_s: float
     status: str = "pending"
     reason: DeadReason | None = None
     attempt: int = 0
@@ -79,6 +80,7 @@ class FakeDeliveries:
                 event=f"evt_{position:032x}",
                 payload=payload,
                 due_s=due_s,
+                created_s=trio.current_time(),
             )
             self.rows[row.id] = row
             self._rows_of.setdefault(webhook, []).append(row)
@@ -89,6 +91,7 @@ class FakeDeliveries:
         """Make everything so much older."""
         for row in self.rows.values():
             row.due_s -= seconds
+            row.created_s -= seconds
             row.lease_until_s -= seconds
         for endpoint in self.endpoints.values():
             endpoint.held_until_s -= seconds
@@ -184,6 +187,16 @@ class FakeDeliveries:
             self._give_back(row, sent=True)
         enabled = sum(endpoint.is_open for endpoint in self.endpoints.values())
         return TickResult(enabled=enabled, interrupted=len(late), ended=0)
+
+    async def oldest_undelivered_s(self) -> float:
+        await trio.lowlevel.checkpoint()
+        now_s = trio.current_time()
+        waits_s = [
+            now_s - row.created_s
+            for row in self.rows.values()
+            if row.status in ("pending", "sending")
+        ]
+        return max(waits_s, default=0.0)
 
     async def bury_overflow(self, *, pending_max: int) -> int:
         await trio.lowlevel.checkpoint()

@@ -141,7 +141,8 @@ order by e.number
 
 _AGE = (
     "update deliveries set due = due - make_interval(secs => %(s)s),"
-    " lease_until = lease_until - make_interval(secs => %(s)s)",
+    " lease_until = lease_until - make_interval(secs => %(s)s),"
+    " created_at = created_at - make_interval(secs => %(s)s)",
     "update webhook_lanes set held_until = held_until - make_interval(secs => %(s)s),"
     " failing_since = failing_since - make_interval(secs => %(s)s)",
     "update webhooks set previous_until = previous_until - make_interval(secs => %(s)s)",

@@ -200,3 +200,15 @@ async def test_the_oldest_of_too_many_are_buried(world: World) -> None:
     await world.owe(await world.endpoint(), 10)
     assert await world.queue.bury_overflow(pending_max=10) == 0
     assert await world.queue.bury_overflow(pending_max=7) == 3
+
+
+async def test_the_oldest_that_is_owed_is_told_by_its_age(world: World) -> None:
+    assert await world.queue.oldest_undelivered_s() == 0
+    await world.owe(await world.endpoint(), 1)
+    await world.age(3600)
+    await world.owe(await world.endpoint(), 1)
+    assert 3600 <= await world.queue.oldest_undelivered_s() < 3700
+    (one, other) = await claim(world)  # under a lease it is still owed
+    assert 3600 <= await world.queue.oldest_undelivered_s() < 3700
+    await world.queue.settle([accepted(one), accepted(other)])
+    assert await world.queue.oldest_undelivered_s() == 0

@@ -53,6 +53,7 @@ class Hub:
 
     log: SlowLog = field(default_factory=lambda: SlowLog(StoreState()))
     told: list[CommandId] = field(default_factory=list)
+    lags_s: list[float] = field(default_factory=list)
     buffer_bytes: int = BUFFER_BYTES
     drain_s: float = 0.0
 
@@ -62,6 +63,7 @@ class Hub:
             tell_replicas=self.told.append,
             buffer_bytes=self.buffer_bytes,
             drain_s=self.drain_s,
+            told=self.lags_s.append,
         )
 
     @property

@@ -24,9 +24,13 @@ class Noted(Silence):
 
     def __init__(self) -> None:
         self.checks: list[tuple[str, bool]] = []
+        self.decisions: list[tuple[str, bool]] = []
 
     def limit_checked(self, limit: str, *, refused: bool) -> None:
         self.checks.append((limit, refused))
+
+    def rate_decided(self, policy: str, *, refused: bool) -> None:
+        self.decisions.append((policy, refused))
 
 
 def hit(subject: str = "key_1", *, name: str = "key", limit: RateLimit = MINUTE) -> Hit:
@@ -67,6 +71,7 @@ async def test_the_refusal_names_the_limit_and_the_exact_delay(
     assert error.details == {"violated-policies": ["key"]}
     assert error.retry_after_s == error.decisions[0].retry_ticks / TICKS_PER_S
     assert noted.checks == [("rate_limit", False), ("rate_limit", False), ("rate_limit", True)]
+    assert noted.decisions == [("key", False), ("key", False), ("key", True)]
 
 
 async def test_a_flood_on_a_denied_key_costs_the_store_nothing(
@@ -84,6 +89,7 @@ async def test_a_flood_on_a_denied_key_costs_the_store_nothing(
     assert again.retry_after_s == pytest.approx(first.retry_after_s)
     assert limits.statistics().refused_locally == 100
     assert noted.checks[-1] == ("rate_limit", True)
+    assert noted.decisions.count(("key", True)) == 101
 
 
 async def test_waiting_as_long_as_told_is_admitted_and_less_is_not(

@@ -52,6 +52,26 @@ async def test_the_hub_writes_to_whoever_waits_each_event_encoded_once(
     assert hub.fanout.statistics().written == 25
 
 
+async def test_how_late_a_stream_is_counts_from_the_first_word_of_news_to_the_last_write(
+    hub: Hub, nursery: trio.Nursery
+) -> None:
+    """Another server appended: what it costs to look is part of it."""
+    hub.log.before_s = 0.3
+    client = Client()
+    await nursery.start(hub.fanout.run)
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(client.follow, reader)
+        await trio.sleep(5)
+        assert hub.lags_s == []
+        hub.commit(2)
+        hub.fanout.wake(COMMAND)
+        await trio.sleep(5)
+        assert hub.lags_s == [pytest.approx(0.3)]
+        hub.publish(1)
+        await trio.sleep(5)
+        assert hub.lags_s[1:] == [pytest.approx(0.0)]
+
+
 async def test_a_write_carries_16_kib_where_more_is_pending(
     hub: Hub, nursery: trio.Nursery
 ) -> None:

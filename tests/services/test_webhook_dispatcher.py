@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pytest
@@ -20,6 +20,7 @@ from rdev.services.webhook_dispatcher import (
     TICK_S,
     DispatcherLimits,
     WebhookDispatcher,
+    came_to,
 )
 from tests.fakes.deliveries import FakeDeliveries, Row
 from tests.services.scripted import backoff
@@ -65,6 +66,20 @@ async def respond(request: OutgoingRequest) -> Outcome:
     return outcome(200, took_s=0.01)
 
 
+class Told(Silence):
+    """What was told of attempts and of dead deliveries."""
+
+    def __init__(self) -> None:
+        self.attempts: list[tuple[str, float]] = []
+        self.dead: Counter[str] = Counter()
+
+    def webhook_attempted(self, outcome: str, latency_s: float) -> None:
+        self.attempts.append((outcome, latency_s))
+
+    def webhook_dead(self, reason: str, count: int = 1) -> None:
+        self.dead[reason] += count
+
+
 @dataclass(slots=True, kw_only=True)
 class Stage:
     """A dispatcher, what it sends, and when."""
@@ -76,6 +91,7 @@ class Stage:
     under_way: Counter[str] = field(default_factory=Counter)
     most: Counter[str] = field(default_factory=Counter)
     told_replicas: int = 0
+    told: Told = field(default_factory=Told)
     dispatcher: WebhookDispatcher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +105,7 @@ class Stage:
             queue=self.queue,
             sender=self,
             box=ClearBox(),
-            telemetry=Silence(),
+            telemetry=self.told,
             backoff=backoff,
             now=lambda: datetime.fromtimestamp(1_700_000_000 + trio.current_time(), UTC),
             wake_replicas=tell,
@@ -153,6 +169,7 @@ async def test_what_is_owed_is_sent_signed_and_settled(nursery: trio.Nursery) ->
         request.headers, request.body, [SECRET], now_s=1_700_000_000 + trio.current_time()
     ) == (row.event)
     assert stage.dispatcher.statistics().delivered == 1
+    assert stage.told.attempts == [("accepted", 0.01)]
 
 
 async def test_a_wake_up_is_answered_at_once_and_a_lost_one_within_a_tick(
@@ -245,6 +262,8 @@ async def test_failures_follow_the_schedule_with_a_fifth_of_jitter_then_the_deli
     for before_s, after_s, step_s in zip(times, times[1:], schedule_s, strict=False):
         assert 0.8 * step_s <= after_s - before_s <= 1.2 * step_s + TICK_S + 0.01
     assert {request.headers["webhook-id"] for _, request in stage.sent} == {row.event}
+    assert [told for told, _ in stage.told.attempts] == ["5xx"] * 5
+    assert stage.told.dead == {"exhausted": 1}
 
 
 async def test_retry_after_is_honoured(nursery: trio.Nursery) -> None:
@@ -331,6 +350,8 @@ async def test_more_than_may_wait_is_buried(nursery: trio.Nursery) -> None:
     await nursery.start(stage.dispatcher.run)
     await trio.sleep(2 * OVERFLOW_EVERY_S + 1)
     assert stage.dispatcher.statistics().overflow >= 19
+    assert stage.told.dead == {"overflow": stage.dispatcher.statistics().overflow}
+    assert stage.dispatcher.statistics().oldest_undelivered_s >= OVERFLOW_EVERY_S
     assert sum(row.status == "pending" for row in rows) <= 10
 
 
@@ -432,3 +453,22 @@ async def test_a_full_server_tells_the_others(nursery: trio.Nursery) -> None:
     await nursery.start(stage.dispatcher.run)
     await stage.until(lambda: stage.dispatcher.statistics().delivered == 20)
     assert stage.dispatcher.statistics().in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "fault", "counted"),
+    [
+        (204, None, "accepted"),
+        (204, SendFault.CUT, "accepted"),
+        (301, None, "3xx"),
+        (410, None, "4xx"),
+        (503, SendFault.TIMEOUT, "timeout"),
+        (None, SendFault.DNS, "dns"),
+        (777, None, "other"),
+        (99, None, "other"),
+    ],
+)
+def test_attempts_are_counted_under_a_closed_set_of_names(
+    status: int | None, fault: SendFault | None, counted: str
+) -> None:
+    assert came_to(replace(outcome(status), fault=fault)) == counted

@@ -33,7 +33,7 @@ from rdev.domain.sse import EventName, frame
 from rdev.ports.telemetry import Telemetry
 from rdev.services.key_watch import Watch
 from rdev.services.stream import Frames, Signal
-from rdev.services.stream_reader import Key, Subscription, Tally
+from rdev.services.stream_reader import Key, Subscription
 
 # How long a client waits before it comes back, in milliseconds (the contract).
 RETRY_MS = 2_000
@@ -82,16 +82,15 @@ class Followers:
         `project` is the label under which it is counted; `beat_id` gives heartbeats their ids.
         """
         with self._telemetry.stream(project):
-            count = partial(self._telemetry.events_sent, project)
-            reader.topic.tally = count
-            await self._stream(asked, reader, first, count, beat_id)
+            reader.topic.tally = partial(self._telemetry.events_sent, project)
+            await self._stream(asked, reader, project, first, beat_id)
 
     async def _stream(
         self,
         asked: Asked,
         reader: Subscription[Key],
+        project: ProjectId,
         first: bytes,
-        count: Tally,
         beat_id: Callable[[], str | None],
     ) -> None:
         headers = [*_HEADERS, _CLOSE] if _is_http_1(asked.scope) else _HEADERS
@@ -110,11 +109,11 @@ class Followers:
 
                 with self._watch_key(principal(), leave) as key:
                     try:
-                        await self._write(reader, writer, count, key, beat_id)
+                        await self._write(reader, writer, project, key, beat_id)
                         await writer.end()
                         return
-                    except SlowClientError:
-                        pass  # what is left to say to it follows
+                    except SlowClientError:  # what is left to say to it follows
+                        self._telemetry.slow_reader_cut(project)
             reason = key.reason or "slow_consumer"
             await writer.part(_frame(EventName.DISCONNECTING, {"reason": reason}, RETRY_MS))
 
@@ -122,7 +121,7 @@ class Followers:
         self,
         reader: Subscription[Key],
         writer: Writer,
-        count: Tally,
+        project: ProjectId,
         key: Watch,
         beat_id: Callable[[], str | None],
     ) -> None:
@@ -138,8 +137,7 @@ class Followers:
                 return
             match item:
                 case Frames():
-                    for event_type, events in item.counts.items():
-                        count(event_type, events)
+                    self._count(project, item, is_replay=reader.from_log)
                     if item.data:  # a stretch in which nothing concerns it has none
                         await writer.write(item.data)
                 case Signal.BLOCKED:
@@ -153,6 +151,12 @@ class Followers:
                     return
                 case Signal.END:
                     return
+
+    def _count(self, project: ProjectId, given: Frames, *, is_replay: bool) -> None:
+        for event_type, events in given.counts.items():
+            self._telemetry.events_sent(project, event_type, events)
+        if is_replay:
+            self._telemetry.events_replayed(project, sum(given.counts.values()))
 
     def _retry_ms(self) -> int:
         """When a client that is sent away comes back: spread evenly, whoever they are."""

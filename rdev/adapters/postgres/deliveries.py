@@ -185,6 +185,14 @@ with stopped as materialized (
 
 _COUNT_ENABLED = "select count(*) from webhooks where is_enabled"
 
+# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed.
+_OLDEST = """
+select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
+    (select min(created_at) from deliveries where status = 'pending'),
+    (select min(created_at) from deliveries where status = 'sending')
+))), 0)::float8
+"""
+
 _OVERFLOWING = """
 select l.webhook_id, p.pending
 from webhook_lanes l
@@ -301,6 +309,13 @@ class PostgresDeliveries:
             ended=await self._number(_END_ORPHANS, _stop(DisabledReason.KEY_ENDED)),
             enabled=await self._number(_COUNT_ENABLED),
         )
+
+    async def oldest_undelivered_s(self) -> float:
+        """See `DeliveryQueue.oldest_undelivered_s`."""
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                row = await (await connection.execute(_OLDEST)).fetchone()
+        return 0.0 if row is None else float(row[0])
 
     async def bury_overflow(self, *, pending_max: int) -> int:
         """See `DeliveryQueue.bury_overflow`."""

@@ -28,30 +28,69 @@ _MIN_SECRET_CHARACTERS = 8
 # Values deeper than this are not looked into but cut: a log line is no place for a tree.
 _MAX_DEPTH = 6
 
+# Who writes the line of each request: it has the guide's fields and `trace_id`, nothing else.
+REQUESTS = "rdev.http.requests"
+
 _LEVELS = {"warning": "warn", "critical": "error", "exception": "error"}
 
 
+class Levels:
+    """What is written: from which level on, and of which loggers otherwise."""
+
+    def __init__(self) -> None:
+        """Nothing is set yet."""
+        self._own: list[logging.Logger] = []
+
+    def set(self, level: str, levels: Mapping[str, str] | None = None) -> None:
+        """From now on. `levels` are loggers' own, which hold for those below them too; who had one
+        and is not named any more follows the rest. Levels: `debug`, `info`, `warn`, `error`.
+        Errors: KeyError for another; then nothing is changed."""
+        number = _level_number(level)
+        own = {name: _level_number(one) for name, one in (levels or {}).items()}
+        for logger in self._own:
+            logger.setLevel(logging.NOTSET)
+        logging.getLogger().setLevel(number)
+        self._own = [logging.getLogger(name) for name in own]
+        for logger in self._own:
+            logger.setLevel(own[logger.name])
+
+
 def configure_logs(
-    *, level: str, secrets: Iterable[str] = (), output: TextIO | None = None
-) -> None:
+    *,
+    level: str,
+    levels: Mapping[str, str] | None = None,
+    secrets: Iterable[str] = (),
+    output: TextIO | None = None,
+) -> Levels:
     """Send every log of the process to `output` (default: stdout) as JSON lines.
 
-    `level` is `debug`, `info`, `warn` or `error`. `secrets` are values (of at least 8 characters)
-    that are replaced wherever they stand. On a terminal the lines are for people instead.
-    Call again to change any of it.
+    `level` and `levels` are as of `Levels.set`, and can be changed by what is returned. `secrets`
+    are values (of at least 8 characters) that are replaced wherever they stand. On a terminal the
+    lines are for people instead.
     """
+    found = Levels()
+    found.set(level, levels)
     output = output or sys.stdout
     handler = logging.StreamHandler(output)
     handler.setFormatter(_formatter(secrets, is_terminal=output.isatty()))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(_level_number(level))
+    _bridge_vendors()
     structlog.configure(
         processors=[*_shared(), structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    return found
+
+
+def _bridge_vendors() -> None:
+    """Handlers that a library gave its loggers would write beside ours, and past the redaction."""
+    for logger in logging.getLogger().manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 def _level_number(level: str) -> int:
@@ -95,6 +134,8 @@ def _add_context(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
 def _guide_names(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     """The guide's names and order: level, time, msg, then the rest."""
     level = str(event.pop("level", "info"))
+    if event.get("logger") == REQUESTS:
+        del event["logger"]
     return {
         "level": _LEVELS.get(level, level),
         "time": event.pop("time", None),

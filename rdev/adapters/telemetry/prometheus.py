@@ -1,22 +1,19 @@
-"""The metrics of rdev, by the names and labels of the monitoring guide.
+"""The metrics of rdev: every verb of the telemetry ports as Prometheus metrics, and their text.
 
 Owns a registry of its own. Bounds: every label has a closed set of values, or (projects) the first
-ones that come, the rest under `other`.
+ones that come, the rest under `other`; rendered in one thread, each format at most once a second.
 """
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import cache
 
 import trio
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     Gauge,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
 )
@@ -24,21 +21,34 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily
 
 from rdev import __version__
+from rdev.adapters.telemetry.families import (
+    OTHER,
+    CommandMetrics,
+    DepthMetrics,
+    HttpMetrics,
+    RefusalMetrics,
+    StreamMetrics,
+    UpkeepMetrics,
+    WebhookMetrics,
+)
 from rdev.domain.breaker import BreakerReason, BreakerState
+from rdev.domain.commands import Priority, Status
+from rdev.domain.depths import Depths
 from rdev.domain.ids import ProjectId
-from rdev.ports.telemetry import AuthFailure
+from rdev.ports.telemetry import AuthFailure, log_context
 
 # A histogram has a series per bucket, so it names fewer projects.
 _COUNTED_PROJECTS = 50
 _TIMED_PROJECTS = 20
-_OTHER = "other"
 
-# Seconds. 2 is the threshold of the guide's latency alert and must be a bucket.
-_REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30)
-# From a quick shell line to the longest command (86 400 s).
-_COMMAND_BUCKETS_S = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1800, 3600, 14_400, 86_400)
+# Any number of scrapes cost one rendering a second.
+_FRESH_S = 1.0
 
 _RATE_LIMIT = "rate_limit"
+
+_OPEN_METRICS = "application/openmetrics-text"
+
+_UNKNOWN = (float("nan"), float("nan"))
 
 
 class PrometheusTelemetry:
@@ -50,25 +60,20 @@ class PrometheusTelemetry:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        self._http = _HttpMetrics(registry)
-        self._commands = _CommandMetrics(registry)
-        self._streams = _StreamMetrics(registry)
-        self._refusals = _RefusalMetrics(registry)
-        self._housekeeping = Counter(
-            "rdev_housekeeping_total",
-            "Things that the housekeeper put away",
-            ("duty",),
-            registry=registry,
-        )
-        self._breakers = Counter(
-            "rdev_breaker_changes_total",
-            "Changes of state of circuit breakers, and why",
-            ("breaker", "state", "reason"),
-            registry=registry,
-        )
+        self._http = HttpMetrics(registry)
+        self._commands = CommandMetrics(registry)
+        self._depths = DepthMetrics(registry)
+        self._streams = StreamMetrics(registry)
+        self._refusals = RefusalMetrics(registry)
+        self._webhooks = WebhookMetrics(registry)
+        self._upkeep = UpkeepMetrics(registry)
         self._counted = _Projects(_COUNTED_PROJECTS)
         self._timed = _Projects(_TIMED_PROJECTS)
         self._watched: list[_Statistics] = []
+        self._turn = trio.Lock()
+        # By content type; and when the first of them was rendered.
+        self._texts: dict[str, bytes] = {}
+        self._rendered_at_s = float("-inf")
         build = Gauge("rdev_build_info", "Version", ("version", "python"), registry=registry)
         build.labels(__version__, platform.python_version()).set(1)
 
@@ -77,20 +82,31 @@ class PrometheusTelemetry:
 
         They are read at each scrape, before its thread begins.
         """
-        watched = _Statistics(part, statistics)
-        self._watched.append(watched)
-        self.registry.register(watched)
+        self._show(_Statistics(part, {"": statistics}))
+
+    def watch_each(self, part: str, each: Mapping[str, Callable[[], object]]) -> None:
+        """As `watch`, of several parts of one kind: the label `<part>` names each."""
+        self._show(_Statistics(part, each))
 
     async def render(self, accept: str) -> tuple[bytes, str]:
-        """All metrics as OpenMetrics or Prometheus text, and the content type.
+        """All metrics as OpenMetrics or Prometheus text, at most 1 s old, and the content type.
 
-        Blocks: in a thread, for some milliseconds per thousand series. Cancellation: the thread
-        finishes alone and its text is dropped.
+        Blocks: in a thread, for some milliseconds per thousand series; who comes meanwhile waits.
+        Cancellation: the thread finishes alone and its text is dropped.
         """
-        for watched in self._watched:
-            watched.take()
-        encode, content_type = choose_encoder(accept)
-        body = await trio.to_thread.run_sync(encode, self.registry, abandon_on_cancel=True)
+        # What choose_encoder reads besides would be the client's: a version that is none, or new
+        # each time.
+        encode, content_type = choose_encoder(_OPEN_METRICS if _OPEN_METRICS in accept else "")
+        async with self._turn:
+            if trio.current_time() - self._rendered_at_s >= _FRESH_S:
+                self._texts.clear()
+                self._rendered_at_s = trio.current_time()
+                for watched in self._watched:
+                    watched.take()
+            body = self._texts.get(content_type)
+            if body is None:
+                body = await trio.to_thread.run_sync(encode, self.registry, abandon_on_cancel=True)
+                self._texts[content_type] = body
         return body, content_type
 
     def request_started(self, method: str, path: str) -> None:
@@ -100,23 +116,42 @@ class PrometheusTelemetry:
     def request_finished(self, method: str, path: str, status: int, latency_s: float) -> None:
         """See the port."""
         self._http.in_flight.labels(method, path).dec()
-        self._http.total.labels(method, path, status).inc()
-        self._http.duration.labels(method, path, status).observe(latency_s)
+        labels = self._http.labels(method, path, status)
+        trace_id = (log_context.get() or {}).get("trace_id")
+        exemplar = None if trace_id is None else {"trace_id": trace_id}
+        self._http.total.labels(*labels).inc()
+        self._http.duration.labels(*labels).observe(latency_s, exemplar)
+
+    def command_claimed(self, kind: str, wait_s: float) -> None:
+        """See the port."""
+        self._commands.wait(kind).observe(wait_s)
 
     def command_started(self, project: ProjectId, kind: str) -> None:
         """See the port."""
         self._commands.active(self._counted.label(project), kind).inc()
 
+    def command_left(self, project: ProjectId, kind: str) -> None:
+        """See the port."""
+        self._commands.active(self._counted.label(project), kind).dec()
+
     def command_finished(
-        self, project: ProjectId, kind: str, status: str, duration_s: float | None
+        self, project: ProjectId, kind: str, status: Status, duration_s: float
     ) -> None:
         """See the port."""
-        label = self._counted.label(project)
-        self._commands.total(label, kind, status).inc()
-        if duration_s is not None:
-            self._commands.active(label, kind).dec()
-            timed = self._timed.label(project)
-            self._commands.duration(timed, kind, status).observe(duration_s)
+        self._commands.total(self._counted.label(project), kind, status).inc()
+        self._commands.duration(self._timed.label(project), kind, status).observe(duration_s)
+
+    def kill_unconfirmed(self, kind: str) -> None:
+        """See the port."""
+        self._commands.unconfirmed.labels(kind).inc()
+
+    def queue_counted(self, depths: Depths | None) -> None:
+        """See the port."""
+        for priority in Priority:
+            found = None if depths is None else depths.of_priority(priority)
+            depth, oldest_s = (found.queued, found.oldest_wait_s) if found else _UNKNOWN
+            self._depths.depth.labels(priority).set(depth)
+            self._depths.oldest.labels(priority).set(oldest_s)
 
     @contextmanager
     def stream(self, project: ProjectId) -> Iterator[None]:
@@ -134,6 +169,18 @@ class PrometheusTelemetry:
         """See the port."""
         self._streams.events.labels(self._counted.label(project), event_type).inc(count)
 
+    def events_replayed(self, project: ProjectId, count: int) -> None:
+        """See the port."""
+        self._streams.replayed.labels(self._counted.label(project)).inc(count)
+
+    def slow_reader_cut(self, project: ProjectId) -> None:
+        """See the port."""
+        self._streams.slow.labels(self._counted.label(project)).inc()
+
+    def stream_written(self, lag_s: float) -> None:
+        """See the port."""
+        self._streams.lag.observe(lag_s)
+
     def authenticated(self, failure: AuthFailure | None) -> None:
         """See the port."""
         self._refusals.auth_checks.inc()
@@ -149,34 +196,57 @@ class PrometheusTelemetry:
             if limit == _RATE_LIMIT:
                 self._refusals.rate_rejected.inc()
 
+    def rate_decided(self, policy: str, *, refused: bool) -> None:
+        """See the port."""
+        self._refusals.decisions.labels(policy, "refused" if refused else "admitted").inc()
+
+    def webhook_attempted(self, outcome: str, latency_s: float) -> None:
+        """See the port."""
+        self._webhooks.attempts.labels(outcome).inc()
+        self._webhooks.duration.observe(latency_s)
+
+    def webhook_dead(self, reason: str, count: int = 1) -> None:
+        """See the port."""
+        self._webhooks.dead.labels(reason).inc(count)
+
     def kept_house(self, duty: str, count: int) -> None:
         """See the port."""
-        self._housekeeping.labels(duty).inc(count)
+        self._upkeep.housekeeping.labels(duty).inc(count)
 
     def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
         """See the port."""
-        self._breakers.labels(breaker, state, reason).inc()
+        self._upkeep.breakers.labels(breaker, state, reason).inc()
+
+    def _show(self, watched: "_Statistics") -> None:
+        self._watched.append(watched)
+        self.registry.register(watched)
 
 
 class _Statistics:
-    """What a part of the server counts itself."""
+    """What one part of the server, or several of a kind, count themselves."""
 
-    def __init__(self, part: str, statistics: Callable[[], object]) -> None:
+    def __init__(self, part: str, each: Mapping[str, Callable[[], object]]) -> None:
         self._part = part
-        self._statistics = statistics
-        self._taken: object | None = None
+        self._each = each
+        self._taken: dict[str, object] = {}
 
     def take(self) -> None:
         """Read the statistics; in trio's thread, where they belong."""
-        self._taken = self._statistics()
+        self._taken = {name: statistics() for name, statistics in self._each.items()}
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """One gauge for each field as it was taken; none before the first scrape."""
-        now = self._taken
-        for field in fields(now) if is_dataclass(now) else ():
-            name = f"rdev_{self._part}_{field.name}"
-            text = f"{field.name.replace('_', ' ')} of the {self._part}, since the start or now"
-            yield GaugeMetricFamily(name, text, value=float(getattr(now, field.name)))
+        taken = self._taken
+        for now in list(taken.values())[:1]:
+            for field in fields(now) if is_dataclass(now) else ():
+                name = f"rdev_{self._part}_{field.name}"
+                text = f"{field.name.replace('_', ' ')} of the {self._part}, since the start or now"
+                family = GaugeMetricFamily(
+                    name, text, labels=[self._part] if "" not in taken else []
+                )
+                for one, found in taken.items():
+                    family.add_metric([one] if one else [], float(getattr(found, field.name)))
+                yield family
 
 
 class _Projects:
@@ -193,92 +263,4 @@ class _Projects:
         if len(self._named) < self._capacity:
             self._named.add(project)
             return project
-        return _OTHER
-
-
-class _HttpMetrics:
-    """What the HTTP edge tells; `path` is the template of the route."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        labels = ("method", "path", "status")
-        self.total = Counter(
-            "http_requests_total", "HTTP requests answered", labels, registry=registry
-        )
-        self.duration = Histogram(
-            "http_request_duration_seconds",
-            "Time to the head of the answer, without holding on purpose",
-            labels,
-            buckets=_REQUEST_BUCKETS_S,
-            registry=registry,
-        )
-        self.in_flight = Gauge(
-            "http_requests_in_flight",
-            "HTTP requests not yet answered",
-            ("method", "path"),
-            registry=registry,
-        )
-
-
-class _CommandMetrics:
-    """What the queue tells. Told for every command, so the series are looked up only once; their
-    number is bounded, as the labels are."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        labels = ("project", "type", "status")
-        total = Counter(
-            "rdev_commands_total", "Commands that reached an end", labels, registry=registry
-        )
-        active = Gauge(
-            "rdev_commands_active", "Commands running now", ("project", "type"), registry=registry
-        )
-        duration = Histogram(
-            "rdev_command_duration_seconds",
-            "Run time of commands",
-            labels,
-            buckets=_COMMAND_BUCKETS_S,
-            registry=registry,
-        )
-        self.total = cache(total.labels)
-        self.active = cache(active.labels)
-        self.duration = cache(duration.labels)
-
-
-class _StreamMetrics:
-    """What the event streams tell."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.total = Counter(
-            "rdev_sse_connections_total", "Event streams opened", ("project",), registry=registry
-        )
-        self.active = Gauge(
-            "rdev_sse_connections_active", "Event streams open", ("project",), registry=registry
-        )
-        self.events = Counter(
-            "rdev_sse_events_sent_total",
-            "Events written to streams",
-            ("project", "event_type"),
-            registry=registry,
-        )
-
-
-class _RefusalMetrics:
-    """Who and what was turned away. The values of `reason` are there from the start, at zero."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.auth_checks = Counter(
-            "rdev_auth_requests_total", "Credentials checked", registry=registry
-        )
-        self.auth_failures = Counter(
-            "rdev_auth_failures_total", "Credentials refused", ("reason",), registry=registry
-        )
-        for reason in AuthFailure:
-            self.auth_failures.labels(reason)
-        self.rate_checks = Counter(
-            "rdev_ratelimit_requests_total", "Rate limit checks", registry=registry
-        )
-        self.rate_rejected = Counter(
-            "rdev_ratelimit_rejected_total", "Requests over their rate", registry=registry
-        )
-        self.limits = Counter(
-            "rdev_limit_reached_total", "Refusals by a limit", ("limit",), registry=registry
-        )
+        return OTHER

@@ -3,9 +3,12 @@
 import pytest
 import trio
 
+from rdev.adapters.http import probes
 from rdev.adapters.http.probes import Readiness, Status, probe_routes
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.errors import ErrorCode, RdevError
+
+DEADLINE_S = 30
 
 
 async def works() -> None:
@@ -111,3 +114,32 @@ async def test_a_probe_that_leaves_does_not_spoil_the_next(autojump_clock):
     release.set()
 
     assert (await readiness.report()).status is Status.HEALTHY
+
+
+async def test_health_is_answered_while_every_check_hangs(serve, monkeypatch):
+    """By construction: checks go on only when health was answered, so it waits for none."""
+    monkeypatch.setattr(probes, "_CHECK_TIMEOUT_S", 3_600)
+    asked, release = trio.Event(), trio.Event()
+
+    async def held() -> None:
+        asked.set()
+        await release.wait()
+
+    readiness = Readiness(checks={"database": held})
+    routes = probe_routes(readiness=readiness, render_metrics=PrometheusTelemetry().render)
+    site = await serve(routes)
+    answered = []
+
+    async def ask_readiness() -> None:
+        answered.append(await site.request("GET", "/ready", key=None))
+
+    with trio.fail_after(DEADLINE_S):
+        async with trio.open_nursery() as asking:
+            for _ in range(10):
+                asking.start_soon(ask_readiness)
+            await asked.wait()
+            health = await site.request("GET", "/health", key=None)
+            assert (health.status, health.json()) == (200, {"status": "healthy"})
+            assert answered == []
+            release.set()
+    assert [ready.status for ready in answered] == [200] * 10

@@ -9,7 +9,7 @@ import pytest
 import structlog
 import trio
 
-from rdev.adapters.telemetry.logs import REDACTED, configure_logs
+from rdev.adapters.telemetry.logs import REDACTED, REQUESTS, Levels, configure_logs
 from rdev.ports.telemetry import log_context
 
 Lines = Callable[[], list[dict]]
@@ -31,16 +31,16 @@ async def test_a_request_line_has_the_fields_of_the_guide(lines):
     log_context.set({"request_id": "req-abc123", "trace_id": "4bf9"})
     facts = {"method": "POST", "path": "/x", "status": 201, "duration_ms": 45, "client_ip": "::1"}
 
-    logging.getLogger("rdev.http").info("request completed", extra=facts)
+    logging.getLogger(REQUESTS).info("request completed", extra=facts)
 
     (line,) = lines()
+    assert list(line) == ["level", "time", "msg", "request_id", "trace_id", *facts]
     assert line.pop("time").endswith("Z")
     assert line == {
         "level": "info",
         "msg": "request completed",
         "request_id": "req-abc123",
         "trace_id": "4bf9",
-        "logger": "rdev.http",
         **facts,
     }
 
@@ -117,3 +117,46 @@ async def test_tasks_carry_the_context_of_their_request(lines):
 def test_a_level_that_does_not_exist_is_refused():
     with pytest.raises(KeyError):
         configure_logs(level="loud")
+
+
+def told(name: str) -> set[str]:
+    """From which level on this logger writes."""
+    logger = logging.getLogger(name)
+    return {word for word, number in NUMBER.items() if logger.isEnabledFor(number)}
+
+
+NUMBER = {"debug": 10, "info": 20, "warn": 30, "error": 40}
+
+
+def test_a_logger_may_have_a_level_of_its_own_until_it_is_not_named_any_more(lines):
+    levels = Levels()
+    levels.set("warn", {"psycopg": "debug", "rdev.http": "error"})
+    assert told("psycopg.pool") == {"debug", "info", "warn", "error"}
+    assert told(REQUESTS) == {"error"}
+    assert told("rdev.queue") == {"warn", "error"}
+
+    levels.set("info", {"psycopg": "error"})
+    assert told("psycopg") == {"error"}
+    assert told(REQUESTS) == {"info", "warn", "error"}
+
+    with pytest.raises(KeyError):
+        levels.set("debug", {"psycopg": "loud"})
+    assert told("psycopg") == {"error"}
+    assert told("rdev") == {"info", "warn", "error"}
+    levels.set("info")
+
+
+@pytest.mark.parametrize("name", ["hypercorn.error", "lightkube", "psycopg", "httpx2"])
+def test_what_a_vendor_writes_comes_as_a_line_of_ours_and_nowhere_else(lines, name, capfd):
+    logger = logging.getLogger(name)
+    logger.addHandler(logging.StreamHandler())
+    logger.propagate = False
+    output = io.StringIO()
+    configure_logs(level="info", secrets=["hunter2-hunter2"], output=output)
+
+    logger.warning("connecting with %s", "password=hunter2-hunter2")
+
+    (line,) = [json.loads(one) for one in output.getvalue().splitlines()]
+    assert (line["level"], line["logger"]) == ("warn", name)
+    assert "hunter2" not in line["msg"]
+    assert capfd.readouterr().err == ""

@@ -1,13 +1,20 @@
 """The names and labels of the monitoring guide, and what bounds them."""
 
+import math
+import random
 from dataclasses import dataclass
 
 import pytest
+import trio
 from prometheus_client.parser import text_string_to_metric_families
 
+from rdev.adapters.http.access import ACCESS
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.domain.breaker import BreakerReason, BreakerState
-from rdev.ports.telemetry import AuthFailure, Silence
+from rdev.domain.commands import Kind, Priority, Status
+from rdev.domain.depths import Depth, Depths, ProjectDepth
+from rdev.domain.sse import EventName
+from rdev.ports.telemetry import AuthFailure, Silence, log_context
 
 # Every series of the guide: its name and its labels.
 GUIDE = {
@@ -47,9 +54,10 @@ def telemetry() -> PrometheusTelemetry:
     told = PrometheusTelemetry()
     told.request_started("GET", "/x")
     told.request_finished("GET", "/x", 200, 1.5)
+    told.command_claimed("shell", 0.5)
     told.command_started("p", "shell")
-    told.command_finished("p", "shell", "succeeded", 2.0)
-    told.command_finished("p", "shell", "expired", None)
+    told.command_finished("p", "shell", Status.SUCCEEDED, 2.0)
+    told.command_left("p", "shell")
     with told.stream("p"):
         told.events_sent("p", "output", 3)
     told.authenticated(None)
@@ -93,7 +101,8 @@ async def test_projects_beyond_the_bound_share_one_label():
     telemetry = PrometheusTelemetry()
     for n in range(200):
         telemetry.command_started(f"p{n}", "shell")
-        telemetry.command_finished(f"p{n}", "shell", "succeeded", 1.0)
+        telemetry.command_finished(f"p{n}", "shell", Status.SUCCEEDED, 1.0)
+        telemetry.command_left(f"p{n}", "shell")
     found = await samples(telemetry)
 
     def projects(name: str) -> set[str]:
@@ -106,10 +115,10 @@ async def test_projects_beyond_the_bound_share_one_label():
 
 def test_silence_has_every_verb_of_the_ports():
     verbs = {name for name in vars(PrometheusTelemetry) if not name.startswith("_")}
-    verbs -= {"render", "watch"}
+    verbs -= {"render", "watch", "watch_each"}
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
-    assert len(verbs) == 8 + 1 + 1
+    assert len(verbs) == 16 + 2 + 1 + 1
 
 
 async def test_a_breakers_changes_are_counted_with_their_reason() -> None:
@@ -135,3 +144,104 @@ async def test_what_a_part_counts_itself_is_shown_as_it_is_now() -> None:
     body, _ = await telemetry.render("")
     assert b"rdev_queue_taken 7.0" in body
     assert b"rdev_queue_is_open 1.0" in body
+
+
+async def test_parts_of_one_kind_share_their_names_and_are_told_apart_by_a_label() -> None:
+    telemetry = PrometheusTelemetry()
+    each = {name: lambda n=n: Counted(taken=n, is_open=False) for n, name in enumerate("ab")}
+    telemetry.watch_each("pool", each)
+
+    assert await value(telemetry, "rdev_pool_taken", pool="a") == 0
+    assert await value(telemetry, "rdev_pool_taken", pool="b") == 1
+
+
+async def test_the_queue_is_shown_as_it_was_counted_and_not_at_all_when_it_could_not_be(
+    autojump_clock,
+) -> None:
+    telemetry = PrometheusTelemetry()
+    waiting = {Priority.LOW: Depth(queued=3, oldest_wait_s=7.5)}
+    telemetry.queue_counted(Depths(projects={"p": ProjectDepth(waiting=waiting)}))
+
+    assert await value(telemetry, "rdev_queue_depth", priority="low") == 3
+    assert await value(telemetry, "rdev_queue_depth", priority="high") == 0
+    assert await value(telemetry, "rdev_queue_oldest_wait_seconds", priority="low") == 7.5
+
+    telemetry.queue_counted(None)
+    await trio.sleep(1)
+    assert math.isnan(await value(telemetry, "rdev_queue_depth", priority="low"))
+
+
+async def test_it_is_rendered_once_a_second_however_many_ask_and_in_whatever_words(
+    autojump_clock,
+) -> None:
+    telemetry = PrometheusTelemetry()
+    taken = []
+
+    def statistics() -> Counted:
+        taken.append(trio.current_time())
+        return Counted(taken=len(taken), is_open=True)
+
+    telemetry.watch("queue", statistics)
+    async with trio.open_nursery() as nursery:
+        for n in range(20):
+            nursery.start_soon(telemetry.render, f"application/openmetrics-text; version=1.0.{n}")
+            nursery.start_soon(telemetry.render, "text/plain; version=nonsense")
+    assert len(taken) == 1
+
+    await trio.sleep(1)
+    body, _ = await telemetry.render("")
+    assert b"rdev_queue_taken 2.0" in body
+
+
+async def test_a_scrape_that_is_given_up_does_not_spoil_the_next() -> None:
+    telemetry = PrometheusTelemetry()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await telemetry.render("")
+
+    assert b"http_requests" in (await telemetry.render(""))[0]
+
+
+async def test_open_metrics_carry_the_trace_of_a_request_as_an_exemplar() -> None:
+    telemetry = PrometheusTelemetry()
+    log_context.set({"request_id": "r", "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736"})
+    telemetry.request_started("GET", "/x")
+    telemetry.request_finished("GET", "/x", 200, 1.5)
+
+    body, _ = await telemetry.render("application/openmetrics-text; version=1.0.0")
+    plain, _ = await telemetry.render("text/plain")
+
+    assert b'# {trace_id="4bf92f3577b34da6a3ce929d0e0e4736"} 1.5' in body
+    assert b"4bf92f" not in plain
+
+
+async def test_ten_thousand_requests_and_projects_make_fewer_than_ten_thousand_series() -> None:
+    """Each label takes every value it can, in every combination: more than clients can do."""
+    telemetry = PrometheusTelemetry()
+    draw = random.Random(0)
+    routes = [*ACCESS, *(("GET", path) for path in ("/health", "/ready", "/metrics", "unknown"))]
+    ends = [status for status in Status if status.is_terminal]
+    for n in range(10_000):
+        method, path = draw.choice(routes)
+        telemetry.request_started(method, path)
+        status = draw.choice([200, 201, 202, 204, 400, 401, 403, 404, 405, 409, 410, 413, 415])
+        telemetry.request_finished(method, path, draw.choice([status, 422, 429, 500, 503]), 0.1)
+        project = f"p{n}"
+        for kind in Kind:
+            telemetry.command_claimed(kind, 1.0)
+            telemetry.command_started(project, kind)
+            for end in ends if n < 60 else ends[:1]:
+                telemetry.command_finished(project, kind, end, 1.0)
+        with telemetry.stream(project):
+            for event_type in EventName:
+                telemetry.events_sent(project, event_type, 1)
+            telemetry.events_replayed(project, 1)
+            telemetry.slow_reader_cut(project)
+
+    found = await samples(telemetry)
+    paths = {s.labels["path"] for s in found if s.name == "http_requests_total"}
+
+    assert 5_000 < len(found) < 10_000
+    assert "other" in paths
+    assert sum(s.value for s in found if s.name == "http_requests_total") == 10_000
+    assert sum(s.value for s in found if s.name == "http_requests_in_flight") == 0
