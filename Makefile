@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
+ENGINE ?= docker
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"$$/\1/p' rdev/__init__.py)
+REVISION ?= $(shell git rev-parse --short HEAD 2>/dev/null || echo unknown)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -17,7 +20,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-simulation coverage bench lock hooks docs-states docs-limits clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-simulation coverage bench binary image sbom lock hooks docs-states docs-limits clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -69,7 +72,26 @@ coverage: setup ## tests with branch coverage and a floor for each room
 bench: setup ## measure; SCENARIO='name name' picks some
 	$(BIN)/python -m bench $(SCENARIO)
 
+binary: setup ## dist/rdev, one file with all of it (see docs/operations/deployment.md)
+	@$(BIN)/python -c 'import PyInstaller' 2>/dev/null || \
+		{ echo "make binary: run $(BIN)/pip install -e '.[binary]'" >&2; exit 1; }
+	$(BIN)/pyinstaller --noconfirm --clean --log-level WARN --distpath dist --workpath build/binary \
+		deploy/binary/rdev.spec
+	RDEV_TEST_BINARY=$(CURDIR)/dist/rdev $(BIN)/python -m pytest -q tests/deploy/test_binary.py
+
+image: ## the container image; ENGINE=podman, BASE=… for another base
+	$(ENGINE) build $(if $(BASE),--build-arg BASE=$(BASE)) --build-arg REVISION=$(REVISION) \
+		--build-arg VERSION=$(VERSION) --tag rdev:$(VERSION) --file deploy/Containerfile .
+
+sbom: setup ## dist/rdev.cdx.json: what is in the image, of its lock
+	@$(BIN)/python -c 'import cyclonedx_py' 2>/dev/null || \
+		{ echo "make sbom: run $(BIN)/pip install -e '.[sbom]'" >&2; exit 1; }
+	@mkdir -p dist
+	$(BIN)/cyclonedx-py requirements requirements/image.txt --pyproject pyproject.toml \
+		--mc-type application --output-reproducible --of JSON --output-file dist/rdev.cdx.json
+
 lock: setup ## pin the dependencies anew (UPGRADE=1 takes the newest)
+	$(UV_COMPILE) -o requirements/image.txt
 	$(UV_COMPILE) --extra embedded -o requirements/runtime.txt
 	$(UV_COMPILE) --extra embedded --extra dev -o requirements/dev.txt
 

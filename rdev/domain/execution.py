@@ -109,11 +109,13 @@ class Lost:
     `not_started` is proven: the start was forbidden before it happened, and can never happen.
     `unfinished`: the place is another instance than the attempt's, so no process of it is left,
     and nothing there says that it ended, or was being ended.
+    `tries`: of `unreachable`, how many calls to the place failed before it was given up.
     """
 
     reason: LostReason
     may_still_run: bool = False
     unfinished: bool = False
+    tries: int = field(default=1, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ _NAME = (
     r"|(?<![a-z])(?:pass|auth)(?![a-z]))[\w.-]{0,64}"
 )
 # These have patterns of their own in a text, because their values have blanks in them.
-_ANY_NAME = rf"(?:{_NAME}|[\w.-]{0, 64}?(?:cookie|authorization)[\w.-]{0, 64})"
+_ANY_NAME = rf"(?:{_NAME}|[\w.-]{{0,64}}?(?:cookie|authorization)[\w.-]{{0,64}})"
 # A value in a text: in quotes, or up to a blank or to what ends a word of a shell or a query; and
 # what is glued to it.
 _VALUE = (
@@ -62,6 +62,8 @@ _AROUND = [
         r"(?P<before>\b(?:proxy-)?authorization\s*:\s*(?:[a-z-]+\s+)?)[^\s\"']+(?P<after>)",
         # curl -u name:password
         r"(?P<before>(?<!\S)(?:-u|--user|--proxy-user)[=\s]\s*[\"']?[^\s:\"']*:)[^\s\"']+(?P<after>)",
+        # a variable or field of a cookie: SESSION_COOKIE=…
+        rf"(?P<before>(?<![\w.-])[\w.-]{{1,64}}?cookie=){_VALUE}(?P<after>)",
         # name=value, "name": "value", --name value
         rf"(?P<before>(?<![\w.-]){_NAME}[\"']?\s*(?:=|:(?!/))\s*){_VALUE}(?P<after>)",
         rf"(?P<before>(?<!\S)--{_NAME}\s+)(?!-){_VALUE}(?P<after>)",

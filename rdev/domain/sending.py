@@ -84,7 +84,7 @@ class Outcome:
             return float(self.retry_after)
         try:
             at = email.utils.parsedate_to_datetime(self.retry_after)
-        except ValueError:
+        except (ValueError, OverflowError):  # OverflowError: numbers that no clock has
             return None
         # A date with zone -0000 comes without one; HTTP's are all UTC.
         at = at if at.tzinfo is not None else at.replace(tzinfo=UTC)

@@ -95,8 +95,11 @@ class NewWebhook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookChange:
-    """What becomes of an endpoint. `owner` is set where it is enabled: who does that."""
+    """What becomes of an endpoint that was seen as it was at `seen_at`, enabled or not. `owner` is
+    set where it has a new one."""
 
+    seen_at: datetime
+    was_enabled: bool
     url: str
     description: str
     events: tuple[EventType, ...]

@@ -117,8 +117,9 @@ class OutputLog(Protocol):
     async def heads(
         self, commands: Sequence[CommandId], *, written_by_others_than: str
     ) -> dict[CommandId, int]:
-        """The last event's number of each of these commands that this holder does not hold;
-        unknown ones are left out. Errors: SERVICE_UNAVAILABLE."""
+        """The last event's number of each of these commands that this holder does not run (one
+        that waits for its next attempt may be ended by anybody); unknown ones are left out.
+        Errors: SERVICE_UNAVAILABLE."""
         ...
 
     async def oldest_seq(self, command: CommandId) -> int | None:

@@ -99,8 +99,9 @@ class WebhookStore(Protocol):
     async def change(
         self, webhook: WebhookId, change: WebhookChange, actor: Actor
     ) -> Webhook | None:
-        """Store what becomes of it, as it is then; None: there is none. Being enabled begins anew:
-        what was pending is due, and past failures are forgotten."""
+        """Store what becomes of it, as it is then; None: there is none, or it is not what was seen
+        any more. Being enabled begins anew: what was pending is due, past failures are forgotten.
+        """
         ...
 
     async def rotate(self, rotation: SecretRotation, actor: Actor) -> WebhookMade | None:

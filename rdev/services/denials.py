@@ -1,4 +1,5 @@
 """Who was refused: of each address, reason and minute the first is an entry, the rest a count.
+An address is what the limiter counts as one: of IPv6 a /64, which is one client's.
 
 Bounds: `PAIRS_MAX` pairs of address and reason a minute; what comes beyond is counted by reason
 alone. `WAITING_MAX` entries wait while the database is away; beyond that the oldest are lost, and
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from rdev.domain.audit import Denial
+from rdev.services.limiter import network_of
 
 MINUTE_S = 60.0
 PAIRS_MAX = 1_000
@@ -39,7 +41,7 @@ class Denials:
     def note(self, denial: Denial) -> None:
         """Somebody was refused now."""
         self._turn()
-        key = (denial.ip, denial.reason)
+        key = (None if denial.ip is None else network_of(denial.ip), denial.reason)
         if key not in self._seen and len(self._seen) >= PAIRS_MAX:
             key = (None, denial.reason)
             denial = replace(

@@ -6,8 +6,10 @@ submitted waits in its queue. Kills are never refused. Only the way to the place
 a command that fails was reached, and so was one whose end is any `Lost` but `UNREACHABLE`.
 
 An attachment lasts as long as its command, so it holds no permit: it asks once, and what it sees
-(a piece, an end, that the place is out of reach) counts for the generation it began in. Bounds:
-`PROJECTS_MAX` breakers; those that have seen nothing lately go first.
+(a piece, an end, that the place is out of reach) counts for the generation it began in. Calls
+are what the place is asked: an attachment that was given up stands for each of its tries, some
+twenty in half a minute, so that one is enough; a handful of claims alone is not.
+Bounds: `PROJECTS_MAX` breakers; those that have seen nothing lately go first.
 """
 
 from collections import OrderedDict
@@ -205,7 +207,8 @@ class _Watched:
         """See `Attachment.receive`."""
         item = await self._attachment.receive()
         if isinstance(item, Lost) and item.reason is LostReason.UNREACHABLE:
-            self._breaker.observe(self._generation, CallOutcome.FAILURE)
+            for _ in range(item.tries):
+                self._breaker.observe(self._generation, CallOutcome.FAILURE)
         elif not self._was_reached:
             self._was_reached = True
             self._breaker.observe(self._generation, CallOutcome.SUCCESS)

@@ -295,7 +295,10 @@ class Fanout:
         topic.is_stale = False
         topic.looked_at_s = trio.current_time()
         try:
-            while page := await self.pages.after(topic.key, topic.tail.last_seq):
+            # For nobody it is not read to its end, which may be far.
+            while topic.readers and (
+                page := await self.pages.after(topic.key, topic.tail.last_seq)
+            ):
                 topic.tail.append_page(page)
                 self.mark(topic)
         except BaseException:

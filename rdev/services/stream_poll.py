@@ -30,7 +30,7 @@ class StreamPoll:
         watched: Callable[[], Collection[CommandId]],
         wake_each: Callable[[Iterable[CommandId]], None],
     ) -> None:
-        """What `holder`, this server, writes is published here and not asked for. `wake_each` does
+        """What `holder`, this server, runs is published here and not asked for. `wake_each` does
         not wait."""
         self._log = log
         self._holder = holder

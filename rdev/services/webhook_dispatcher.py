@@ -254,10 +254,18 @@ class WebhookDispatcher:
     async def _attempt(self, owed: Owed) -> None:
         """One attempt to its end; it holds its permit until its outcome is stored."""
         try:
-            self._ended.append(await self._outcome(owed))
-            self._has_ended.set()
+            self._end(await self._outcome(owed))
         except BreakerOpenError as error:
             await self._leave_alone(owed, error.retry_after_s or 1.0)
+        except Exception as error:  # noqa: BLE001  # one receiver must not end all others' service
+            facts = {"webhook_id": owed.webhook, "error": repr(error)}
+            _log.error("webhook attempt met a defect", extra=facts, exc_info=error)
+            outcome = _unsendable("the server failed on it; its log says how")
+            self._end(Settled(owed=owed, verdict=self._judge(owed, outcome), outcome=outcome))
+
+    def _end(self, settled: Settled) -> None:
+        self._ended.append(settled)
+        self._has_ended.set()
 
     async def _outcome(self, owed: Owed) -> Settled:
         """Errors: BreakerOpenError, before anything was sent."""
@@ -267,14 +275,16 @@ class WebhookDispatcher:
         with self._breaker(owed.webhook).call() as call:
             outcome = await self._send(owed)
             call.outcome = CallOutcome.SUCCESS if outcome.is_accepted else CallOutcome.FAILURE
-        verdict = judge(
+        return Settled(owed=owed, verdict=self._judge(owed, outcome), outcome=outcome)
+
+    def _judge(self, owed: Owed, outcome: Outcome) -> Verdict:
+        return judge(
             owed,
             outcome,
             schedule_s=self._limits.schedule_s,
             now=self._now(),
             random=random.random,
         )
-        return Settled(owed=owed, verdict=verdict, outcome=outcome)
 
     async def _send(self, owed: Owed) -> Outcome:
         try:

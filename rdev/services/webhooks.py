@@ -40,6 +40,9 @@ from rdev.domain.webhooks import (
 from rdev.ports.webhooks import DeliveryLog, PingMade, SecretBox, WebhookStore
 from rdev.services.shield import commit_shield
 
+# So often a change is made anew, of what another one has made of the endpoint.
+CHANGE_TRIES = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownWebhook:
@@ -137,9 +140,21 @@ class Webhooks:
         """Change what the request names. Who enables it, or changes where or of what it is told,
         becomes its owner.
 
-        Errors: NOT_FOUND; those of `create`.
+        Errors: NOT_FOUND; those of `create`; CONFLICT where others change it again and again.
         """
-        found = await self.get(by, webhook)
+        for _ in range(CHANGE_TRIES):
+            found = await self.get(by, webhook)
+            wanted = self._change_of(by, found, request)
+            with commit_shield():
+                changed = await self._store.change(found.id, wanted, actor)
+                self._changed()
+            if changed is not None:
+                return changed
+        message = f"webhook {webhook!r} is being changed by others"
+        raise RdevError(ErrorCode.CONFLICT, message, retry_after_s=1.0)
+
+    def _change_of(self, by: Principal, found: Webhook, request: WebhookRequest) -> WebhookChange:
+        """What becomes of an endpoint as it was found. Errors: those of `create`."""
         is_enabled = found.is_enabled if request.is_enabled is None else request.is_enabled
         wanted = request.project_ids if request.names_projects else found.project_ids
         events = found.events if request.events is None else request.events
@@ -149,7 +164,9 @@ class Webhooks:
             or request.events is not None
             or request.names_projects
         )
-        change = WebhookChange(
+        return WebhookChange(
+            seen_at=found.updated_at,
+            was_enabled=found.is_enabled,
             url=found.url if request.url is None else self._checked(request.url),
             description=found.description if request.description is None else request.description,
             events=events,
@@ -158,12 +175,6 @@ class Webhooks:
             is_enabled=is_enabled,
             owner=by.key_id if is_adopted else None,
         )
-        with commit_shield():
-            changed = await self._store.change(found.id, change, actor)
-            self._changed()
-        if changed is None:
-            raise _unknown("webhook", webhook)
-        return changed
 
     async def delete(self, by: Principal, webhook: str, actor: Actor) -> None:
         """End it for ever. Errors: NOT_FOUND."""

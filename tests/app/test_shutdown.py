@@ -154,6 +154,10 @@ async def test_a_held_wait_does_not_hold_the_stop(own: Server) -> None:
         assert answers[0].json()["data"]["status"] == "running"
     assert own.wait() == 0
     own.start()
+    # Ctrl-C ends what runs here: what is not taken over yet would go on, and wait for the next.
+    async with open_api(own) as api:
+        await api.http.delete(f"/commands/{found[0]['id']}")
+        assert (await api.ended(found[0]["id"]))["status"] == "cancelled"
 
 
 async def test_a_second_sigterm_ends_at_once(quick_place: Path) -> None:

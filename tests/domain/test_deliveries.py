@@ -86,6 +86,11 @@ def test_after_the_last_pause_it_is_dead() -> None:
         ("999999999", RETRY_AFTER_MAX_S),
         ("Thu, 15 Jan 2026 10:31:00 GMT", 60),
         ("soon", SCHEDULE_S[0]),
+        # Numbers that no clock has.
+        ("21 Oct 2015 07:28:00 +99999999999999999", SCHEDULE_S[0]),
+        ("21 Oct 2015 07:28:00 +03333333333100", SCHEDULE_S[0]),
+        ("2111111 Oct 2015 07:299999999998:0100", SCHEDULE_S[0]),
+        ("Wed, 21 Oct 11111111120111111111115 07:28:00 GMT", SCHEDULE_S[0]),
     ],
 )
 def test_retry_after_makes_it_later_and_never_earlier(retry_after: str, again_in_s: float) -> None:

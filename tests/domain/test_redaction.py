@@ -30,6 +30,8 @@ TEMPLATES = [
     'curl -H "X-API-Key: {}"',
     "curl -H 'Cookie: a=b; session={}'",
     "curl -u me:{} https://x",
+    "--cookie={}",
+    "SESSION_COOKIE={}",
     "git clone https://me:{}@github.com/a/b",
     "git clone https://{}@github.com/a/b",
     "psql postgresql://me:{}@db/x",
@@ -135,3 +137,12 @@ def test_the_values_of_secret_variables_are_known():
 def test_no_text_takes_long(unit: str):
     text = unit * (100_000 // len(unit))
     redact_argv(("sh", "-c", text, text + "="))
+
+
+@pytest.mark.parametrize("name", ["COOKIE", "session_cookie", "Set-Cookie", "authorization"])
+def test_a_cookie_is_a_secret_by_its_name(name: str) -> None:
+    secret = "d41d8cd98f00b204"
+    assert is_secret_name(name)
+    assert secret not in " ".join(redact_argv([f"--{name}", secret]))
+    assert secret not in " ".join(redact_argv([f"{name}={secret}"]))
+    assert secret_values({name: secret}) == [secret]

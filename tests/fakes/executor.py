@@ -160,11 +160,14 @@ class FakeExecutor:
         *,
         may_still_run: bool = False,
         unfinished: bool = False,
+        tries: int = 1,
     ) -> None:
         """A running attempt ends as lost; one that may still run does."""
         run = self._runs.get(attempt)
         if run is not None and run.end is None:
-            run.end = Lost(reason=reason, may_still_run=may_still_run, unfinished=unfinished)
+            run.end = Lost(
+                reason=reason, may_still_run=may_still_run, unfinished=unfinished, tries=tries
+            )
             if not may_still_run:
                 run.scope.cancel()
             run.ring()

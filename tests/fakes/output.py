@@ -82,7 +82,7 @@ class FakeOutput:
         return {
             command: row.command.last_seq
             for command, row in rows.items()
-            if row.holder != written_by_others_than
+            if row.holder != written_by_others_than or row.command.status is not Status.RUNNING
         }
 
     async def oldest_seq(self, command: CommandId) -> int | None:

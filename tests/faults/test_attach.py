@@ -239,6 +239,8 @@ async def test_a_place_that_cannot_be_reached_is_lost_and_may_still_run(projects
     executor = local(projects, "/nonexistent", patience=patience, shell="/nonexistent/sh")
     seen = await observe(executor, new_command(), sh("true"), instance=NOWHERE)
     assert seen.end == Lost(reason=LostReason.UNREACHABLE, may_still_run=True)
+    assert isinstance(seen.end, Lost)
+    assert seen.end.tries > 1
     with pytest.raises(RdevError) as caught:
         await executor.kill(PROJECT, new_command(), grace_s=0)
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE

@@ -51,10 +51,10 @@ class Aborted(Exception):  # what a test raises on purpose
 
 class PostgresTransaction:
     def __init__(self, connection: AsyncConnection[tuple[object, ...]]) -> None:
-        self._connection = connection
+        self.connection = connection
 
     async def put(self, event: FeedEvent) -> Position:
-        return await put_event(self._connection, event)
+        return await put_event(self.connection, event)
 
 
 async def put_event(connection: AsyncConnection[object], event: FeedEvent) -> Position:

@@ -41,23 +41,28 @@ async def entries(pools: Pools) -> list[Entry]:
         return await (await connection.execute(_ENTRIES)).fetchall()
 
 
-def change(*, is_enabled: bool = True) -> WebhookChange:
-    return WebhookChange(
+async def change(hooks: Hooks, webhook: WebhookId) -> None:
+    seen = await hooks.webhooks.get(webhook)
+    wanted = WebhookChange(
+        seen_at=datetime.now(UTC) if seen is None else seen.updated_at,
+        was_enabled=True,
         url=URL,
         description="",
         events=(EventType.PING,),
         project_ids=None,
         is_ordered=False,
-        is_enabled=is_enabled,
+        is_enabled=True,
         owner=None,
     )
+    changed = await hooks.webhooks.change(webhook, wanted, ACTOR)
+    assert (changed is None) == (seen is None)
 
 
 async def test_what_changes_an_endpoint_is_entered_once_and_no_secret_of_it(
     hooks: Hooks, pools: Pools
 ) -> None:
     webhook = await hooks.endpoint(url=URL, secret=b"canary-secret")
-    await hooks.webhooks.change(webhook, change(), ACTOR)
+    await change(hooks, webhook)
     await hooks.webhooks.rotate(
         SecretRotation(webhook=webhook, secret=b"canary-fresh", grace_s=5), ACTOR
     )
@@ -76,7 +81,7 @@ async def test_what_changes_an_endpoint_is_entered_once_and_no_secret_of_it(
 
 async def test_what_changes_nothing_is_not_entered(hooks: Hooks, pools: Pools) -> None:
     unknown = webhook_id(uuid_utils.compat.uuid7())
-    assert await hooks.webhooks.change(unknown, change(), ACTOR) is None
+    await change(hooks, unknown)
     rotation = SecretRotation(webhook=unknown, secret=b"x", grace_s=5)
     assert await hooks.webhooks.rotate(rotation, ACTOR) is None
     assert await hooks.log.ping(unknown, {}, ACTOR, idempotency=None) is None

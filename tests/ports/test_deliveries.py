@@ -313,6 +313,8 @@ async def test_an_endpoint_whose_projects_were_narrowed_sends_nothing_of_the_oth
     found = await hooks.webhooks.get(webhook)
     assert found is not None
     change = WebhookChange(
+        seen_at=found.updated_at,
+        was_enabled=True,
         url=found.url,
         description="",
         events=found.events,

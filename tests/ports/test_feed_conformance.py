@@ -1,10 +1,12 @@
 """Every sentence of `ports/feed.py`, on the fake and on PostgreSQL."""
 
 from contextlib import suppress
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
 import trio
+from psycopg.conninfo import make_conninfo
 
 from rdev.domain.commands import Kind, Status
 from rdev.domain.errors import ErrorCode, RdevError
@@ -12,7 +14,7 @@ from rdev.domain.feed import START, Detail, FeedEvent, Position, cursor_of, posi
 from rdev.domain.ids import ProjectId, command_id
 from tests.fakes.feed import KEPT_S, new_event
 from tests.ports.conftest import Pools, World
-from tests.ports.feed_world import Aborted, FeedWorld, fake_feed, postgres_feed
+from tests.ports.feed_world import Aborted, FeedWorld, fake_feed, postgres_feed, writing
 
 LIMIT = 100
 DEADLINE_S = 30.0
@@ -181,3 +183,34 @@ async def test_what_the_housekeeper_took_is_gone_and_no_more_than_that(
         with pytest.raises(RdevError) as refused:
             await read(real_feed, after)
         assert refused.value.details == {"oldest": cursor_of(places[3])}
+
+
+async def test_a_part_of_a_transaction_stands_where_the_whole_does(
+    real_feed: FeedWorld, pools: Pools
+) -> None:
+    """A savepoint has a number of its own, above that of others who have ended meanwhile."""
+    async with writing(pools.settings) as slow:
+        first = await slow.put(new_event(project="a"))
+        between = await real_feed.put(new_event(project="b"))
+        with suppress(Aborted):
+            async with slow.connection.transaction():
+                await slow.put(new_event(project="never"))
+                raise Aborted
+        async with slow.connection.transaction():
+            second = await slow.put(new_event(project="a"))
+        assert await read(real_feed) == []
+    places = [event.position for event in await read(real_feed)]
+    assert places == [first, second, between]
+
+
+async def test_a_writer_of_another_database_holds_back_and_loses_nothing(
+    real_feed: FeedWorld, pools: Pools
+) -> None:
+    elsewhere = replace(pools.settings, dsn=make_conninfo(pools.settings.dsn, dbname="template1"))
+    before = await real_feed.put(new_event())
+    async with writing(elsewhere):
+        behind = await real_feed.put(new_event())
+        page = await real_feed.log.read(after=START, limit=LIMIT, projects=None)
+        assert ([event.position for event in page.events], page.is_held) == ([before], True)
+        assert await real_feed.log.held_back_s() > 0
+    assert [event.position for event in await read(real_feed, before)] == [behind]

@@ -150,6 +150,16 @@ async def test_a_repeat_of_queueing_again_is_applied_once(world: World) -> None:
     assert (command.status, command.attempt) == (Status.RUNNING, 2)
 
 
+async def test_of_what_is_queued_again_anybody_may_write_the_end(world: World) -> None:
+    """A cancel by another server: its last holder must not take the stream for its own."""
+    first = await world.running()
+    command = first.lease.command
+    assert await world.output.heads([command], written_by_others_than="one") == {}
+    await world.output.append([_ends(first)])
+    [seq] = (await world.output.heads([command], written_by_others_than="one")).values()
+    assert seq == (await world.log(command))[-1].last_seq
+
+
 async def test_a_stale_lease_queues_nothing_again(world: World) -> None:
     claimed = await world.running()
     await world.taken_over(claimed)

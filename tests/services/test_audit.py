@@ -159,12 +159,21 @@ async def test_the_first_of_a_minute_is_an_entry_and_the_rest_a_count(autojump_c
 async def test_many_addresses_at_once_are_counted_together(autojump_clock):
     denials = Denials()
     for number in range(PAIRS_MAX + 500):
-        denials.note(replace(DENIAL, ip=f"2001:db8::{number:x}"))
+        denials.note(replace(DENIAL, ip=f"2001:db8:{number:x}::1"))
     taken = denials.take()
     assert len(taken) == PAIRS_MAX + 1
     assert taken[-1].ip is None
     await trio.sleep(MINUTE_S)
     assert [(one.ip, one.repeated) for one in denials.take()] == [(None, 499)]
+
+
+async def test_who_has_a_network_of_ipv6_is_one_address(autojump_clock):
+    denials = Denials()
+    for number in range(100):
+        denials.note(replace(DENIAL, ip=f"2001:db8::{number:x}"))
+    assert [one.ip for one in denials.take()] == ["2001:db8::0"]
+    await trio.sleep(MINUTE_S)
+    assert [(one.ip, one.repeated) for one in denials.take()] == [("2001:db8::0", 99)]
 
 
 async def test_what_waits_is_bounded(autojump_clock):

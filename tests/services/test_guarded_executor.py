@@ -199,6 +199,18 @@ async def test_commands_whose_place_was_lost_while_they_ran_count(
     assert guarded.is_open(GOOD)
 
 
+async def test_one_command_that_was_given_up_stands_for_each_of_its_tries(
+    guarded: GuardedExecutor, place: FakeExecutor, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(run, guarded, GOOD, 1, "hang")
+    await trio.testing.wait_all_tasks_blocked()
+    await trio.sleep(60)
+    place.lose(AttemptId("cmd_1"), LostReason.UNREACHABLE, may_still_run=True, tries=4)
+    await trio.testing.wait_all_tasks_blocked()
+
+    assert guarded.is_open(GOOD)
+
+
 async def test_a_command_that_is_lost_in_a_place_that_was_reached_does_not_count(
     guarded: GuardedExecutor, place: FakeExecutor, nursery: trio.Nursery
 ) -> None:

@@ -284,3 +284,20 @@ async def test_very_many_streams_that_are_marked_at_once_hold_up_nobody(
                 await trio.lowlevel.checkpoint()
             others.cancel_scope.cancel()
     assert turns >= 90
+
+
+async def test_nothing_is_read_for_readers_that_have_left(hub: Hub, nursery: trio.Nursery) -> None:
+    await nursery.start(hub.fanout.run)
+    hub.publish()
+    with hub.fanout.subscribe(COMMAND, after=0) as reader:
+        nursery.start_soon(Client().follow, reader)
+        await wait_all_tasks_blocked()
+        reads = hub.log.reads
+        for _ in range(100):
+            hub.commit(size_bytes=60_000)
+        hub.log.after_s = 1.0
+        hub.fanout.wake(COMMAND)
+        await wait_all_tasks_blocked()
+        reader.dismiss()
+    await trio.sleep(60)
+    assert hub.log.reads == reads + 1

@@ -138,6 +138,26 @@ class Stage:
                 await trio.sleep(step_s)
 
 
+async def test_an_attempt_that_meets_a_defect_is_a_failure_and_ends_nothing_else(
+    nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a receiver says must never be able to end a server, again at each start."""
+
+    async def poison(request: OutgoingRequest) -> Outcome:
+        if "hole" in request.target.host:
+            raise OverflowError("nobody thought of this answer")
+        return outcome(200)
+
+    stage = Stage(script=poison)
+    await nursery.start(stage.dispatcher.run)
+    (bad,) = stage.queue.owe(stage.endpoint(HOLE.format(0)))
+    (good,) = stage.queue.owe(stage.endpoint())
+    stage.dispatcher.wake()
+    await stage.until(lambda: good.status == "delivered" and bad.failures == 1)
+    assert bad.status == "pending"
+    assert "nobody thought of this answer" in caplog.text
+
+
 async def test_what_is_owed_is_sent_signed_and_settled(nursery: trio.Nursery) -> None:
     stage = Stage()
     await nursery.start(stage.dispatcher.run)

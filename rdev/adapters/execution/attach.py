@@ -84,7 +84,7 @@ class ScriptAttachment:
 
     async def _pump(self) -> None:
         """One exec after the other until the end is delivered."""
-        pause_s, failing_since = _BACKOFF_FIRST_S, trio.current_time()
+        pause_s, failing_since, tries = _BACKOFF_FIRST_S, trio.current_time(), 0
         while True:
             before = self._signs
             try:
@@ -94,10 +94,12 @@ class ScriptAttachment:
                 pass  # the end of an exec says nothing about the command: ask again
             finally:
                 self._stdin = None
+            tries += 1
             if self._signs != before:
-                pause_s, failing_since = _BACKOFF_FIRST_S, trio.current_time()
+                pause_s, failing_since, tries = _BACKOFF_FIRST_S, trio.current_time(), 0
             elif trio.current_time() - failing_since >= self._patience.unreachable_s:
-                await self._send.send(Lost(reason=LostReason.UNREACHABLE, may_still_run=True))
+                reason = LostReason.UNREACHABLE
+                await self._send.send(Lost(reason=reason, may_still_run=True, tries=tries))
                 return
             await trio.sleep(pause_s * random.uniform(0.5, 1))
             pause_s = min(pause_s * 2, _BACKOFF_MOST_S)

@@ -41,6 +41,8 @@ _HTTP_1 = ("1.0", "1.1")
 
 # Where a request finds its connection, if that lends its socket (`Connection.take`).
 EXTENSION = "rdev.connection"
+# Where a request finds `Connection.hurry`, if the connection carries no other request beside it.
+HURRY = "rdev.hurry"
 
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]
 
@@ -94,7 +96,8 @@ class Connection(TCPServer):
         self._transport.socket.close()
 
     def hurry(self, within_s: float) -> None:
-        """The server stops: from now on each write has so long, the one under way included."""
+        """Somebody must go (the server stops, a key has ended): from now on each write has so long,
+        the one under way included."""
         self._write_timeout_s = min(self._write_timeout_s, within_s)
         if self._writing is not None:
             soon = trio.current_time() + self._write_timeout_s
@@ -147,6 +150,8 @@ class Connection(TCPServer):
     ) -> None:
         """Run the app for one request."""
         if scope["type"] == "http":
+            if scope["http_version"] in _HTTP_1:
+                scope["extensions"][HURRY] = {"hurry": self.hurry}
             if self._plain is not None and scope["http_version"] == "1.1":
                 scope["extensions"][EXTENSION] = {"connection": self}
             send = _Response(self, send, is_joined=scope["http_version"] in _HTTP_1)

@@ -67,10 +67,16 @@ class Feeds:
             await self._followers.follow(
                 asked,
                 reader,
-                project or _MANY,
+                _label(projects),
                 first,
                 beat_id=lambda: cursor_of(self._feed.seen(reader)),
             )
+
+
+def _label(projects: Projects) -> ProjectId:
+    """Whose events they are; one label for all watchers of the same projects, whom the hub counts
+    together."""
+    return _MANY if projects is None or len(projects) != 1 else next(iter(projects))
 
 
 def _after(asked: Asked) -> Position | None:

@@ -13,7 +13,7 @@ import msgspec
 import trio
 from hypercorn.typing import HTTPScope
 
-from rdev.adapters.http.connection import EXTENSION, Connection
+from rdev.adapters.http.connection import EXTENSION, HURRY, Connection
 from rdev.adapters.http.exchange import exchange, principal
 from rdev.adapters.http.guards import announced
 from rdev.adapters.http.plain import Asked
@@ -104,6 +104,7 @@ class Followers:
 
                 def leave(reason: KeyEnd) -> None:
                     staying.deadline = trio.current_time() + FAREWELL_S
+                    writer.hurry(FAREWELL_S)
                     reader.dismiss()
 
                 with self._watch_key(principal(), leave) as key:
@@ -182,7 +183,8 @@ async def _writer(asked: Asked, chunked: Chunked) -> AsyncIterator[Writer]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_when_left, asked, nursery.cancel_scope)
             with _until_left():
-                yield SendWriter(asked.send, write_timeout_s=STALL_S)
+                hurry = asked.scope["extensions"].get(HURRY, {}).get("hurry")
+                yield SendWriter(asked.send, write_timeout_s=STALL_S, hurry=hurry)
             nursery.cancel_scope.cancel()
 
 

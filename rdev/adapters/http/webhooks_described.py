@@ -117,6 +117,7 @@ DESCRIBED: Described = {
         body=parse_webhook_change,
         example={"enabled": True},
         answers={200: Answer(about="the endpoint", schema=_WEBHOOK)},
+        errors=(ErrorCode.CONFLICT,),
     ),
     ("DELETE", "/webhooks/{webhook}"): Description(
         summary="End an endpoint", tag="webhooks", answers={204: Answer(about="it is gone")}

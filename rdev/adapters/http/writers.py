@@ -9,7 +9,7 @@ take for them.
 """
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, Self
 
 import trio
@@ -58,14 +58,25 @@ class Writer(Protocol):
         """Give a client that is slow a last word, if it takes it within 2 s."""
         ...
 
+    def hurry(self, within_s: float) -> None:
+        """What is being written and cannot be cancelled has so long from now on."""
+        ...
+
 
 class SendWriter:
     """Through hypercorn. An HTTP/2 client that opens no window is not its connection's fault: only
     this stream is cut."""
 
-    def __init__(self, send: ASGISendCallable, *, write_timeout_s: float) -> None:
-        """`send` of the request."""
+    def __init__(
+        self,
+        send: ASGISendCallable,
+        *,
+        write_timeout_s: float,
+        hurry: Callable[[float], None] | None = None,
+    ) -> None:
+        """`send` of the request; `hurry` of its connection, where that carries nothing else."""
         self._send = send
+        self._hurry = hurry
         self._write_timeout_s = write_timeout_s
 
     @property
@@ -91,6 +102,11 @@ class SendWriter:
 
     async def part(self, data: bytes) -> None:
         """Nothing: what was begun stands before it, and hypercorn has it."""
+
+    def hurry(self, within_s: float) -> None:
+        """See `Writer`."""
+        if self._hurry is not None:
+            self._hurry(within_s)
 
 
 class Chunked:
@@ -191,6 +207,9 @@ class DirectWriter:
         with trio.move_on_after(_PARTING_S):
             while self._rest:
                 await self._send_piece()
+
+    def hurry(self, within_s: float) -> None:
+        """Nothing: all its waits can be cancelled."""
 
     async def _write(self, wire: bytes) -> None:
         await self.flush()

@@ -1,8 +1,9 @@
 """The audit log in PostgreSQL: denials, sealing, reading, and what a verification reads.
 
-Sealing is a function (`sql/0013_audit_seals.sql`): the database hashes, so that neither entries nor
-hashes cross the wire and the server's loop is free. Verification is the other way round: it takes
-from the database the columns alone and trusts none of its functions that an owner could replace.
+Sealing is a function (`sql/0014_seal_in_one_snapshot.sql`): the database hashes, so that neither
+entries nor hashes cross the wire and the server's loop is free. Verification is the other way
+round: it takes from the database the columns alone and trusts none of its functions that an owner
+could replace.
 """
 
 from collections.abc import Mapping, Sequence

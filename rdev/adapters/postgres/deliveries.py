@@ -1,8 +1,8 @@
 """Deliveries in PostgreSQL: claiming them under leases, and what comes of them.
 
 The claim is a function of `sql/0011_webhooks.sql`, because its steps need snapshots of their own.
-All times are the database's. Lock order: what is being sent, then lanes, then what is pending; a
-claim never waits for a lane.
+All times are the database's. Lock order: endpoints, then what is being sent, then lanes, then what
+is pending; a claim never waits for a lane, and who buries never for a delivery.
 """
 
 import json
@@ -57,7 +57,8 @@ with given as (
     set status = g.status, reason = g.reason, lease_id = null, lease_until = null, holder = null,
         attempt = case when g.sent then d.attempt else d.attempt - 1 end,
         failures = case when g.status = 'pending' then d.failures + 1 else d.failures end,
-        due = case when d.due = '-infinity' then d.due
+        due = case when (select w.is_ordered from webhooks w where w.id = d.webhook_id)
+                   then '-infinity'
                    else clock_timestamp() + make_interval(secs => g.again_in_s) end,
         finished_at = case when g.status <> 'pending' then clock_timestamp() end
     from given g
@@ -166,6 +167,9 @@ entry as (
 )
 select count(*) from stopped where was_enabled
 """
+_LOCK = """
+select from webhooks where id = any(%(ids)s) order by id for no key update
+"""
 _DISABLE = f"""
 with stopped as materialized (
     select %(id)s::uuid as id, disable_webhook(%(id)s, %(reason)s) as was_enabled
@@ -208,6 +212,7 @@ with oldest as (
     where webhook_id = %(webhook)s and status = 'pending'
     order by id
     limit %(excess)s
+    for no key update skip locked
 ), buried as (
     update deliveries d
     set status = 'dead', reason = 'overflow', finished_at = clock_timestamp()
@@ -245,10 +250,13 @@ class PostgresDeliveries:
         """See `DeliveryQueue.settle`."""
         # In order of id: two statements never wait for each other in a ring.
         ordered = sorted(settled, key=lambda one: one.owed.lease.delivery)
-        gone = {one.owed.lease.delivery for one in settled if one.verdict.reason is DeadReason.GONE}
+        gone = {one.owed.lease.delivery for one in settled if _is_gone(one)}
         disabled = set()
         with translate_errors():
             async with self._pool.connection() as connection, _transaction(connection, needed=gone):
+                if gone:
+                    ended = [webhook_uuid(one.owed.webhook) for one in settled if _is_gone(one)]
+                    await connection.execute(_LOCK, {"ids": ended})
                 cursor = await connection.execute(_SETTLE, _settle_parameters(ordered))
                 rows = await cursor.fetchall()
                 for webhook in sorted({row[1] for row in rows if row[0] in gone}):
@@ -318,7 +326,9 @@ class PostgresDeliveries:
                 cursor = await connection.execute(_OVERFLOWING, bounds)
                 for webhook, pending in await cursor.fetchall():
                     values = {"webhook": webhook, "excess": pending - pending_max}
-                    row = await (await connection.execute(_BURY, values)).fetchone()
+                    async with connection.transaction():
+                        await connection.execute(_LOCK, {"ids": [webhook]})
+                        row = await (await connection.execute(_BURY, values)).fetchone()
                     buried += 0 if row is None else row[0]
         return buried
 
@@ -327,6 +337,10 @@ class PostgresDeliveries:
             async with self._pool.connection() as connection:
                 row = await (await connection.execute(statement, values)).fetchone()
                 return 0 if row is None else int(row[0])
+
+
+def _is_gone(one: Settled) -> bool:
+    return one.verdict.reason is DeadReason.GONE
 
 
 def _transaction(

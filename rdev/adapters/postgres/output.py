@@ -184,7 +184,7 @@ order by first_seq
 _HEADS = """
 select id, last_seq
 from commands
-where id = any(%s) and holder is distinct from %s
+where id = any(%s) and (holder is distinct from %s or status <> 'running')
 """
 
 _OLDEST = """

@@ -64,7 +64,7 @@ values (%(id)s, %(url)s, %(description)s, %(events)s, %(project_ids)s, %(is_orde
 """
 _INSERT_LANE = "insert into webhook_lanes (webhook_id, is_open, cap) values (%s, %s, %s)"
 
-# Being disabled keeps the reason that it has.
+# Being disabled keeps the reason that it has. What was changed or disabled since it was seen stays.
 _CHANGE = """
 update webhooks
 set url = %(url)s, description = %(description)s, events = %(events)s,
@@ -74,6 +74,7 @@ set url = %(url)s, description = %(description)s, events = %(events)s,
     disabled_at = case when not %(is_enabled)s then coalesce(disabled_at, clock_timestamp()) end,
     updated_at = clock_timestamp()
 where id = %(id)s and deleted_at is null
+  and updated_at = %(seen_at)s and is_enabled = %(was_enabled)s
 """
 _CHANGE_LANE = """
 update webhook_lanes
@@ -81,11 +82,13 @@ set is_open = %(is_enabled)s, cap = %(cap)s, held_until = '-infinity',
     failing_since = case when %(is_enabled)s and not is_open then null else failing_since end
 where webhook_id = %(id)s
 """
-# In an ordered endpoint only the order counts.
+# In an ordered endpoint only the order counts; where it was just enabled, all is due.
 _CHANGE_PENDING = """
 update deliveries
 set due = case when %(is_ordered)s then '-infinity' else clock_timestamp() end
-where webhook_id = %(id)s and status = 'pending' and (due = '-infinity') <> %(is_ordered)s
+where webhook_id = %(id)s and status = 'pending'
+  and ((due = '-infinity') <> %(is_ordered)s
+       or %(is_enabled)s and not %(was_enabled)s and due > clock_timestamp())
 """
 
 _ROTATE = """
@@ -148,6 +151,8 @@ class PostgresWebhooks:
         """See `WebhookStore.change`."""
         parameters = {
             "id": webhook_uuid(webhook),
+            "seen_at": change.seen_at,
+            "was_enabled": change.was_enabled,
             "url": change.url,
             "description": change.description,
             "events": [event.value for event in change.events],

@@ -104,11 +104,13 @@ async def observe(
 
 
 async def until(condition, what: str) -> None:  # type: ignore[no-untyped-def]
-    """Wait for a condition of the outside world."""
+    """Wait for a condition of the outside world. It counts when it was seen: asked again, it may
+    see a process between two of its forms."""
     with trio.move_on_after(DEADLINE_S):
         while not condition():
             await trio.sleep(0.01)
-    assert condition(), f"never: {what}"
+        return
+    raise AssertionError(f"never: {what}")
 
 
 def processes_in(folder: Path) -> dict[int, str]:

@@ -109,7 +109,7 @@ async def _kill_with_escaper(
     attempt, instance = attempt_id(new_command(), number), await executor.instance(PROJECT)
 
     def sleepers() -> int:
-        return sum("sleep 1000" in line for line in processes_in(projects).values())
+        return sum(line.startswith("sleep 1000") for line in processes_in(projects).values())
 
     async with executor.attach(
         PROJECT,
@@ -124,7 +124,7 @@ async def _kill_with_escaper(
         rest = await read_to_end(attachment, Offsets(stdout=6))
     assert report.confirmed
     assert rest.exit.why is Why.CANCELLED
-    assert sleepers() == 0
+    assert not [line for line in processes_in(projects).values() if "sleep 1000" in line]
 
 
 @pytest.mark.slow

@@ -216,3 +216,20 @@ async def test_a_key_of_some_projects_sees_these_alone(serve: Serve, nursery: tr
         places = [await desk.put(name) for name in "abcab"]
         wanted = [cursor_of(place) for place in (*places[:2], *places[3:])]
         assert await ids_until(wire, 4) == wanted
+
+
+async def test_watchers_of_one_project_are_counted_under_it(
+    serve: Serve, nursery: trio.Nursery
+) -> None:
+    """Whichever way they came: the hub counts for both of them at once."""
+    grant = Grant(scopes=frozenset({Scope.ADMIN}), project_ids=frozenset({ProjectId("demo")}))
+
+    async def of_one(credential: str | None, client_ip: str) -> Principal:
+        return Principal(key_id=KeyId("key_1"), name="one project", grant=grant)
+
+    desk = await _desk(serve, nursery, authenticate=of_one)
+    async with desk.follow("/projects/demo/events") as one, desk.follow() as other:
+        place = await desk.put()
+        for wire in (one, other):
+            assert await ids_until(wire, 1) == [cursor_of(place)]
+    assert desk.told.sent == {("demo", "status"): 2}

@@ -19,7 +19,7 @@ import trio
 
 from rdev.adapters.http.app import build_app
 from rdev.adapters.http.feed import Feeds
-from rdev.adapters.http.following import Followers
+from rdev.adapters.http.following import Followers, WatchKey
 from rdev.adapters.http.server import ConnectionTimes, HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.http.writers import (
@@ -32,11 +32,13 @@ from rdev.adapters.http.writers import (
 from rdev.domain.commands import Kind, NewCommand, Outcome, Priority, Retry, Status
 from rdev.domain.execution import Spec
 from rdev.domain.ids import ProjectId, command_id
+from rdev.domain.keys import KeyEnd, Principal
 from rdev.domain.projects import ProjectDefinition
 from rdev.domain.stream import Chunk, Source, final_lines
 from rdev.services.commands import Commands
 from rdev.services.feed import Feed
 from rdev.services.key_watch import KeyWatch
+from rdev.services.key_watch import Watch as KeyEnding
 from rdev.services.stream import Fanout, Frames
 from tests.adapters.http.conftest import (
     DEADLINE_S,
@@ -217,7 +219,11 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
     """Starts servers with one running command."""
 
     async def run(
-        *, tls: TlsFiles | None = None, times: ConnectionTimes = TIMES, drain_s: float = 0.0
+        *,
+        tls: TlsFiles | None = None,
+        times: ConnectionTimes = TIMES,
+        drain_s: float = 0.0,
+        watch_key: WatchKey | None = None,
     ) -> Watch:
         state, telemetry = StoreState(), Told()
         store, log = FakeCommands(state), FakeOutput(state)
@@ -231,9 +237,8 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
             reach_holder=lambda _: None,
             new_uuid=lambda: UUID(int=1),
         )
-        followers = Followers(
-            KeyWatch(store=FakeKeys(state), now=lambda: state.now).watch, telemetry
-        )
+        keys = KeyWatch(store=FakeKeys(state), now=lambda: state.now)
+        followers = Followers(watch_key or keys.watch, telemetry)
         feed = Feed(log=FakeFeed(), tell_replicas=lambda: None)
         feeds = Feeds(feed, followers, check_project)
         shell = build_app(
@@ -409,6 +414,30 @@ async def test_a_stalled_client_is_cut_and_disturbs_nobody(
                 await until(lambda: len(reader.events) == watch.last_seq)
             watch.publish(final=True)
         assert len(reader.events) == watch.last_seq
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["direct", "send"])
+async def test_a_key_that_ends_ends_the_stream_of_a_stalled_client_too(
+    start: Serve, way: str, certificate: TlsFiles
+) -> None:
+    watches: list[KeyEnding] = []
+
+    @contextlib.contextmanager
+    def watch_key(principal: Principal, on_end: Callable[[KeyEnd], None]) -> Iterator[KeyEnding]:
+        watches.append(KeyEnding(on_end=on_end))
+        yield watches[-1]
+
+    tls = certificate if way == "send" else None
+    times = ConnectionTimes(write_s=10 * DEADLINE_S)
+    watch = await start(tls=tls, times=times, watch_key=watch_key)
+    async with watch.follow():
+        for _ in range(400):
+            watch.publish(size_bytes=60_000)
+            await trio.sleep(0)
+        watches[0].end(KeyEnd.REVOKED)
+        await until(lambda: watch.readers == 0)
+        await until(lambda: watch.server.open_connections == 0)
 
 
 # What is refused
