@@ -93,7 +93,11 @@ def test_secrets_are_taken_out_by_name_and_by_value(lines):
     assert (line["key_id"], line["note"]) == ("key_1", "short")
 
 
-def test_a_line_is_written_whatever_is_in_it(lines):
+def test_a_line_is_written_whatever_is_in_it(lines, monkeypatch):
+    # Not into pytest's report too, which has to be UTF-8.
+    root = logging.getLogger()
+    own = [handler for handler in root.handlers if type(handler) is logging.StreamHandler]
+    monkeypatch.setattr(root, "handlers", own)
     deep: dict[str, object] = {}
     deep["self"] = deep
 
