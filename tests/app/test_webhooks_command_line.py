@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from signal import SIGINT
+from signal import SIGTERM
 
 import httpx2
 import msgspec
@@ -46,7 +46,8 @@ class Listener:
         return [msgspec.json.decode(line, type=dict[str, object]) for line in lines]
 
     def end(self) -> None:
-        self.process.send_signal(SIGINT)
+        # (A shell's background job, which a test run may be, ignores SIGINT.)
+        self.process.send_signal(SIGTERM)
         self.process.wait(30)
 
 

@@ -6,10 +6,11 @@ numbers; two servers' hubs; readers that are cut at any moment and come back whe
 
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from random import Random
+from typing import Self
 from uuid import UUID
 
 import msgspec
@@ -22,8 +23,9 @@ from rdev.adapters.postgres.feed import PostgresFeed
 from rdev.domain.feed import START, Position, parse_cursor, position_of
 from rdev.domain.ids import ProjectId, command_id
 from rdev.services.feed import Feed
-from rdev.services.stream import Frames, Signal
+from rdev.services.stream import Frames, OfferEach, Signal
 from tests.fakes.feed import KEPT_S
+from tests.fakes.outlets import one_by_one
 from tests.ports.conftest import Pools
 
 WRITERS = 12
@@ -61,7 +63,10 @@ class Reader:
     seen: list[tuple[Position, str, int]] = field(default_factory=list)
     cuts: int = 0
 
-    def take(self, frames: Frames) -> bool:
+    def together(self, outlets: Sequence[Self]) -> OfferEach:
+        return one_by_one([outlet.offer for outlet in outlets])
+
+    def offer(self, frames: Frames) -> bool:
         for frame in frames.data.split(b"\n\n"):
             if frame:
                 match = _FRAME.fullmatch(frame)
@@ -78,9 +83,9 @@ class Reader:
         begin, head = await feed.start(begin)
         with feed.subscribe(projects, after=begin, head=head) as reader:
             while True:
-                item = await reader.receive(self.take)
+                item = await reader.receive(self)
                 if isinstance(item, Frames):
-                    self.take(item)
+                    self.offer(item)
                 assert item is not Signal.DISMISSED
 
 
