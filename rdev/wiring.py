@@ -4,20 +4,14 @@ Reads top to bottom: adapters, services, subsystems, routes. It opens and starts
 runs what is built here.
 """
 
-import os
-import pwd
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import uuid_utils.compat
 
 from rdev import __version__
-from rdev.adapters.checkpoints.lines import Signer
-from rdev.adapters.checkpoints.sinks import FileSink, UrlSink
-from rdev.adapters.execution.local import LocalExecutor
 from rdev.adapters.http.app import HttpLimits, build_app
 from rdev.adapters.http.audit import audit_routes
 from rdev.adapters.http.commands import command_routes, submission_routes
@@ -30,21 +24,17 @@ from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
 from rdev.adapters.http.projects import project_routes
 from rdev.adapters.http.queue import queue_routes
-from rdev.adapters.http.rate_limits import Allowance, RateLimits
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
 from rdev.adapters.http.tickets import ticket_routes
 from rdev.adapters.http.webhooks import delivery_routes, webhook_routes
-from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.checks import DatabaseChecks
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
 from rdev.adapters.postgres.feed import PostgresFeed
-from rdev.adapters.postgres.keys import PostgresKeys
 from rdev.adapters.postgres.lanes import PostgresLanes
 from rdev.adapters.postgres.leases import PostgresLeases
-from rdev.adapters.postgres.limiter import PostgresRateLimits
 from rdev.adapters.postgres.listen import Listener
 from rdev.adapters.postgres.notifier import (
     CANCEL_CHANNEL,
@@ -65,32 +55,25 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.depths import DepthLimits
 from rdev.domain.ids import CommandId
-from rdev.domain.keys import ADMIN_KEY_ID, Principal, Scope
 from rdev.domain.lanes import Lane
-from rdev.domain.limiter import parse_rate_limit
 from rdev.domain.retention import FEED_KEPT_S, Retention
-from rdev.domain.tickets import Seals
+from rdev.door_wiring import DoorNeeds, build_door
+from rdev.execution_wiring import build_executor
 from rdev.identity import Identity
-from rdev.ports.audit import CheckpointSink
 from rdev.services.appender import Appender
-from rdev.services.audit import AuditKeeper
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
-from rdev.services.denials import Denials
 from rdev.services.depths import QueueGate
 from rdev.services.feed import Feed
-from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
-from rdev.services.limiter import AddressLimiter, RateLimiter, StreamLimiter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
 from rdev.services.stream import Fanout
 from rdev.services.stream_poll import StreamPoll
 from rdev.services.subsystems import Subsystem
-from rdev.services.tickets import Tickets
 from rdev.services.webhook_dispatcher import WebhookDispatcher
 from rdev.webhook_wiring import WebhookNeeds, WebhookParts, build_webhooks
 
@@ -132,15 +115,7 @@ def build_server(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = GuardedExecutor(
-        LocalExecutor(
-            projects_dir=settings.projects_folder,
-            machine_id=identity.machine,
-            base_env=base_env(),
-        ),
-        telemetry=telemetry,
-    )
-
+    executor = build_executor(settings, identity, telemetry)
     hooks = build_webhooks(
         settings,
         identity,
@@ -195,13 +170,12 @@ def build_server(
         executor_name=settings.executor,
         tell_replicas=notifier.project_changed,
     )
-    keys, key_watch = _keys(identity, pools, notifier)
-    seals = Seals(identity.secret)
-    tickets = Tickets(keys=keys, seals=seals, admin_key=identity.admin_key, now=_now)
-
-    audit, denials, audit_keeper = _audit(settings, identity, pools)
-
-    listener = _listener(pools, notifier, queue, fanout, feed, keys, projects, hooks)
+    door = build_door(
+        settings,
+        identity,
+        DoorNeeds(requests=pools.requests, notifier=notifier, telemetry=telemetry, now=_now),
+    )
+    listener = _listener(pools, notifier, queue, fanout, feed, door.keys, projects, hooks)
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
@@ -224,15 +198,15 @@ def build_server(
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
-            key_routes(keys),
+            key_routes(door.keys),
             webhook_routes(hooks.webhooks),
             delivery_routes(hooks.webhooks),
             document_routes(document(version=__version__)),
-            audit_routes(audit, AuditVerifier(chain=audit)),
-            ticket_routes(tickets, commands.project_of, settings.trusted_proxies),
+            audit_routes(door.audit, AuditVerifier(chain=door.audit)),
+            ticket_routes(door.tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=_event_streams(commands, fanout, feed, projects, key_watch, telemetry),
-        authenticate=keys.authenticate,
+        plain=_event_streams(commands, fanout, feed, projects, door.key_watch, telemetry),
+        authenticate=door.keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
         now=_now,
@@ -243,9 +217,9 @@ def build_server(
             max_held=settings.streams_max,
             body_bytes=settings.body_max_bytes,
         ),
-        rate_limits=_rate_limits(settings, pools, telemetry),
-        denied=denials.note,
-        check_ticket=tickets.check,
+        rate_limits=door.rate_limits,
+        denied=door.denials.note,
+        check_ticket=door.tickets.check,
     )
     http = HttpServer(
         app=app,
@@ -263,10 +237,10 @@ def build_server(
         "listener": listener.statistics,
         "notifier": notifier.statistics,
         "exec_breaker": executor.statistics,
-        "keys": keys.statistics,
-        "key_watch": key_watch.statistics,
+        "keys": door.keys.statistics,
+        "key_watch": door.key_watch.statistics,
         "projects": projects.statistics,
-        "audit": audit_keeper.statistics,
+        "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
     }
@@ -279,9 +253,9 @@ def build_server(
         subsystems=(
             notifier,
             listener,
-            key_watch,
+            door.key_watch,
             housekeeper,
-            audit_keeper,
+            door.audit_keeper,
             fanout,
             feed,
             poll,
@@ -355,72 +329,6 @@ def _streams(
     return feed, fanout
 
 
-def _rate_limits(settings: Settings, pools: Pools, telemetry: PrometheusTelemetry) -> RateLimits:
-    """Who may ask how often. The bootstrap key is exempt."""
-    limiter = RateLimiter(store=PostgresRateLimits(pool=pools.requests), telemetry=telemetry)
-    telemetry.watch("limiter", limiter.statistics)
-    of_key = parse_rate_limit(settings.rate_limit)
-
-    def allowance_of(principal: Principal) -> Allowance:
-        limit = principal.rate_limit or of_key
-        return Allowance(limit=limit, is_exempt=principal.key_id == ADMIN_KEY_ID)
-
-    return RateLimits(
-        addresses=AddressLimiter(
-            requests=parse_rate_limit(settings.rate_limit_address),
-            failures=parse_rate_limit(settings.rate_limit_failures),
-            telemetry=telemetry,
-        ),
-        limiter=limiter,
-        streams=StreamLimiter(most=settings.streams_key_max, telemetry=telemetry),
-        starts=parse_rate_limit(settings.rate_limit_starts),
-        allowance_of=allowance_of,
-        may_start=lambda principal, project: principal.may(Scope.PROJECTS_EXECUTE, project),
-    )
-
-
-def _keys(identity: Identity, pools: Pools, notifier: Notifier) -> tuple[Keys, KeyWatch]:
-    """Who may come in, and who must leave."""
-    store = PostgresKeys(pool=pools.requests)
-    watch = KeyWatch(store=store, now=_now)
-    keys = Keys(
-        store=store,
-        admin_key=identity.admin_key,
-        tell_replicas=notifier.key_changed,
-        changed=watch.wake,
-        used=watch.used,
-        new_uuid=uuid_utils.compat.uuid7,
-        random_bytes=os.urandom,
-        now=_now,
-    )
-    return keys, watch
-
-
-def _audit(
-    settings: Settings, identity: Identity, pools: Pools
-) -> tuple[PostgresAudit, Denials, AuditKeeper]:
-    """The record of who did what, and what keeps it."""
-    audit = PostgresAudit(pool=pools.requests)
-    denials = Denials()
-    keeper = AuditKeeper(
-        log=audit, denials=denials, sink=_checkpoints(settings, identity), now=_now
-    )
-    return audit, denials, keeper
-
-
-def _checkpoints(settings: Settings, identity: Identity) -> CheckpointSink | None:
-    """Where the chain's checkpoints go: in the state folder when the database is there too."""
-    signer = Signer(identity.secret, server=identity.holder)
-    place = settings.audit_checkpoint
-    if place is not None and place.startswith(("http://", "https://")):
-        return UrlSink(place, signer=signer)
-    if place is not None:
-        return FileSink(Path(place), signer=signer)
-    if settings.is_embedded:
-        return FileSink(settings.state_dir / "audit-checkpoints", signer=signer)
-    return None
-
-
 def _listener(
     pools: Pools,
     notifier: Notifier,
@@ -459,23 +367,6 @@ def _listener(
         },
         on_connect=look_again,
     )
-
-
-def base_env() -> dict[str, str]:
-    """What every local command gets: nothing of the server's environment."""
-    return {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "HOME": _home(),
-        "LANG": "C.UTF-8",
-    }
-
-
-def _home() -> str:
-    """Where this user's files are; "/" for one that the system does not know (a container's)."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:
-        return "/"
 
 
 def _tls(settings: Settings) -> TlsFiles | None:

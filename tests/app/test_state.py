@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from rdev.config import load_settings
-from rdev.wiring import base_env
+from rdev.execution_wiring import base_env
 from tests.app.server import Server, open_api, open_server, open_state, probe, rdev, until
 
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-import rdev.wiring
+import rdev.execution_wiring
 from rdev.cli import main
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import (
@@ -105,6 +105,6 @@ class RecordedAttachment:
 
 
 if __name__ == "__main__":
-    rdev.wiring.LocalExecutor = RecordingExecutor  # type: ignore[assignment,misc]
+    rdev.execution_wiring.LocalExecutor = RecordingExecutor  # type: ignore[assignment,misc]
     sys.argv[0] = "rdev"
     main()
