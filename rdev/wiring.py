@@ -58,7 +58,7 @@ from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
-from rdev.execution_wiring import build_executor
+from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
@@ -106,7 +106,11 @@ class Server:
 
 
 def build_server(
-    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    execution: ExecutionParts,
+    telemetry: PrometheusTelemetry,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -115,7 +119,7 @@ def build_server(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = build_executor(settings, identity, telemetry)
+    executor = execution.executor
     hooks = build_webhooks(
         settings,
         identity,
@@ -144,6 +148,7 @@ def build_server(
         lease_s=settings.lease_s,
         running_max=settings.running_max,
         left_alone=executor.left_alone,
+        is_reachable=execution.is_reachable,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -190,7 +195,13 @@ def build_server(
     )
 
     checks = DatabaseChecks(pool=pools.requests)
-    readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
+    readiness = Readiness(
+        checks={
+            "database": checks.database,
+            "migrations": checks.migrations,
+            **execution.checks,
+        }
+    )
     app = build_app(
         routes=[
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
@@ -243,6 +254,7 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        **execution.statistics,
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
@@ -253,6 +265,7 @@ def build_server(
         subsystems=(
             notifier,
             listener,
+            *execution.subsystems,
             door.key_watch,
             housekeeper,
             door.audit_keeper,
