@@ -16,6 +16,7 @@ from rdev.adapters.kubernetes.connection import ApiServer, connect, read_config
 from rdev.adapters.kubernetes.exec import PodExecs
 from rdev.adapters.kubernetes.namespace import Namespace
 from rdev.adapters.kubernetes.pods import PodWatch
+from rdev.adapters.kubernetes.template import ProjectTemplate, read_template
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.execution import LostReason
@@ -32,6 +33,7 @@ class ClusterParts:
 
     api: ApiServer
     pods: PodWatch
+    template: ProjectTemplate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ class ExecutionParts:
 
     executor: GuardedExecutor
     is_reachable: Callable[[], bool] = lambda: True
+    # Projects that are not to be touched yet: nothing runs in them.
+    starting: Callable[[], list[ProjectId]] = list
     subsystems: tuple[Subsystem, ...] = ()
     checks: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
     statistics: Mapping[str, Callable[[], object]] = field(default_factory=dict)
@@ -52,7 +56,8 @@ async def open_execution(
     settings: Settings, identity: Identity, telemetry: PrometheusTelemetry
 ) -> AsyncIterator[ExecutionParts]:
     """The executor, with a breaker for each project. Nothing is asked of anybody yet; leaving
-    closes its connections. Errors: SERVICE_UNAVAILABLE for a cluster that is nowhere described."""
+    closes its connections. Errors: SERVICE_UNAVAILABLE for a cluster that is nowhere described;
+    BAD_REQUEST for a template that no project can be made of."""
     match settings.executor:
         case "local":
             executor = LocalExecutor(
@@ -62,11 +67,14 @@ async def open_execution(
             )
             yield ExecutionParts(executor=GuardedExecutor(executor, telemetry=telemetry))
         case "kubernetes":
+            template = read_template(settings.project_template)
             async with connect(read_config(settings.kubeconfig), settings.namespace) as api:
-                yield _in_cluster(api, telemetry)
+                yield _in_cluster(api, template, telemetry)
 
 
-def _in_cluster(api: ApiServer, telemetry: PrometheusTelemetry) -> ExecutionParts:
+def _in_cluster(
+    api: ApiServer, template: ProjectTemplate, telemetry: PrometheusTelemetry
+) -> ExecutionParts:
     """Projects are the pods of a namespace."""
     namespace = Namespace(api)
     pods = PodWatch(api, changed=lambda _: None)
@@ -90,10 +98,11 @@ def _in_cluster(api: ApiServer, telemetry: PrometheusTelemetry) -> ExecutionPart
     return ExecutionParts(
         executor=GuardedExecutor(executor, telemetry=telemetry),
         is_reachable=lambda: namespace.is_known and pods.is_current,
+        starting=pods.starting,
         subsystems=(namespace, pods),
         checks={"kubernetes": namespace.check},
         statistics={"pods": pods.statistics},
-        cluster=ClusterParts(api=api, pods=pods),
+        cluster=ClusterParts(api=api, pods=pods, template=template),
     )
 
 

@@ -94,9 +94,7 @@ def amount(quantity: str) -> Fraction:
 
 
 def _id(fields: Fields) -> str | None:
-    return fields.text(
-        "id", max_bytes=PROJECT_MAX_BYTES, required=True, pattern=PROJECT_PATTERN
-    )
+    return fields.text("id", max_bytes=PROJECT_MAX_BYTES, required=True, pattern=PROJECT_PATTERN)
 
 
 def _git(fields: Fields) -> tuple[str | None, str | None]:
@@ -146,4 +144,3 @@ def _quantities(fields: Fields, name: str, kinds: tuple[str, ...]) -> Mapping[st
         for kind in kinds
     }
     return {kind: value for kind, value in found.items() if value is not None}
-

@@ -69,7 +69,7 @@ class Project:
     uid: str = ""
     wanted: Wanted = Wanted.RUNNING
     wanted_at: datetime | None = None
-    wanted_s: float = 0.0
+    wanted_s: float = field(default=0.0, compare=False)
     is_forced: bool = False
     is_settled: bool = True
     is_adopted: bool = False

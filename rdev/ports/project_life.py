@@ -91,12 +91,13 @@ class ProjectPlaces(Protocol):
         """What was last heard of its pod; None where there is nothing to hear. Never waits."""
         ...
 
-    def found(self) -> Collection[tuple[ProjectId, str]]:
-        """Projects whose pods are there, whoever made them, with their images. Never waits."""
+    def found(self) -> Collection[ProjectId]:
+        """Projects whose pods are there, whoever made them. Never waits."""
         ...
 
-    async def is_found(self, project: ProjectId) -> bool:
-        """Ask again whether there is such a pod now, one that stays. Errors: SERVICE_UNAVAILABLE."""
+    async def find(self, project: ProjectId) -> str | None:
+        """Ask now for a pod that says it is this project's, one that stays: its image, or None.
+        Errors: SERVICE_UNAVAILABLE, after tries."""
         ...
 
     async def start(self, project: Project) -> None:
@@ -117,5 +118,3 @@ class ProjectPlaces(Protocol):
         """End its pod and its volume, or the pods by which it was found; True when they are gone.
         What is not this project's stays. Errors, Cancellation, Blocks: as `stop`."""
         ...
-
-

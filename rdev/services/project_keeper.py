@@ -1,9 +1,10 @@
 """SUBSYSTEM ProjectKeeper: brings every project to what is asked of it.
 
-What is asked is a row (`ProjectLife`), so whoever looks next goes on where another one stopped, died
-or was refused; two at once do the same thing twice, which is allowed. A look is taken when somebody
-asks for something, when a pod changes, and each `TICK_S` while anything is unsettled (`IDLE_S` when
-nothing is): one query. In hand: `AT_ONCE` projects, each for as long as its place may take.
+What is asked is a row (`ProjectLife`), so whoever looks next goes on where another one stopped,
+died or was refused; two at once do the same thing twice, which is allowed. A look is taken when
+somebody asks for something, when a pod changes, and each `TICK_S` while anything is unsettled
+(`IDLE_S` when nothing is): one query. In hand: `AT_ONCE` projects, each for as long as its place
+may take.
 
 | wanted | in order |
 |---|---|
@@ -41,7 +42,7 @@ _log = logging.getLogger("rdev.projects")
 
 
 class ProjectKeeper:
-    """One loop; what it does for a project is idempotent, and may be done from outside (`bring`)."""
+    """One loop; what it does for a project is idempotent, also from outside (`bring`)."""
 
     name = "project_keeper"
 
@@ -162,21 +163,30 @@ class ProjectKeeper:
         found = self._pauses.get(project)
         return found is None or found[1] <= trio.current_time()
 
+    async def take_in(self, project: ProjectId) -> bool:
+        """Give a row to a project that is there already, by a pod that nobody made through rdev;
+        whether it is. Errors: SERVICE_UNAVAILABLE."""
+        if not await self._life.missing([project]):
+            return False
+        image = await self._places.find(project)
+        if image is None:
+            return False
+        is_new = await self._life.adopt(
+            project, executor=self._executor, reach=self._reach(), image=image
+        )
+        if is_new:
+            _log.info("project found", extra={"project": project})
+            self._changed(project)
+        return is_new
+
     async def _adopt(self) -> None:
-        """Give a row to every project that was found by its pod and has none."""
-        found = dict(self._places.found())
-        missing = await self._life.missing(list(found)) if found else []
-        for project in missing:
+        """Take in every project that was found by its pod and has no row."""
+        found = self._places.found()
+        for project in await self._life.missing(found) if found else ():
             try:
-                is_there = await self._places.is_found(project)
+                await self.take_in(project)
             except RdevError as error:
                 _log.info("pod passed by", extra={"project": project, "error": error.message})
-                continue
-            if is_there and await self._life.adopt(
-                project, executor=self._executor, reach=self._reach(), image=found[project]
-            ):
-                _log.info("project found", extra={"project": project})
-                self._changed(project)
 
 
 def _backoff() -> Backoff:

@@ -1,6 +1,7 @@
 """Making, reading, starting, stopping and deleting projects.
 
-A change is stored first, and then brought about by the keeper, here or wherever somebody looks next.
+A change is stored first, and then brought about by the keeper, here or wherever somebody looks
+next.
 
 Whether a project is there, and what it is, is remembered for a moment (`cached.py`); its counts of
 commands never are.
@@ -94,6 +95,8 @@ class Projects:
         if earlier is None:
             if not self._places.are_made:
                 await self._executor.prepare(definition.id)
+            else:
+                await self._keeper.take_in(definition.id)
             made = await self._insert(definition, actor, idempotency)
         else:
             made = earlier
@@ -141,7 +144,7 @@ class Projects:
         return await self._want(project, Wanted.RUNNING, actor, force=False)
 
     async def stop(self, project: str, actor: Actor, *, force: bool) -> Project:
-        """Let nothing run: its pod ends, its volume stays, and commands wait. Errors: as `_want`."""
+        """Let nothing run: its pod ends, its volume stays, commands wait. Errors: as `_want`."""
         return await self._want(project, Wanted.STOPPED, actor, force=force)
 
     async def delete(self, project: str, actor: Actor, *, force: bool) -> Project:
@@ -167,9 +170,15 @@ class Projects:
         return await self._store.get(known.id) or known
 
     def _check_within_reach(self, project: Project) -> None:
-        if project.reach != self._executor.reach:
+        if not self._is_within_reach(project):
             message = f"project {project.id!r} belongs to other servers: {project.reach}"
             raise RdevError(ErrorCode.CONFLICT, message)
+
+    def _is_within_reach(self, project: Project) -> bool:
+        try:
+            return project.reach == self._executor.reach
+        except RdevError:  # it is not known yet where we are
+            return False
 
     def _told(self, project: ProjectId) -> None:
         self._cached.invalidate([project])
@@ -178,7 +187,7 @@ class Projects:
 
     def view(self, project: Project) -> ProjectView:
         """What clients see of it. Never waits."""
-        if project.reach == self._executor.reach:
+        if self._is_within_reach(project):
             seen = self._places.seen(project.id)
         elif project.executor == "kubernetes":
             seen = PlaceSeen(is_current=False)  # of another cluster nothing is heard here

@@ -26,14 +26,14 @@ class StandingPlaces:
         """See `ProjectPlaces.seen`: there is nothing to hear."""
         return None
 
-    def found(self) -> Collection[tuple[ProjectId, str]]:
+    def found(self) -> Collection[ProjectId]:
         """See `ProjectPlaces.found`: a folder says nothing by itself."""
         return ()
 
-    async def is_found(self, project: ProjectId) -> bool:
-        """See `ProjectPlaces.is_found`."""
+    async def find(self, project: ProjectId) -> str | None:
+        """See `ProjectPlaces.find`."""
         await trio.lowlevel.checkpoint()
-        return False
+        return None
 
     async def start(self, project: Project) -> None:
         """See `ProjectPlaces.start`."""

@@ -25,7 +25,7 @@ from rdev.adapters.execution.channels import (
 )
 from rdev.adapters.execution.executor import Place, ScriptExecutor, ScriptSettings
 from rdev.adapters.execution.transport import Streams, TransportError
-from rdev.domain.errors import RdevError
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Spec
 from rdev.domain.ids import AttemptId, ProjectId
 from rdev.ports.execution import Attachment
@@ -213,6 +213,17 @@ class KubernetesExecutor(ScriptExecutor):
             ),
         )
         self._reason_of = reason_of
+
+    async def instance(self, project: ProjectId) -> str:
+        """See `Executor.instance`. A pod that nobody prepared is prepared now: it may have been
+        found by its labels alone, or be another one than yesterday."""
+        try:
+            return await super().instance(project)
+        except RdevError as error:
+            if error.code is not ErrorCode.NOT_FOUND:
+                raise
+        await self.prepare(project)
+        return await super().instance(project)
 
     @asynccontextmanager
     async def attach(

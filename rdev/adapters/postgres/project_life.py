@@ -137,7 +137,7 @@ class PostgresProjectLife:
 
     async def adopt(self, project: ProjectId, *, executor: str, reach: str, image: str) -> bool:
         """See `ProjectLife.adopt`."""
-        definition = ProjectDefinition(id=project, image=image or None)
+        definition = ProjectDefinition(id=project)
         values = {
             "id": project,
             "executor": executor,

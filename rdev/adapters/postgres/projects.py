@@ -81,7 +81,7 @@ class PostgresProjects:
             raise RdevError(
                 ErrorCode.CONFLICT, f"project {definition.id!r} is being deleted", retry_after_s=2
             )
-        if project.is_adopted or project.definition != definition:
+        if project.definition != definition:
             message = f"project {definition.id!r} exists with another definition"
             raise RdevError(ErrorCode.CONFLICT, message)
         return ProjectMade(project=project, is_new=is_new)
