@@ -60,6 +60,7 @@ from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
 from rdev.execution_wiring import build_executor
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
@@ -106,7 +107,11 @@ class Server:
 
 
 def build_server(
-    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    telemetry: PrometheusTelemetry,
+    tracing: Tracing,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -124,6 +129,7 @@ def build_server(
             deliveries=pools.webhooks,
             notifier=notifier,
             telemetry=telemetry,
+            tracing=tracing,
             backoff=_backoff,
             now=_now,
         ),
@@ -144,6 +150,7 @@ def build_server(
         lease_s=settings.lease_s,
         running_max=settings.running_max,
         left_alone=executor.left_alone,
+        tracing=tracing,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -163,6 +170,7 @@ def build_server(
         wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
     )
     projects = Projects(
         store=PostgresProjects(pool=pools.requests),
@@ -220,6 +228,7 @@ def build_server(
         rate_limits=door.rate_limits,
         denied=door.denials.note,
         check_ticket=door.tickets.check,
+        tracing=tracing,
     )
     http = HttpServer(
         app=app,
