@@ -252,6 +252,7 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        "http": app.admission.statistics,
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
