@@ -35,7 +35,7 @@ from rdev.domain.deliveries import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
-from rdev.domain.signing import Secret, sign
+from rdev.domain.signing import sign
 from rdev.domain.webhook_targets import parse_target
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
@@ -289,13 +289,13 @@ class WebhookDispatcher:
     async def _send(self, owed: Owed) -> Outcome:
         try:
             target = parse_target(owed.url)
-            secrets = [Secret(key=self._box.open(one, of=owed.webhook)) for one in owed.secrets]
+            signers = [self._box.open(one, of=owed.webhook) for one in owed.secrets]
         except RdevError as error:
             # Another server's secret, or a URL that a newer version took: nothing is sent.
             facts = {"webhook_id": owed.webhook, "error": str(error)}
             _log.error("webhook cannot be sent", extra=facts)
             return _unsendable(error.message)
-        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, secrets)
+        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, signers)
         request = OutgoingRequest(target=target, headers=headers, body=owed.payload)
         return await self._sender.send(request)
 

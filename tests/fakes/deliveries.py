@@ -23,6 +23,7 @@ from rdev.ports.deliveries import SettleResult, TickResult
 class Endpoint:
     url: str
     secret: bytes
+    previous_secret: bytes | None = None
     is_ordered: bool = False
     is_open: bool = True
     is_trusted: bool = False
@@ -248,7 +249,9 @@ class FakeDeliveries:
             is_allowed=True,
             url=endpoint.url,
             payload=row.payload,
-            secrets=(endpoint.secret,),
+            secrets=(endpoint.secret,)
+            if endpoint.previous_secret is None
+            else (endpoint.secret, endpoint.previous_secret),
         )
 
     def _held(self, lease: DeliveryLease) -> Row | None:

@@ -15,6 +15,7 @@ from rdev.domain.webhooks import (
     DisabledReason,
     EventType,
     NewWebhook,
+    SigningKey,
     Webhook,
     WebhookChange,
     WebhookId,
@@ -170,6 +171,6 @@ def new_webhook(key: Idempotency | None) -> NewWebhook:
         is_ordered=False,
         is_enabled=True,
         owner=ADMIN_KEY_ID,
-        secret=b"sealed",
+        key=SigningKey(sealed=b"sealed"),
         idempotency=key,
     )

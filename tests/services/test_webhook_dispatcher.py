@@ -23,24 +23,13 @@ from rdev.services.webhook_dispatcher import (
     came_to,
 )
 from tests.fakes.deliveries import FakeDeliveries, Row
+from tests.fakes.webhooks import ClearBox
 from tests.services.scripted import backoff
 
 SECRET = Secret(key=bytes(range(32)))
 TOTAL_S = 15.0
 GOOD, HOLE = "https://good{}.example/", "https://hole{}.example/"
 Script = Callable[[OutgoingRequest], Awaitable[Outcome]]
-
-
-class ClearBox:
-    """Keeps nothing from anybody."""
-
-    def seal(self, secret: bytes, *, of: str) -> bytes:
-        return secret
-
-    def open(self, sealed: bytes, *, of: str) -> bytes:
-        if not sealed:
-            raise RdevError(ErrorCode.INTERNAL_ERROR, f"the secret of {of} is another's")
-        return sealed
 
 
 def outcome(status: int | None, *, retry_after: str | None = None, took_s: float = 0.0) -> Outcome:
