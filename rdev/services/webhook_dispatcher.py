@@ -3,11 +3,11 @@
 Woken by commits here and on other replicas, by attempts that end, and by a tick each second, which
 also gives back what outlived its lease and stops endpoints whose key has ended. Three loops: claim,
 settle, and the tick's duties; each attempt is a task. Bounds: `in_flight_max` attempts in this
-process; endpoints whose last attempt was not accepted have one each, and never more than half of
-them together; the others' own caps are the store's. An endpoint that keeps failing is left alone by
-its breaker, for pauses that grow; what it is owed lies in the store and nobody waits for it. An
-attempt counts when its outcome is stored: what a crash leaves is sent again, under the same
-`webhook-id`.
+process; endpoints whose last attempt was not accepted, or slowly, have one each, and never more
+than half of them together; the others' own caps are the store's. An endpoint that keeps failing is
+left alone by its breaker, for pauses that grow; what it is owed lies in the store and nobody waits
+for it. An attempt counts when its outcome is stored: what a crash leaves is sent again, under the
+same `webhook-id`.
 At stop nothing more is claimed, attempts in hand have `STOP_S` to end, and the rest is given back.
 """
 
@@ -77,7 +77,8 @@ _log = logging.getLogger("rdev.webhooks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherStatistics:
-    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one;
+    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one
+    quickly;
     `endpoints` enabled; `breakers_open`. Since the start: `claimed`, `delivered`, `failed`
     attempts, `dead` deliveries, `stale` outcomes, `interrupted` attempts, deliveries that were
     `overflow`. `oldest_undelivered_s`: for how long the oldest message has waited, up to

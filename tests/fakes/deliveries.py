@@ -9,6 +9,7 @@ import trio
 
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
+    QUICK_S,
     DeadReason,
     DeliveryLease,
     DeliveryStatus,
@@ -114,6 +115,9 @@ class FakeDeliveries:
     async def settle(self, settled: Sequence[Settled]) -> SettleResult:
         await trio.lowlevel.checkpoint()
         stale, disabled, too_long = set(), set(), set()
+        slow = {
+            one.owed.webhook for one in settled if one.outcome and one.outcome.latency_s > QUICK_S
+        }
         for one in settled:
             row = self._held(one.owed.lease)
             if row is None:
@@ -132,7 +136,7 @@ class FakeDeliveries:
                 continue
             row.log.append(one)
             is_good = one.verdict.status is DeliveryStatus.DELIVERED
-            endpoint.is_trusted = is_good
+            endpoint.is_trusted = is_good and row.webhook not in slow
             if is_good:
                 endpoint.failing_since_s = None
             elif endpoint.failing_since_s is None:
