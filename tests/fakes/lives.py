@@ -10,7 +10,7 @@ from rdev.services.standing_places import StandingPlaces
 
 
 def standing_lives(executor: Executor) -> Lives:
-    """For tests in which no project is started, stopped or deleted: the store of that is missing."""
+    """For tests in which nothing is asked of a project: the store of that is missing."""
     life = cast("ProjectLife", None)
     places = StandingPlaces(executor)
     keeper = ProjectKeeper(

@@ -1,6 +1,5 @@
 """Every sentence of `ProjectLife` (`ports/project_life.py`), on PostgreSQL."""
 
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
@@ -24,9 +23,9 @@ _EVENTS = "select status, detail from events where command_id is null order by x
 
 
 @pytest.fixture
-async def life(pools: Pools, real: World) -> AsyncIterator[ProjectLife]:
+async def life(pools: Pools, real: World) -> ProjectLife:
     await real.project()
-    yield PostgresProjectLife(pool=pools.requests, holder="one")
+    return PostgresProjectLife(pool=pools.requests, holder="one")
 
 
 async def ask(life: ProjectLife, wanted: Wanted, *, force: bool = False) -> Asked:
