@@ -11,6 +11,7 @@ import trio
 from tests.adapters.execution.observing import processes_in
 from tests.app.pods import FakeCluster, fake_cluster, serving
 from tests.app.server import Server, open_api, output_of, probe, seqs_of, until_async
+from tests.app.test_metrics import documented, families
 from tests.fakes.api_server import NAMESPACE, NAMESPACE_UID
 
 
@@ -54,6 +55,12 @@ async def test_a_command_in_a_pod_is_cancelled_with_all_it_started(
         ended = await api.ended(command)
     assert ended["status"] == "cancelled"
     await until_async(lambda: not processes_in(cluster.folder / "demo"), "nothing is left")
+
+
+async def test_the_page_and_the_server_name_the_same_metrics(server: Server) -> None:
+    exported = await trio.to_thread.run_sync(families, server)
+    page = {name: type_ for name, (type_, _) in documented(pods=True).items()}
+    assert {name: family.type for name, family in exported.items()} == page
 
 
 async def test_the_reach_is_the_namespace_of_this_cluster_alone(server: Server) -> None:

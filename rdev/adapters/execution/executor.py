@@ -67,8 +67,11 @@ class ScriptExecutor:
         transport: Transport,
         place: Callable[[ProjectId], Place],
         settings: ScriptSettings,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Opens nothing."""
+        """Opens nothing. `is_away`: whether no project at all can be reached now."""
+        self._is_away = is_away
+        self._reconnects = 0
         self._reach = reach
         self._transport = transport
         self._place = place
@@ -123,8 +126,18 @@ class ScriptExecutor:
             return self._transport.run(project, script.argv(settings.shell, settings.path, *words))
 
         parts = (script.payload(become), *([spec.stdin] if spec and spec.stdin else []))
-        async with ScriptAttachment(open_exec, parts, offsets, settings.patience) as attachment:
+        async with ScriptAttachment(
+            open_exec,
+            parts,
+            offsets,
+            settings.patience,
+            is_away=self._is_away,
+            again=self._count_again,
+        ) as attachment:
             yield attachment
+
+    def _count_again(self) -> None:
+        self._reconnects += 1
 
     async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         """See `Executor.kill`."""

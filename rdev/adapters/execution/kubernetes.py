@@ -8,6 +8,7 @@ Bounds: `execs_max` execs of one pod at once through this server; one message of
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
@@ -55,6 +56,18 @@ class ExecSocket(Protocol):
         Errors: BrokenResourceError. Cancellation: nothing is lost.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecStatistics:
+    """Execs `open` now. Since the start: `opened`; `failed` to open; not tried because the pod was
+    `full`; `reconnects` of those who observe a command."""
+
+    open: int
+    opened: int
+    failed: int
+    full: int
+    reconnects: int
 
 
 # Starts an argv in a project's pod with stdin and stdout; RdevError on entry where that fails.
@@ -156,6 +169,7 @@ class KubernetesTransport:
         self._open = open_exec
         self._execs_max = execs_max
         self._slot_s = slot_s
+        self.open_now = self.opened = self.failed = self.full = 0
         # One for each project with an exec now: whoever uses it holds it.
         self._slots: weakref.WeakValueDictionary[ProjectId, trio.Semaphore] = (
             weakref.WeakValueDictionary()
@@ -170,16 +184,24 @@ class KubernetesTransport:
         with trio.move_on_after(self._slot_s) as waiting:
             await slots.acquire()
         if waiting.cancelled_caught:
+            self.full += 1
             raise TransportError(f"{self._execs_max} execs are open in the pod")
         try:
             async with AsyncExitStack() as stack:
                 try:
                     socket = await stack.enter_async_context(self._open(project, argv))
                 except RdevError as error:
+                    self.failed += 1
                     raise TransportError(error.message) from error
+                self.opened += 1
+                self.open_now += 1
+                stack.callback(self._closed)
                 yield Streams(_Stdin(socket), _Stdout(socket))
         finally:
             slots.release()
+
+    def _closed(self) -> None:
+        self.open_now -= 1
 
 
 class KubernetesExecutor(ScriptExecutor):
@@ -197,6 +219,7 @@ class KubernetesExecutor(ScriptExecutor):
         shell: str = "sh",
         journal_max_bytes: int = 1 << 30,
         patience: Patience | None = None,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
         """`cluster` gives what no other cluster has; SERVICE_UNAVAILABLE while that is not known.
         What `base_env` does not say, PATH included, is as the container has it."""
@@ -211,8 +234,20 @@ class KubernetesExecutor(ScriptExecutor):
                 journal_max_bytes=journal_max_bytes,
                 patience=patience or Patience(),
             ),
+            is_away=is_away,
         )
+        self._execs = transport
         self._reason_of = reason_of
+
+    def statistics(self) -> ExecStatistics:
+        """What is now, and what was since the start."""
+        return ExecStatistics(
+            open=self._execs.open_now,
+            opened=self._execs.opened,
+            failed=self._execs.failed,
+            full=self._execs.full,
+            reconnects=self._reconnects,
+        )
 
     @asynccontextmanager
     async def attach(

@@ -217,6 +217,64 @@ async def test_a_proxys_page_instead_of_an_exec_is_an_error(pods: Cluster) -> No
             pass
 
 
+async def test_while_no_pod_can_be_reached_none_is_given_up(projects: Path) -> None:
+    quick = Patience(heartbeat_s=0.1, silence_s=5, unreachable_s=0.3)
+    gate = projects / "gate"
+    async with cluster(projects, patience=quick) as made, trio.open_nursery() as nursery:
+        await made.executor.prepare(PROJECT)
+        command, instance = new_command(), await made.executor.instance(PROJECT)
+        async with made.executor.attach(
+            PROJECT,
+            command,
+            spec=sh(f"echo ready; until [ -e {gate} ]; do sleep 0.05; done"),
+            instance=instance,
+            offsets=START,
+        ) as attachment:
+            await read_until(attachment, b"ready\n")
+            made.is_away, made.proxy.is_refusing = True, True
+            made.proxy.cut_all()
+            seen: list[object] = []
+
+            async def read() -> None:
+                seen.append(await read_to_end(attachment, Offsets(stdout=6)))
+
+            nursery.start_soon(read)
+            failed = made.executor.statistics().failed
+            ends = trio.current_time() + 4 * quick.unreachable_s
+            await until(lambda: trio.current_time() > ends, "time passes")
+            assert made.executor.statistics().failed > failed
+            assert seen == []
+            gate.touch()
+            made.is_away = made.proxy.is_refusing = False
+            await until(lambda: bool(seen), "its end is read")
+        assert seen[0].exit.exit_code == 0  # type: ignore[attr-defined]
+        assert made.executor.statistics().reconnects > 1
+
+
+async def test_a_cluster_that_is_away_for_too_long_is_given_up(projects: Path) -> None:
+    quick = Patience(heartbeat_s=0.1, silence_s=5, unreachable_s=60, away_s=0.3)
+    async with cluster(projects, patience=quick) as made:
+        await made.executor.prepare(PROJECT)
+        instance = await made.executor.instance(PROJECT)
+        made.is_away, made.proxy.is_refusing = True, True
+        seen = await observe(made.executor, new_command(), sh("true"), instance=instance)
+        assert seen.end == Lost(reason=LostReason.UNREACHABLE, may_still_run=True)
+        assert isinstance(seen.end, Lost)
+        assert seen.end.tries == 0  # no fault of the project's
+
+
+async def test_execs_are_counted(projects: Path) -> None:
+    async with cluster(projects) as made:
+        async with made.transport.run(PROJECT, ["cat"]):
+            assert made.executor.statistics().open == 1
+        made.api.drop("pods", POD)
+        with pytest.raises(TransportError):
+            async with made.transport.run(PROJECT, ["cat"]):
+                pass
+        found = made.executor.statistics()
+        assert (found.open, found.opened, found.failed, found.full) == (0, 1, 1, 0)
+
+
 async def test_a_pod_that_is_gone_is_out_of_reach(projects: Path) -> None:
     quick = Patience(heartbeat_s=0.1, silence_s=5, unreachable_s=0.3)
     async with cluster(projects, patience=quick) as made:
