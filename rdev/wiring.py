@@ -60,6 +60,7 @@ from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
 from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
@@ -111,6 +112,7 @@ def build_server(
     pools: Pools,
     execution: ExecutionParts,
     telemetry: PrometheusTelemetry,
+    tracing: Tracing,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -128,6 +130,7 @@ def build_server(
             deliveries=pools.webhooks,
             notifier=notifier,
             telemetry=telemetry,
+            tracing=tracing,
             backoff=_backoff,
             now=_now,
         ),
@@ -148,6 +151,7 @@ def build_server(
         lease_s=settings.lease_s,
         running_max=settings.running_max,
         left_alone=executor.left_alone,
+        tracing=tracing,
         is_reachable=execution.is_reachable,
     )
 
@@ -168,6 +172,7 @@ def build_server(
         wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
     )
     projects = Projects(
         store=PostgresProjects(pool=pools.requests),
@@ -231,6 +236,7 @@ def build_server(
         rate_limits=door.rate_limits,
         denied=door.denials.note,
         check_ticket=door.tickets.check,
+        tracing=tracing,
     )
     http = HttpServer(
         app=app,
@@ -254,6 +260,7 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        "http": app.admission.statistics,
         **execution.statistics,
     }
     for part, statistics in parts.items():
