@@ -11,7 +11,7 @@ from rdev.adapters.execution.kubernetes import KubernetesTransport, explain
 from rdev.adapters.execution.transport import Streams, TransportError
 from rdev.adapters.kubernetes.websocket import Silence
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Lost, LostReason, Offsets
+from rdev.domain.execution import Lost, LostReason, Offsets, UnfitProjectError
 from tests.adapters.execution.observing import (
     DEADLINE_S,
     PROJECT,
@@ -128,6 +128,28 @@ async def test_an_image_without_a_tool_is_named_once(projects: Path, tmp_path: P
             await made.executor.prepare(PROJECT)
         assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
         assert len(made.api.execs.seen) == 1
+
+
+async def test_a_pod_that_nobody_prepared_is_prepared_once(projects: Path) -> None:
+    async with cluster(projects) as made:
+        instance = await made.executor.instance(PROJECT)
+        asked = len(made.api.execs.seen)
+        assert await made.executor.instance(PROJECT) == instance
+        assert len(made.api.execs.seen) == asked + 1
+        assert (projects / PROJECT).is_dir()
+
+
+@pytest.mark.parametrize("has_shell", [True, False])
+async def test_nothing_runs_where_the_shell_or_its_tools_are_missing(
+    projects: Path, tmp_path: Path, has_shell: bool
+) -> None:
+    (tmp_path / "empty").mkdir()
+    if has_shell:
+        (tmp_path / "empty" / "sh").symlink_to("/bin/sh")
+    async with cluster(projects, str(tmp_path / "empty")) as made:
+        with pytest.raises(UnfitProjectError) as caught:
+            await made.executor.instance(PROJECT)
+    assert ("shell" if has_shell else 'exec: "sh"') in caught.value.lacks
 
 
 @pytest.mark.parametrize("fault", [StatusFault.ABSENT, StatusFault.NOISE])
