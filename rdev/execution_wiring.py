@@ -16,15 +16,19 @@ from rdev.adapters.kubernetes.connection import ApiServer, connect, read_config
 from rdev.adapters.kubernetes.exec import PodExecs
 from rdev.adapters.kubernetes.namespace import Namespace
 from rdev.adapters.kubernetes.pods import PodWatch
-from rdev.adapters.kubernetes.template import ProjectTemplate, read_template
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
+from rdev.domain.breaker import BreakerSettings
 from rdev.domain.execution import LostReason
 from rdev.domain.ids import ProjectId
 from rdev.domain.pods import folders_of
 from rdev.identity import Identity
+from rdev.services.breaker import CircuitBreaker
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.subsystems import Subsystem
+
+# Around the API server. Slow is no fault of its: an exec waits for its node.
+_API_BREAKER = BreakerSettings(slow_s=60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,6 @@ class ClusterParts:
 
     api: ApiServer
     pods: PodWatch
-    template: ProjectTemplate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +59,7 @@ async def open_execution(
     settings: Settings, identity: Identity, telemetry: PrometheusTelemetry
 ) -> AsyncIterator[ExecutionParts]:
     """The executor, with a breaker for each project. Nothing is asked of anybody yet; leaving
-    closes its connections. Errors: SERVICE_UNAVAILABLE for a cluster that is nowhere described;
-    BAD_REQUEST for a template that no project can be made of."""
+    closes its connections. Errors: SERVICE_UNAVAILABLE for a cluster that is nowhere described."""
     match settings.executor:
         case "local":
             executor = LocalExecutor(
@@ -67,13 +69,14 @@ async def open_execution(
             )
             yield ExecutionParts(executor=GuardedExecutor(executor, telemetry=telemetry))
         case "kubernetes":
-            template = read_template(settings.project_template)
-            async with connect(read_config(settings.kubeconfig), settings.namespace) as api:
-                yield _in_cluster(api, template, telemetry)
+            breaker = CircuitBreaker(name="kubernetes", telemetry=telemetry, settings=_API_BREAKER)
+            config = read_config(settings.kubeconfig)
+            async with connect(config, settings.namespace, breaker) as api:
+                yield _in_cluster(api, breaker, telemetry)
 
 
 def _in_cluster(
-    api: ApiServer, template: ProjectTemplate, telemetry: PrometheusTelemetry
+    api: ApiServer, breaker: CircuitBreaker, telemetry: PrometheusTelemetry
 ) -> ExecutionParts:
     """Projects are the pods of a namespace."""
     namespace = Namespace(api)
@@ -86,6 +89,9 @@ def _in_cluster(
     def reason_of(project: ProjectId, are_gone: bool) -> LostReason | None:
         return pods.lost_reason(project, are_gone=are_gone)
 
+    def is_reachable() -> bool:
+        return namespace.is_known and pods.is_current and not breaker.refuses
+
     execs = PodExecs(api, pods.target_of, subprotocols=SUBPROTOCOLS)
     executor = KubernetesExecutor(
         cluster=namespace.uid,
@@ -94,15 +100,20 @@ def _in_cluster(
         reason_of=reason_of,
         base_env={"LANG": "C.UTF-8"},
         place=place,
+        is_away=lambda: not is_reachable(),
     )
     return ExecutionParts(
         executor=GuardedExecutor(executor, telemetry=telemetry),
-        is_reachable=lambda: namespace.is_known and pods.is_current,
+        is_reachable=is_reachable,
         starting=pods.starting,
         subsystems=(namespace, pods),
-        checks={"kubernetes": namespace.check},
-        statistics={"pods": pods.statistics},
-        cluster=ClusterParts(api=api, pods=pods, template=template),
+        checks={"kubernetes": namespace.check_lately},
+        statistics={
+            "pods": pods.statistics,
+            "execs": executor.statistics,
+            "kubernetes_breaker": breaker.statistics,
+        },
+        cluster=ClusterParts(api=api, pods=pods),
     )
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from rdev.adapters.kubernetes.places import PodPlaces
+from rdev.adapters.kubernetes.template import read_template
 from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.project_life import PostgresProjectLife
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.config import Settings
 from rdev.domain.ids import CommandId, ProjectId
-from rdev.execution_wiring import ExecutionParts
+from rdev.execution_wiring import ClusterParts, ExecutionParts
 from rdev.identity import Identity
 from rdev.services.project_keeper import ProjectKeeper
 from rdev.services.projects import Lives, Projects
@@ -34,12 +35,11 @@ class ProjectNeeds:
 def build_projects(
     settings: Settings, identity: Identity, execution: ExecutionParts, needs: ProjectNeeds
 ) -> tuple[Projects, ProjectKeeper]:
-    """The use cases, and the subsystem that does what they ask for."""
+    """The use cases, and the subsystem that does what they ask for. Errors: BAD_REQUEST for a
+    template that no project can be made of."""
     executor, cluster = execution.executor, execution.cluster
     places = (
-        StandingPlaces(executor)
-        if cluster is None
-        else PodPlaces(cluster.api, cluster.pods, cluster.template, now=needs.now)
+        StandingPlaces(executor) if cluster is None else _pods(settings, cluster, now=needs.now)
     )
     life = PostgresProjectLife(pool=needs.requests, holder=identity.holder)
 
@@ -70,3 +70,8 @@ def build_projects(
         tell_replicas=needs.tell_replicas,
     )
     return projects, keeper
+
+
+def _pods(settings: Settings, cluster: ClusterParts, *, now: Callable[[], datetime]) -> PodPlaces:
+    template = read_template(settings.project_template)
+    return PodPlaces(cluster.api, cluster.pods, template, now=now)

@@ -89,7 +89,7 @@ def parse_folder_project(body: Json) -> ProjectDefinition:
 
 def amount(quantity: str) -> Fraction:
     """What a text that matches `QUANTITY` stands for."""
-    number = quantity.rstrip("mkMGTPi")
+    number = quantity.rstrip("mkKMGTPi")
     return Fraction(number) * _SUFFIXES[quantity[len(number) :]]
 
 

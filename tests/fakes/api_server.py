@@ -269,7 +269,14 @@ class FakeApiServer:
             self.watches_open -= 1
 
     async def exec(self, namespace: str, name: str) -> Any:
-        """A WebSocket that asks for an exec."""
+        """A WebSocket that asks for an exec. One that is refused ends its connection: hypercorn
+        0.18 does not see the next upgrade on it."""
+        refused = await self._exec(namespace, name)
+        if refused is not None:
+            refused.headers["Connection"] = "close"
+        return refused
+
+    async def _exec(self, namespace: str, name: str) -> Response | None:
         if (refused := self._refused("EXEC", websocket.path)) is not None:
             return refused
         pod = self._objects.get(("pods", namespace, name))

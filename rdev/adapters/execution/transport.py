@@ -5,6 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import trio
 import trio.abc
 
 from rdev.domain.ids import ProjectId
@@ -12,6 +13,10 @@ from rdev.domain.ids import ProjectId
 
 class TransportError(Exception):
     """The place cannot be reached now: nothing was learned about the command."""
+
+
+class NeverRanError(trio.BrokenResourceError):
+    """The place says that the argv's program is not there: it never ran, and never will."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Transport(Protocol):
         """Run it as the leader of a process group; stderr is nobody's.
 
         Leaving the block closes its stdin and forgets it; what it detached goes on.
-        Errors: TransportError on entry and from nowhere else; broken streams raise trio's errors.
+        Errors: TransportError on entry and from nowhere else; broken streams raise trio's errors,
+        of them NeverRanError (by stdout) where the place has no such program.
         """
         ...

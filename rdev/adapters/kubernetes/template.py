@@ -196,12 +196,12 @@ def _set_resources(container: Tree, definition: ProjectDefinition) -> None:
         for name, quantity in asked.items():
             if name != "storage":
                 _tree(resources, kind)[name] = quantity
+    said = {*_tree(resources, "requests"), *_tree(resources, "limits")}
     for kind in ("requests", "limits"):
         known = _tree(resources, kind)
-        # A default never stands against what is said: a limit below a request is refused.
-        other = _tree(resources, "limits" if kind == "requests" else "requests")
+        # A default never stands beside what is said: a limit below a request is refused.
         for default, amount in _tree(copy.deepcopy(_RESOURCES), kind).items():
-            if default not in known and default not in other:
+            if default not in said:
                 known[default] = amount
 
 
