@@ -19,7 +19,8 @@ alter table projects
 
 create index projects_unsettled on projects (reach, id) where not settled;
 
--- Its lanes are closed (see 0006) while it is not to run, or a kill has left processes in it.
+-- Its lanes are closed (see 0006) while it is not to run, its place is not made, or a kill has left
+-- processes in it.
 create or replace function heed_kill() returns trigger
 language plpgsql as $$
 declare
@@ -37,7 +38,8 @@ begin
         next_status := 'ready';
         update lanes set cap = -cap
         where project = new.project and cap < 0
-          and (select p.wanted from projects p where p.id = new.project) = 'running';
+          and exists (select from projects p
+                      where p.id = new.project and p.wanted = 'running' and p.settled);
     end if;
     update projects
     set status = next_status, changed_xid = greatest(pg_current_xact_id(), changed_xid)
@@ -93,10 +95,7 @@ begin
         trouble = null, changed_xid = greatest(pg_current_xact_id(), changed_xid)
     where id = in_project
     returning changed_xid into changed;
-    if in_wanted = 'running' and known.status <> 'failed' then
-        -- The tick finds what waits in them.
-        update lanes set cap = -cap where project = in_project and cap < 0;
-    elsif in_wanted <> 'running' then
+    if in_wanted <> 'running' then
         update lanes set cap = -cap, due = null where project = in_project and cap > 0;
     end if;
     insert into events (xid, type, project, status, detail)
@@ -106,6 +105,28 @@ begin
     values (changed, in_actor, in_name, in_ip, in_request, in_action, in_project, in_project,
             jsonb_build_object('force', in_force));
     return 'changed';
+end
+$$;
+
+-- What is wanted of a project is so, if it is what was wanted at `in_wanted_at`; whether it is. Whoever
+-- acted for what is no longer wanted may have undone what is: then it is looked at again. The lanes of
+-- one that runs are opened; the tick finds what waits in them.
+create function settle_project(in_project text, in_uid uuid, in_wanted_at timestamptz) returns boolean
+language plpgsql as $$
+declare
+    known projects;
+begin
+    select * into known from projects where id = in_project and uid = in_uid for update;
+    if not found then
+        return false;
+    end if;
+    perform from lanes where project = in_project order by lane_class for update;
+    update projects set settled = known.wanted_at = in_wanted_at, trouble = null
+    where id = in_project;
+    if known.wanted_at = in_wanted_at and known.wanted = 'running' and known.status <> 'failed' then
+        update lanes set cap = -cap where project = in_project and cap < 0;
+    end if;
+    return known.wanted_at = in_wanted_at;
 end
 $$;
 
@@ -205,6 +226,7 @@ $$;
 drop function remove_project;
 drop function ask_running_to_end;
 drop function end_queued;
+drop function settle_project;
 drop function want_project;
 create or replace function heed_kill() returns trigger
 language plpgsql as $$

@@ -52,8 +52,8 @@ class ProjectLife(Protocol):
         ...
 
     async def settle(self, project: Project) -> bool:
-        """What is wanted of it is so. False where something else is wanted meanwhile: it stays, or
-        becomes, unsettled."""
+        """What is wanted of it is so, and in one that is to run commands begin. False where
+        something else is wanted meanwhile: it stays, or becomes, unsettled."""
         ...
 
     async def note(self, project: Project, trouble: str) -> None:

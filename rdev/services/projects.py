@@ -10,6 +10,8 @@ commands never are.
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import trio
+
 from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
@@ -32,6 +34,8 @@ from rdev.services.shield import commit_shield
 
 # When a repeat of a request that found the cluster away is worth it.
 RETRY_AFTER_S = 5.0
+# How long after the API server a watch is at most, when all is well.
+HEARD_S = 2.0
 # What can never become a pod, or stands in its way: the request is taken back.
 _REFUSED = (ErrorCode.BAD_REQUEST, ErrorCode.CONFLICT)
 
@@ -95,13 +99,16 @@ class Projects:
         if earlier is None:
             if not self._places.are_made:
                 await self._executor.prepare(definition.id)
-            else:
-                await self._keeper.take_in(definition.id)
+            elif await self._keeper.take_in(definition.id):
+                await self._hear(definition.id)
             made = await self._insert(definition, actor, idempotency)
         else:
             made = earlier
         if self._places.are_made and not made.project.is_settled:
             await self._make(made, idempotency)
+        elif self._places.are_made and self._is_ready(made.project):
+            # It was there: whoever asks for it is told where it is not fit to run anything.
+            await self._executor.prepare(definition.id)
         return made
 
     async def _insert(
@@ -184,6 +191,15 @@ class Projects:
         self._cached.invalidate([project])
         self._tell_replicas(project)
         self._keeper.wake()
+
+    async def _hear(self, project: ProjectId) -> None:
+        """Wait for the watch to hear of a pod that was found by asking."""
+        with trio.move_on_after(HEARD_S):
+            while (seen := self._places.seen(project)) is not None and seen.status is None:  # noqa: ASYNC110  # a watch wakes nobody
+                await trio.sleep(HEARD_S / 50)
+
+    def _is_ready(self, project: Project) -> bool:
+        return self.view(project).standing.status is ProjectStatus.READY
 
     def view(self, project: Project) -> ProjectView:
         """What clients see of it. Never waits."""

@@ -47,6 +47,14 @@ async def claimed(real: World) -> list[CommandId]:
     return [one.lease.command for one in await real.claim()]
 
 
+async def run(life: ProjectLife, real: World) -> None:
+    """Let it run, as the keeper does."""
+    await ask(life, Wanted.RUNNING)
+    assert await claimed(real) == []
+    assert await life.settle(await stored(real))
+    await real.lanes.repair(reach=REACH)
+
+
 async def finish(real: World, one: Claimed, outcome: Outcome) -> None:
     await real.output.append([append_to(one, last_chunk(outcome), outcome=outcome)])
 
@@ -101,8 +109,7 @@ async def test_a_stopped_project_keeps_its_commands_and_runs_none(
     await ask(life, Wanted.STOPPED)
     behind = await real.queued(kind=Kind.GIT)
     assert await claimed(real) == []
-    await ask(life, Wanted.RUNNING)
-    await real.lanes.repair(reach=REACH)
+    await run(life, real)
     assert set(await claimed(real)) == {before, behind}
 
 
@@ -115,8 +122,7 @@ async def test_what_a_kill_left_keeps_a_started_project_closed_and_a_stopped_one
     await finish(real, one, outcome)
     await real.queued()
     await ask(life, Wanted.STOPPED)
-    await ask(life, Wanted.RUNNING)
-    await real.lanes.repair(reach=REACH)
+    await run(life, real)
     assert await claimed(real) == []
     await ask(life, Wanted.STOPPED)
     async with real.upkeep.place_turn(REACH) as places:
@@ -124,8 +130,7 @@ async def test_what_a_kill_left_keeps_a_started_project_closed_and_a_stopped_one
         await places.confirm_kill(one.lease.command)
     await real.lanes.repair(reach=REACH)
     assert await claimed(real) == []
-    await ask(life, Wanted.RUNNING)
-    await real.lanes.repair(reach=REACH)
+    await run(life, real)
     assert len(await claimed(real)) == 1
 
 
@@ -281,7 +286,6 @@ async def test_a_stop_and_a_claim_at_once_never_leave_a_command_running_in_a_sto
             nursery.start_soon(stop)
         assert asked == [Asked.BUSY if begun else Asked.CHANGED]
         assert (await stored(real)).running == len(begun)
-        await ask(life, Wanted.RUNNING)
-        await real.lanes.repair(reach=REACH)
+        await run(life, real)
         for one in begun or await real.claim():
             await finish(real, one, Outcome(status=Status.SUCCEEDED, exit_code=0))

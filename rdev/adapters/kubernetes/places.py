@@ -36,6 +36,8 @@ from rdev.domain.projects import PlaceSeen, Project
 TRIES_S: Final = 8.0
 # A watch that has not been heard for so long says nothing of now.
 SILENCE_S: Final = 30.0
+# How long after the API server the watch is at most, when all is well: who claims asks the watch.
+_HEARD_S: Final = 2.0
 _AGAIN_S: Final = 2.0  # for what is on its way out
 _UID: Final = f"{LABEL_PREFIX}/project-uid"
 
@@ -102,6 +104,9 @@ class PodPlaces:
         if volume is not None:
             await self._make("persistentvolumeclaims", volume, project)
         await self._make("pods", pod_of(self._template, project, self._api.namespace), project)
+        with trio.move_on_after(_HEARD_S):
+            while self._watch.pod_of(project.id) is None:  # noqa: ASYNC110  # it wakes nobody
+                await trio.sleep(_HEARD_S / 40)
 
     async def stop(self, project: Project) -> bool:
         """See `ProjectPlaces.stop`."""

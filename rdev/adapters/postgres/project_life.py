@@ -66,13 +66,7 @@ limit %(limit)s
 """
 )
 
-# Whoever acted for what is no longer wanted may have undone what is: it is looked at again.
-_SETTLE = """
-update projects
-set settled = wanted_at = %(wanted_at)s, trouble = null
-where id = %(id)s and uid = %(uid)s
-returning settled
-"""
+_SETTLE = "select settle_project(%(id)s, %(uid)s, %(wanted_at)s) as settled"
 
 _NOTE = """
 update projects set trouble = %(trouble)s
@@ -160,8 +154,8 @@ class PostgresProjectLife:
 
     async def settle(self, project: Project) -> bool:
         """See `ProjectLife.settle`."""
-        rows = await self._rows(_SETTLE, _key(project))
-        return bool(rows) and bool(rows[0]["settled"])
+        (row,) = await self._rows(_SETTLE, _key(project))
+        return bool(row["settled"])
 
     async def note(self, project: Project, trouble: str) -> None:
         """See `ProjectLife.note`."""

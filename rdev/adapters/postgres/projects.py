@@ -70,6 +70,9 @@ class PostgresProjects:
         """See `ProjectStore.insert`."""
         values = _insert_parameters(definition, actor, executor=executor, reach=reach)
         values["settled"] = is_settled
+        # Closed while there is nothing to run in; see 0006 and 0017.
+        caps = {lane: LANE_CAP[lane] * (1 if is_settled else -1) for lane in LaneClass}
+        values["caps"] = Jsonb(caps)
         with translate_key_in_use():
             is_new = await self._insert(values, idempotency, made=definition.id)
         # A key that was kept meanwhile stands for what its request made.
@@ -138,7 +141,6 @@ def _insert_parameters(
         "executor": executor,
         "reach": reach,
         "definition": Jsonb(msgspec.to_builtins(definition)),
-        "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
     }
     return values | entry_parameters(
         actor,
