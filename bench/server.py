@@ -63,9 +63,9 @@ def open_state_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_server(state_dir: Path, **settings: str) -> Iterator[Server]:
+def open_server(state_dir: Path, *, program: str = "rdev", **settings: str) -> Iterator[Server]:
     """A ready server while the block runs, with further settings; stopped by SIGINT, so that no
-    command outlives a scenario that failed; it must end with status 0.
+    command outlives a scenario that failed; it must end with status 0. `program`: the module.
 
     Errors: RuntimeError with the end of the server's log when it does not start or stop.
     """
@@ -101,7 +101,7 @@ def _start(
     started = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rdev", "serve"],
+            [sys.executable, "-m", program, "serve"],
             env=_environment(state_dir, key) | settings,
             stdin=subprocess.DEVNULL,
             stdout=sink,

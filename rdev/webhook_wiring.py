@@ -18,6 +18,7 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.deliveries import parse_schedule
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.webhook_dispatcher import (
     DispatcherLimits,
     DispatcherTelemetry,
@@ -37,6 +38,7 @@ class WebhookNeeds:
     deliveries: Pool
     notifier: Notifier
     telemetry: DispatcherTelemetry
+    tracing: Tracing
     backoff: Callable[[], Backoff]
     now: Callable[[], datetime]
 
@@ -66,6 +68,7 @@ def build_webhooks(settings: Settings, identity: Identity, needs: WebhookNeeds) 
         sender=sender,
         box=box,
         telemetry=needs.telemetry,
+        tracing=needs.tracing,
         backoff=needs.backoff,
         now=needs.now,
         wake_replicas=needs.notifier.webhooks_changed,

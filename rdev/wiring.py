@@ -58,8 +58,9 @@ from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
-from rdev.execution_wiring import build_executor
+from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
@@ -106,7 +107,12 @@ class Server:
 
 
 def build_server(
-    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    execution: ExecutionParts,
+    telemetry: PrometheusTelemetry,
+    tracing: Tracing,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -115,7 +121,7 @@ def build_server(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = build_executor(settings, identity, telemetry)
+    executor = execution.executor
     hooks = build_webhooks(
         settings,
         identity,
@@ -124,6 +130,7 @@ def build_server(
             deliveries=pools.webhooks,
             notifier=notifier,
             telemetry=telemetry,
+            tracing=tracing,
             backoff=_backoff,
             now=_now,
         ),
@@ -144,6 +151,8 @@ def build_server(
         lease_s=settings.lease_s,
         running_max=settings.running_max,
         left_alone=executor.left_alone,
+        tracing=tracing,
+        is_reachable=execution.is_reachable,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -163,6 +172,7 @@ def build_server(
         wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
     )
     projects = Projects(
         store=PostgresProjects(pool=pools.requests),
@@ -190,7 +200,13 @@ def build_server(
     )
 
     checks = DatabaseChecks(pool=pools.requests)
-    readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
+    readiness = Readiness(
+        checks={
+            "database": checks.database,
+            "migrations": checks.migrations,
+            **execution.checks,
+        }
+    )
     app = build_app(
         routes=[
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
@@ -220,6 +236,7 @@ def build_server(
         rate_limits=door.rate_limits,
         denied=door.denials.note,
         check_ticket=door.tickets.check,
+        tracing=tracing,
     )
     http = HttpServer(
         app=app,
@@ -243,6 +260,8 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        "http": app.admission.statistics,
+        **execution.statistics,
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
@@ -253,6 +272,7 @@ def build_server(
         subsystems=(
             notifier,
             listener,
+            *execution.subsystems,
             door.key_watch,
             housekeeper,
             door.audit_keeper,

@@ -65,3 +65,10 @@ def test_a_level_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, given: st
     monkeypatch.setenv("RDEV_LOG_LEVELS", given)
     with pytest.raises(SettingsError, match=r"^RDEV_LOG_LEVELS: must be LOGGER=LEVEL"):
         load_settings({})
+
+
+@pytest.mark.parametrize("given", ["Projects", "a_b", "-a", "a" * 64])
+def test_a_namespace_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("RDEV_NAMESPACE", given)
+    with pytest.raises(SettingsError, match="RDEV_NAMESPACE: must be a namespace"):
+        load_settings({})

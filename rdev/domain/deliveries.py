@@ -13,6 +13,7 @@ from uuid import UUID
 
 from rdev.domain.ids import ProjectId
 from rdev.domain.sending import Outcome
+from rdev.domain.traces import TraceContext
 from rdev.domain.webhooks import WebhookId
 
 DeliveryId = NewType("DeliveryId", str)
@@ -101,7 +102,8 @@ class DeliveryLease:
 class Owed:
     """A claimed delivery with all that its attempt needs. `failures` are those before this attempt.
     `is_trusted`: the endpoint accepted its last attempt, and quickly; `is_allowed`: it may be told
-    of the project. `secrets` are sealed, the newest first."""
+    of the project. `secrets` are sealed, the newest first. `trace` is that of the command it tells
+    of."""
 
     lease: DeliveryLease
     webhook: WebhookId
@@ -114,6 +116,7 @@ class Owed:
     url: str
     payload: bytes = field(repr=False)
     secrets: tuple[bytes, ...] = field(repr=False)
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

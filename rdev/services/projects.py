@@ -8,10 +8,11 @@ from collections.abc import Callable, Collection, Sequence
 
 from rdev.domain.audit import Actor
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId, is_project_id
 from rdev.domain.projects import Project, ProjectDefinition
 from rdev.ports.execution import Executor
-from rdev.ports.projects import ProjectStore
+from rdev.ports.projects import ProjectMade, ProjectStore
 from rdev.services.cached import Cached, CachedStatistics
 from rdev.services.shield import commit_shield
 
@@ -34,17 +35,30 @@ class Projects:
         self._tell_replicas = tell_replicas
         self._cached: Cached[ProjectId, Project] = Cached(store.get, tag=lambda project, _: project)
 
-    async def create(self, definition: ProjectDefinition, actor: Actor) -> tuple[Project, bool]:
-        """Make the project's place, then its row; the flag says whether it is new.
+    async def create(
+        self,
+        definition: ProjectDefinition,
+        actor: Actor,
+        *,
+        idempotency: Idempotency | None = None,
+    ) -> ProjectMade:
+        """Make the project's place, then its row; a repeat of an earlier request makes neither.
 
         The place first: a project that is known can be used. Errors: CONFLICT when it exists with
-        another definition, SERVICE_UNAVAILABLE.
+        another definition; those of `ProjectStore.insert`; SERVICE_UNAVAILABLE.
         """
+        earlier = None if idempotency is None else await self._store.replay(idempotency)
+        if earlier is not None:
+            return earlier
         await self._executor.prepare(definition.id)
         with commit_shield():
             try:
                 return await self._store.insert(
-                    definition, actor, executor=self._executor_name, reach=self._executor.reach
+                    definition,
+                    actor,
+                    executor=self._executor_name,
+                    reach=self._executor.reach,
+                    idempotency=idempotency,
                 )
             finally:
                 # Also where it failed: the reply alone may be lost.

@@ -20,6 +20,7 @@ from rdev.domain.projects import ProjectDefinition
 from rdev.domain.requests import Common
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted, CancelResult
+from rdev.ports.projects import ProjectMade
 from rdev.services.commands import Commands
 from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
@@ -266,11 +267,12 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
         tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
-    project, is_new = await projects.create(definition, ACTOR)
-    assert is_new
+    made = await projects.create(definition, ACTOR)
+    project = made.project
+    assert made.is_new
     assert (project.executor, project.reach) == ("fake", server.place.reach)
     assert "fresh" in server.place._projects
-    assert await projects.create(definition, ACTOR) == (project, False)
+    assert await projects.create(definition, ACTOR) == ProjectMade(project=project, is_new=False)
     assert await projects.get("fresh") == project
     found = await projects.list_all(within=None, after=None, limit=10)
     assert [one.id for one in found] == ["demo", "fresh"]

@@ -7,7 +7,7 @@ from rdev.adapters.http.access import require_project
 from rdev.adapters.http.describe import Answer, Described, Description
 from rdev.adapters.http.envelope import created, read_json, success
 from rdev.adapters.http.exchange import actor, principal
-from rdev.adapters.http.idempotency import idempotency_of
+from rdev.adapters.http.idempotency import idempotency_of, replay_headers
 from rdev.adapters.http.query import PAGE, cursor_of, limit_of
 from rdev.domain.errors import ErrorCode
 from rdev.domain.ids import ProjectId, is_project_id
@@ -20,14 +20,15 @@ DESCRIBED: Described = {
     ("POST", "/projects"): Description(
         summary="Make a project",
         tag="projects",
-        about="The same id and body again is 200, another body 409.",
+        about="The same id and body again is 200, another body 409; what was made with an "
+        "Idempotency-Key is told again with 201.",
         body=parse_project,
         example={"id": "demo"},
         answers={
             200: Answer(about="it was there already", schema=_PROJECT),
-            201: Answer(about="made", schema=_PROJECT, headers=("Location",)),
+            201: Answer(about="made", schema=_PROJECT, headers=("Location", "Idempotent-Replayed")),
         },
-        errors=(ErrorCode.CONFLICT,),
+        errors=(ErrorCode.CONFLICT, ErrorCode.GONE),
         is_idempotent=True,
     ),
     ("GET", "/projects"): Description(
@@ -51,14 +52,15 @@ def project_routes(projects: Projects) -> Blueprint:
     @routes.post("/projects")
     async def create_project() -> Response:
         body = await read_json()
-        # The id makes a repeat safe already; a key that is none is refused as everywhere.
-        idempotency_of(body)
+        idempotency = idempotency_of(body)
         definition = parse_project(body)
         require_project(principal(), definition.id)
-        project, is_new = await projects.create(definition, actor())
-        if is_new:
-            return created(_shown(project), location=f"/projects/{project.id}")
-        return success(_shown(project))
+        made = await projects.create(definition, actor(), idempotency=idempotency)
+        if made.is_new or made.is_replay:
+            headers = replay_headers(is_replay=made.is_replay)
+            location = f"/projects/{made.project.id}"
+            return created(_shown(made.project), location=location, headers=headers)
+        return success(_shown(made.project))
 
     @routes.get("/projects")
     async def list_projects() -> Response:

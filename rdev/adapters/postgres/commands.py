@@ -56,11 +56,11 @@ with bounded as materialized (
     returning made
 ), made as (
     insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
-                          request_id, argv, spec, expires_at, rank, last_seq)
+                          request_id, argv, spec, expires_at, rank, last_seq, trace)
     select %(id)s, p.id, %(kind)s, %(lane_class)s, 'queued', %(level)s, p.reach, %(retry)s,
            %(key_id)s, %(request_id)s, %(argv)s, %(spec)s,
            now() + make_interval(secs => %(expires_in_s)s),
-           extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1
+           extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1, %(trace)s
     from projects p
     where p.id = %(project)s
       and (%(idempotency_key)s::text is null or exists (select from kept))
@@ -294,6 +294,7 @@ def _insert_parameters(new: NewCommand) -> dict[str, object]:
         ),
         **_actor_parameters(new.actor),
         "spec": encode_spec(new.spec),
+        "trace": None if new.trace is None else new.trace.stored,
         "expires_in_s": new.expires_in_s,
         "position_max": POSITION_MAX,
         **key_parameters(new.idempotency, made=new.id),

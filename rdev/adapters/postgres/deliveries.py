@@ -26,6 +26,7 @@ from rdev.domain.deliveries import (
     Settled,
 )
 from rdev.domain.sending import Outcome
+from rdev.domain.traces import parse_stored
 from rdev.domain.webhooks import DisabledReason, WebhookId, webhook_id, webhook_uuid
 from rdev.ports.deliveries import SettleResult, TickResult
 
@@ -35,7 +36,7 @@ _INTERRUPTED = "the server that made the attempt ended; whether it arrived is un
 
 _CLAIM = """
 select id, lease_id, webhook_id, event_id, attempt, failures, is_ordered, is_trusted,
-       is_allowed, url, payload, secret, previous_secret
+       is_allowed, url, payload, secret, previous_secret, message_trace(payload)
 from claim_deliveries(%s, %s, %s, %s)
 """
 
@@ -370,6 +371,7 @@ def _to_owed(
     payload: str,
     secret: bytes,
     previous: bytes | None,
+    trace: str | None,
 ) -> Owed:
     return Owed(
         lease=DeliveryLease(delivery=id, id=lease_id),
@@ -383,6 +385,7 @@ def _to_owed(
         url=url,
         payload=payload.encode(),
         secrets=(bytes(secret),) if previous is None else (bytes(secret), bytes(previous)),
+        trace=parse_stored(trace),
     )
 
 

@@ -3,16 +3,20 @@
 from collections.abc import Collection
 
 import msgspec
+from psycopg import Rollback
 from psycopg.rows import DictRow, dict_row
 from psycopg.types.json import Jsonb
 
 from rdev.adapters.postgres.entries import ENTRY, entry_parameters
+from rdev.adapters.postgres.idempotency import find_made, keep, translate_key_in_use
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
 from rdev.domain.audit import Action, Actor
 from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
+from rdev.ports.projects import ProjectMade
 
 # Two racing requests with the same id: one inserts, the other finds its row.
 _INSERT = f"""
@@ -54,34 +58,53 @@ class PostgresProjects:
         self._pool = pool
 
     async def insert(
-        self, definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
-    ) -> tuple[Project, bool]:
+        self,
+        definition: ProjectDefinition,
+        actor: Actor,
+        *,
+        executor: str,
+        reach: str,
+        idempotency: Idempotency | None = None,
+    ) -> ProjectMade:
         """See `ProjectStore.insert`."""
-        stored = Jsonb(msgspec.to_builtins(definition))
-        with translate_errors():
-            async with self._pool.connection() as connection:
-                values = {
-                    "id": definition.id,
-                    "executor": executor,
-                    "reach": reach,
-                    "definition": stored,
-                    "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
-                }
-                values |= entry_parameters(
-                    actor,
-                    Action.PROJECT_CREATED,
-                    definition.id,
-                    project=definition.id,
-                    detail={"executor": executor, "image": definition.image},
-                )
-                made = (await connection.execute(_INSERT, values)).rowcount > 0
+        values = _insert_parameters(definition, actor, executor=executor, reach=reach)
+        with translate_key_in_use():
+            is_new = await self._insert(values, idempotency, made=definition.id)
+        # A key that was kept meanwhile stands for what its request made.
+        earlier = None if is_new or idempotency is None else await self.replay(idempotency)
+        if earlier is not None:
+            return earlier
         project = await self.get(definition.id)
         if project is None:
             raise RdevError(ErrorCode.CONFLICT, f"project {definition.id!r} is being deleted")
         if project.definition != definition:
             message = f"project {definition.id!r} exists with another definition"
             raise RdevError(ErrorCode.CONFLICT, message)
-        return project, made
+        return ProjectMade(project=project, is_new=is_new)
+
+    async def _insert(
+        self, values: dict[str, object], idempotency: Idempotency | None, *, made: str
+    ) -> bool:
+        """Whether it was made now. The key is kept where it was, and only there."""
+        is_new = False
+        with translate_errors():
+            async with self._pool.connection() as connection, connection.transaction() as whole:
+                if await keep(connection, idempotency, made=made):
+                    is_new = (await connection.execute(_INSERT, values)).rowcount > 0
+                if not is_new:
+                    raise Rollback(whole)
+        return is_new
+
+    async def replay(self, idempotency: Idempotency) -> ProjectMade | None:
+        """See `ProjectStore.replay`."""
+        made = await find_made(self._pool, idempotency)
+        if made is None:
+            return None
+        project = await self.get(ProjectId(made))
+        if project is None:
+            message = f"project {made!r}, which this request made, is no longer stored"
+            raise RdevError(ErrorCode.GONE, message)
+        return ProjectMade(project=project, is_new=False, is_replay=True)
 
     async def get(self, project: ProjectId) -> Project | None:
         """See `ProjectStore.get`."""
@@ -101,6 +124,25 @@ class PostgresProjects:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(statement, parameters)
                 return [_to_project(row) for row in await cursor.fetchall()]
+
+
+def _insert_parameters(
+    definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
+) -> dict[str, object]:
+    values = {
+        "id": definition.id,
+        "executor": executor,
+        "reach": reach,
+        "definition": Jsonb(msgspec.to_builtins(definition)),
+        "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
+    }
+    return values | entry_parameters(
+        actor,
+        Action.PROJECT_CREATED,
+        definition.id,
+        project=definition.id,
+        detail={"executor": executor, "image": definition.image},
+    )
 
 
 def _to_project(row: DictRow) -> Project:
