@@ -69,7 +69,7 @@ def open_server(state_dir: Path, *, program: str = "rdev", **settings: str) -> I
 
     Errors: RuntimeError with the end of the server's log when it does not start or stop.
     """
-    process, log, started = _start(state_dir, key := _new_key(), settings)
+    process, log, started = _start(program, state_dir, key := _new_key(), settings)
     try:
         yield _ready(process, state_dir, key, started)
     finally:
@@ -80,7 +80,7 @@ def open_server(state_dir: Path, *, program: str = "rdev", **settings: str) -> I
 def open_mortal_server(state_dir: Path, **settings: str) -> Iterator[Server]:
     """The same, but it ends by SIGKILL, whatever it is doing. Its database lives on for the next
     one of this state folder, which must be one of `open_server`."""
-    process, _, started = _start(state_dir, key := _new_key(), settings)
+    process, _, started = _start("rdev", state_dir, key := _new_key(), settings)
     try:
         yield _ready(process, state_dir, key, started)
     finally:
@@ -93,7 +93,7 @@ def _new_key() -> str:
 
 
 def _start(
-    state_dir: Path, key: str, settings: dict[str, str]
+    program: str, state_dir: Path, key: str, settings: dict[str, str]
 ) -> tuple[subprocess.Popen[bytes], Path, float]:
     """The process, its log, and when it was started."""
     (state_dir / "address").unlink(missing_ok=True)
