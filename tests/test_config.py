@@ -113,6 +113,7 @@ def test_what_is_disabled_has_no_endpoint() -> None:
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://me:secret@collector:4318"),
         ("OTEL_EXPORTER_OTLP_HEADERS", "Bearer-only"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "a=b%0D%0Ac"),
         ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc"),
         ("OTEL_EXPORTER_OTLP_TIMEOUT", "soon"),
         ("OTEL_TRACES_SAMPLER", "jaeger_remote"),
@@ -125,3 +126,10 @@ def test_what_rdev_cannot_do_of_it_is_told(name: str, value: str) -> None:
         load_settings({name: value})
     assert "secret" not in str(caught.value)
     assert "Bearer-only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["Projects", "a_b", "-a", "a" * 64])
+def test_a_namespace_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("RDEV_NAMESPACE", given)
+    with pytest.raises(SettingsError, match="RDEV_NAMESPACE: must be a namespace"):
+        load_settings({})

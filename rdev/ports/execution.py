@@ -30,8 +30,9 @@ class Executor(Protocol):
 
     @property
     def reach(self) -> str:
-        """The set of projects this executor can touch, e.g. `local:<machine>:<folder>`; two
-        servers with the same reach can take over each other's commands."""
+        """The set of projects this executor can touch, e.g. `local:<machine>:<folder>` or
+        `kubernetes:<cluster>/<namespace>`; two servers with the same reach can take over each
+        other's commands. Errors: SERVICE_UNAVAILABLE while it is not known."""
         ...
 
     @property

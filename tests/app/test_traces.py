@@ -121,7 +121,7 @@ async def test_one_trace_leads_from_the_post_over_a_killed_server_to_the_webhook
     assert over.parent_id == attempt.span_id
     assert claim.server != over.server
     assert attempt.facts["rdev.take_over"] is True
-    assert attempt.facts["rdev.status"] == "succeeded"
+    assert (attempt.facts["rdev.left"], attempt.facts["rdev.status"]) == ("ended", "succeeded")
     assert attempt.facts["process.exit.code"] == 0
     for name in ("attach", "finish"):
         assert {s.parent_id for s in spans if s.name == name} <= {attempt.span_id, claim.parent_id}
@@ -155,7 +155,8 @@ async def test_a_server_that_stops_tells_what_it_gave_back(
     holder, other = await who_runs(command, *pair)
     assert holder.end(SIGTERM) == 0
     found = [span for span in collector.trace(TRACE) if span.name == "process shell"]
-    assert [span.facts["error.type"] for span in found] == ["given_back"], "before it ended"
+    assert [span.facts["rdev.left"] for span in found] == ["given_back"], "before it ended"
+    assert not found[0].is_error
     (tmp_path / "gate").touch()
     async with open_api(other) as api:
         await api.ended(command)

@@ -22,6 +22,7 @@ from tests.fakes.pod_exec import PodExec
 
 Object = dict[str, Any]
 NAMESPACE = "rdev"
+NAMESPACE_UID = "5d1c7a52-0000-4000-8000-00000000cafe"
 KUBE_SYSTEM_UID = "0b5c1d1e-0000-4000-8000-00000000feed"
 _KINDS = {
     "pods": "Pod",
@@ -301,8 +302,8 @@ async def api_server(
 ) -> AsyncIterator[FakeApiServer]:
     """Serve one; `ping_s`: how often it pings the other side of an exec."""
     fake = FakeApiServer(execs=PodExec(env=env))
-    system = {"metadata": {"name": "kube-system", "uid": KUBE_SYSTEM_UID}}
-    fake.put("namespaces", system, namespace="")
+    for name, uid in ((NAMESPACE, NAMESPACE_UID), ("kube-system", KUBE_SYSTEM_UID)):
+        fake.put("namespaces", {"metadata": {"name": name, "uid": uid}}, namespace="")
     app = QuartTrio("fake")
     objects = "/api/v1/namespaces/<namespace>/<plural>"
     app.add_url_rule(objects, "all", partial(fake.handle, name=None), methods=["GET", "POST"])

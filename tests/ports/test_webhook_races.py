@@ -6,6 +6,8 @@ import pytest
 import trio
 import uuid_utils.compat
 
+from rdev.adapters.postgres.pool import open_pool
+from rdev.adapters.postgres.webhooks import PostgresWebhooks
 from rdev.domain.deliveries import DeadReason, DeliveryStatus, Settled, Verdict
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
@@ -15,11 +17,13 @@ from rdev.domain.webhooks import (
     DisabledReason,
     EventType,
     NewWebhook,
+    SigningKey,
     Webhook,
     WebhookChange,
     WebhookId,
     webhook_id,
 )
+from rdev.ports.webhooks import WebhookStore
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
@@ -160,6 +164,40 @@ async def test_there_are_so_many_endpoints_and_no_more(hooks: Hooks, pools: Pool
     assert not (await hooks.webhooks.insert(new_webhook(None), ACTOR)).is_replay
 
 
+async def test_however_many_are_made_at_once_there_are_never_too_many(
+    hooks: Hooks, pools: Pools
+) -> None:
+    """Of two servers, each with connections of its own; one place is left, then none."""
+    left = 3
+    async with pools.requests.connection() as connection:
+        await connection.execute(
+            "insert into webhook_lanes (webhook_id, cap) select gen_random_uuid(), 1"
+            " from generate_series(1, %s)",
+            (WEBHOOKS_MAX - left,),
+        )
+    ended: list[ErrorCode | None] = []
+
+    async def make(store: WebhookStore, number: int) -> None:
+        key = Idempotency(key_id=ADMIN_KEY_ID, key=f"{number}", digest=b"d" * 32)
+        try:
+            await store.insert(new_webhook(key if number % 2 else None), ACTOR)
+            ended.append(None)
+        except RdevError as error:
+            ended.append(error.code)
+
+    async with open_pool(pools.settings, wait_s=60.0) as others:
+        servers = [hooks.webhooks, PostgresWebhooks(pool=others)]
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                for number in range(24):
+                    nursery.start_soon(make, servers[number % 2], number)
+    assert ended.count(None) == left
+    assert ended.count(ErrorCode.TOO_MANY_REQUESTS) == 24 - left
+    async with pools.requests.connection() as connection:
+        row = await (await connection.execute("select count(*) from webhook_lanes")).fetchone()
+    assert row == (WEBHOOKS_MAX,)
+
+
 def new_webhook(key: Idempotency | None) -> NewWebhook:
     return NewWebhook(
         id=webhook_id(uuid_utils.compat.uuid7()),
@@ -170,6 +208,6 @@ def new_webhook(key: Idempotency | None) -> NewWebhook:
         is_ordered=False,
         is_enabled=True,
         owner=ADMIN_KEY_ID,
-        secret=b"sealed",
+        key=SigningKey(sealed=b"sealed"),
         idempotency=key,
     )

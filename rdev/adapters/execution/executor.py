@@ -40,20 +40,21 @@ class Place:
 class ScriptSettings:
     """How commands run in a place.
 
-    `base_env`: what every command's environment begins with; its PATH is also where the script
-    finds its tools. `shell`: the POSIX sh to use, found on that PATH. A journal longer than
-    `journal_max_bytes` ends its command.
+    `base_env`: what every command's environment begins with. `path`: where the script finds its
+    tools, and the PATH of commands that `base_env` gives none; None: as the place has it. `shell`:
+    the POSIX sh to use, found there. A journal longer than `journal_max_bytes` ends its command.
     """
 
     base_env: Mapping[str, str] = field(default_factory=dict)
+    path: str | None = DEFAULT_PATH
     shell: str = "sh"
     journal_max_bytes: int = 1 << 30
     patience: Patience = field(default_factory=Patience)
 
     @property
-    def path(self) -> str:
-        """The PATH inside the place."""
-        return self.base_env.get("PATH", DEFAULT_PATH)
+    def env(self) -> dict[str, str]:
+        """What is set for each command."""
+        return {**({} if self.path is None else {"PATH": self.path}), **self.base_env}
 
 
 class ScriptExecutor:
@@ -62,7 +63,7 @@ class ScriptExecutor:
     def __init__(
         self,
         *,
-        reach: str,
+        reach: Callable[[], str],
         transport: Transport,
         place: Callable[[ProjectId], Place],
         settings: ScriptSettings,
@@ -75,8 +76,8 @@ class ScriptExecutor:
 
     @property
     def reach(self) -> str:
-        """See `Executor.reach`."""
-        return self._reach
+        """See `Executor.reach`. Errors: SERVICE_UNAVAILABLE while it is not known."""
+        return self._reach()
 
     @property
     def standing_instance(self) -> str | None:
@@ -109,8 +110,7 @@ class ScriptExecutor:
     ) -> AsyncIterator[Attachment]:
         """See `Executor.attach`. Errors: BAD_REQUEST for a spec no process can be given."""
         place, settings = self._place(project), self._settings
-        env = {"PATH": settings.path, **settings.base_env}
-        become = script.become(spec, env, command_of(attempt)) if spec else b""
+        become = script.become(spec, settings.env, command_of(attempt)) if spec else b""
         rest = (
             *(int(spec is not None), len(spec.stdin) if spec else 0),
             *((spec.timeout_s, spec.grace_s) if spec else (0, 0)),

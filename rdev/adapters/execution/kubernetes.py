@@ -36,8 +36,6 @@ _EXECS_MAX: Final = 16
 _SLOT_S: Final = 10.0  # for one of them to become free
 _STDIN_BYTES: Final = 32_768  # of one message; servers take at least 64 KiB
 
-_PLACE: Final = Place(home="/workspace", commands="/run/rdev")
-
 
 class ExecSocket(Protocol):
     """The WebSocket of one exec. One task may send while another receives."""
@@ -190,23 +188,25 @@ class KubernetesExecutor(ScriptExecutor):
     def __init__(
         self,
         *,
-        cluster: str,
+        cluster: Callable[[], str],
         namespace: str,
         transport: KubernetesTransport,
         reason_of: ReasonOf,
         base_env: Mapping[str, str],
-        place: Callable[[ProjectId], Place] = lambda _: _PLACE,
+        place: Callable[[ProjectId], Place],
         shell: str = "sh",
         journal_max_bytes: int = 1 << 30,
         patience: Patience | None = None,
     ) -> None:
-        """`cluster` is the UID of its namespace `kube-system`, which no other cluster has."""
+        """`cluster` gives what no other cluster has; SERVICE_UNAVAILABLE while that is not known.
+        What `base_env` does not say, PATH included, is as the container has it."""
         super().__init__(
-            reach=f"kubernetes:{cluster}/{namespace}",
+            reach=lambda: f"kubernetes:{cluster()}/{namespace}",
             transport=transport,
             place=place,
             settings=ScriptSettings(
                 base_env=base_env,
+                path=base_env.get("PATH"),
                 shell=shell,
                 journal_max_bytes=journal_max_bytes,
                 patience=patience or Patience(),

@@ -43,7 +43,8 @@ class ApiServer:
 
 
 def read_config(kubeconfig: Path | None) -> SingleConfig:
-    """The current context of a kubeconfig; without a file, the pod's own service account.
+    """The current context of a kubeconfig; without a file the pod's own service account, else the
+    usual kubeconfig (`KUBECONFIG`, `~/.kube/config`).
 
     Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none.
     """
@@ -51,9 +52,9 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
         if kubeconfig is not None:
             found = KubeConfig.from_file(kubeconfig).get()
         else:
-            found = KubeConfig.from_service_account().get()
+            found = KubeConfig.from_env().get()
     except (ConfigError, OSError, KeyError, ValueError) as error:
-        where = "the service account" if kubeconfig is None else str(kubeconfig)
+        where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
     assert found is not None  # None only where a default was given
     return found

@@ -187,20 +187,30 @@ class OtlpExporter:
     async def _span_loop(self, client: httpx2.AsyncClient) -> None:
         while True:
             self._in_hand = await self._outbox.gather()
-            for tried in range(TRIES_MAX):
-                answer = await self._send_spans(client, self._in_hand)
-                if answer.again_in_s is None:
-                    break
-                await trio.sleep(max(answer.again_in_s, self._pause_s * 2**tried))
-            else:
+            try:
+                await self._deliver(client)
+            except Exception as error:  # noqa: BLE001  # telling must not end what is told of
                 self._dropped += len(self._in_hand)
+                _log.error("spans cannot be exported", exc_info=error)
             self._in_hand = []
+
+    async def _deliver(self, client: httpx2.AsyncClient) -> None:
+        """The batch in hand; dropped after `TRIES_MAX`."""
+        for tried in range(TRIES_MAX):
+            answer = await self._send_spans(client, self._in_hand)
+            if answer.again_in_s is None:
+                return
+            await trio.sleep(max(answer.again_in_s, self._pause_s * 2**tried))
+        self._dropped += len(self._in_hand)
 
     async def _metric_loop(self, client: httpx2.AsyncClient) -> None:
         """What is not taken is told with the next: everything is counted from the start."""
         while True:
             await trio.sleep(self._metrics_every_s)
-            await self._send_metrics(client)
+            try:
+                await self._send_metrics(client)
+            except Exception as error:  # noqa: BLE001  # telling must not end what is told of
+                _log.error("metrics cannot be exported", exc_info=error)
 
     async def _send_metrics(self, client: httpx2.AsyncClient) -> None:
         answer = await self._post(client, _METRICS, await self._metrics())

@@ -78,7 +78,7 @@ async def cluster(
                 return Place(home=str(root / project), commands=str(root / ".commands"))
 
             executor = KubernetesExecutor(
-                cluster="test",
+                cluster=lambda: "test",
                 namespace="rdev",
                 transport=transport,
                 reason_of=lambda _project, _are_gone: found[0].reason,

@@ -244,3 +244,24 @@ async def test_who_is_cancelled_does_not_wait_for_the_rest(collector: Collector)
 
     assert scope.cancelled_caught
     assert collector.spans == []
+
+
+async def test_a_defect_in_the_exporter_ends_nothing_but_its_batch(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(spans: object) -> None:
+        raise ValueError("cannot be encoded")
+
+    rig = Rig(collector.url, every_s=0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(otlp, "encode_spans", broken)
+        patch.setattr(rig.exporter, "_metrics", broken)
+        async with rig.exporter.running():
+            rig.tell(2)
+            await rig.until(lambda now: now.dropped == 2)
+            with trio.fail_after(DEADLINE_S):
+                while "metrics cannot be exported" not in caplog.text:
+                    await trio.sleep(0.01)
+            patch.undo()
+            rig.tell(1)
+            await rig.until(lambda now: now.exported == 1 and now.metrics > 0)
