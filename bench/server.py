@@ -124,7 +124,9 @@ def _ready(process: subprocess.Popen[bytes], state_dir: Path, key: str, started:
 
 def _environment(state_dir: Path, key: str) -> dict[str, str]:
     """This process's environment without any setting of rdev but ours."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RDEV_")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RDEV_", "OTEL_"))
+    }
     kept.pop("DB_HOST", None)
     return kept | {
         "RDEV_STATE_DIR": str(state_dir),
