@@ -212,3 +212,13 @@ async def test_the_oldest_that_is_owed_is_told_by_its_age(world: World) -> None:
     assert 3600 <= await world.queue.oldest_undelivered_s() < 3700
     await world.queue.settle([accepted(one), accepted(other)])
     assert await world.queue.oldest_undelivered_s() == 0
+
+
+async def test_nothing_is_owed_to_an_endpoint_that_is_disabled(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 2)
+    await world.age(3600)
+    await claim(world)
+    assert await world.queue.oldest_undelivered_s() >= 3600
+    await world.queue.disable(webhook, DisabledReason.GONE)
+    assert await world.queue.oldest_undelivered_s() == 0

@@ -186,11 +186,14 @@ with stopped as materialized (
 
 _COUNT_ENABLED = "select count(*) from webhooks where is_enabled"
 
-# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed.
+# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed. What an endpoint
+# that was disabled or deleted left behind waits for nobody.
 _OLDEST = """
 select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-    (select min(created_at) from deliveries where status = 'pending'),
-    (select min(created_at) from deliveries where status = 'sending')
+    (select min(created_at) from deliveries where status = 'pending'
+     and webhook_id in (select id from webhooks where is_enabled)),
+    (select min(created_at) from deliveries where status = 'sending'
+     and webhook_id in (select id from webhooks where is_enabled))
 ))), 0)::float8
 """
 
