@@ -1,8 +1,8 @@
 """`make test-contract`: 100,000 invented requests, or as many as fit in the minutes given.
 
 Each lane has a server of its own (what one deletes is not missed by another) and runs round after
-round, each with a seed of its own: one process of schemathesis invents hardly faster than one server
-answers. Goes on after a finding, so that one run shows all of them, and ends with a summary.
+round, each with a seed of its own: inventing a request takes ten times the server's work on it.
+Goes on after a finding, so that one run shows all of them, and ends with a summary.
 """
 
 import argparse

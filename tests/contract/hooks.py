@@ -1,7 +1,7 @@
 """What schemathesis is told beyond the document; loaded by its process (`SCHEMATHESIS_HOOKS`).
 
-Owns the tally of that process, and the ids that the server has given out: an invented id is nobody's,
-so that most of what asks for one would end at 404. Bounded by `IDS_MAX` of a kind.
+Owns the tally of that process, and the ids that the server has given out: an invented id is
+nobody's, so that most of what asks for one would end at 404. Bounded by `IDS_MAX` of a kind.
 """
 
 import atexit
@@ -35,25 +35,25 @@ def _real(value: object) -> object:
 
 
 @schemathesis.hook
-def map_path_parameters(context, path_parameters):  # noqa: ANN001, ANN201, ARG001
+def map_path_parameters(context, path_parameters):
     return path_parameters and {name: _real(value) for name, value in path_parameters.items()}
 
 
 @schemathesis.hook
-def map_body(context, body):  # noqa: ANN001, ANN201, ARG001
+def map_body(context, body):
     if not isinstance(body, dict):
         return body
     return {name: _real(value) for name, value in body.items()}
 
 
 @schemathesis.hook
-def filter_query(context, query):  # noqa: ANN001, ANN201, ARG001
+def filter_query(context, query):
     """An empty parameter counts as absent (docs/api/limits.md): it is no wrong one."""
     return all(value not in ("", {}, [], [""], None) for value in (query or {}).values())
 
 
 @schemathesis.hook
-def after_call(context, case, response) -> None:  # noqa: ANN001, ARG001
+def after_call(context, case, response) -> None:
     operation = f"{case.operation.method.upper()} {case.operation.path}"
     _tally.answers[operation, response.status_code] += 1
     for found in _ID.finditer(response.content[:_LOOKED_AT].decode("latin-1")):

@@ -61,4 +61,3 @@ class Tally:
             if operation in (None, name):
                 found[status] += count
         return "  ".join(f"{status}: {count:,}" for status, count in sorted(found.items()))
-
