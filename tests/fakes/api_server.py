@@ -58,6 +58,14 @@ class Fault:
 
 
 @dataclass
+class Tls:
+    """Files: who signs, and a certificate with its key."""
+
+    authority: str
+    certificate: str
+
+
+@dataclass
 class FakeApiServer:
     """One namespace's worth of API server on 127.0.0.1:`port`; use within `api_server`."""
 
@@ -72,6 +80,7 @@ class FakeApiServer:
     watches_open: int = 0
     lingers: bool = False  # what is deleted stays, marked, until `finish`
     port: int = 0
+    authority: str | None = None  # a file, where it speaks TLS
     version: int = 100
     _oldest: int = 0  # watches from before this version are told 410
     _objects: dict[tuple[str, str, str], Object] = field(default_factory=dict)
@@ -80,11 +89,16 @@ class FakeApiServer:
 
     def kubeconfig(self, port: int | None = None) -> Object:
         """For KubeConfig.from_dict; `port` is a proxy's."""
-        server = f"http://127.0.0.1:{port or self.port}"
+        cluster: Object = {"server": f"http://127.0.0.1:{port or self.port}"}
+        if self.authority is not None:
+            cluster = {
+                "server": f"https://127.0.0.1:{port or self.port}",
+                "certificate-authority": self.authority,
+            }
         return {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "clusters": [{"name": "c", "cluster": cluster}],
             "users": [{"name": "u", "user": {"token": self.token}}],
             "contexts": [
                 {"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}
@@ -341,10 +355,10 @@ def _matches(body: Object, selector: str) -> bool:
 
 @asynccontextmanager
 async def api_server(
-    env: dict[str, str], *, ping_s: float | None = None
+    env: dict[str, str], *, ping_s: float | None = None, tls: Tls | None = None
 ) -> AsyncIterator[FakeApiServer]:
     """Serve one; `ping_s`: how often it pings the other side of an exec."""
-    fake = FakeApiServer(execs=PodExec(env=env))
+    fake = FakeApiServer(execs=PodExec(env=env), authority=tls and tls.authority)
     for name, uid in ((NAMESPACE, NAMESPACE_UID), ("kube-system", KUBE_SYSTEM_UID)):
         fake.put("namespaces", {"metadata": {"name": name, "uid": uid}}, namespace="")
     app = QuartTrio("fake")
@@ -361,6 +375,8 @@ async def api_server(
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = None
+    if tls is not None:
+        config.certfile = config.keyfile = tls.certificate
     config.websocket_ping_interval = ping_s
     config.graceful_timeout = 0
     try:

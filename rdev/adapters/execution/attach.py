@@ -23,7 +23,9 @@ _READ_BYTES: Final = 65_536
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_MOST_S: Final = 2.0
 
-_BROKEN: Final = (TransportError, ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
+_TOLD_MOST_S: Final = 5.0  # of a pause that the place asks for
+
+_BROKEN: Final = (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,10 +123,12 @@ class ScriptAttachment:
         """One exec after the other until the end is delivered."""
         pause_s, failures = _BACKOFF_FIRST_S, _Failures(since_s=trio.current_time())
         while True:
-            before = self._signs
+            before, told_s = self._signs, 0.0
             try:
                 if await self._observe_once():
                     return
+            except TransportError as error:
+                told_s = min(error.retry_after_s, _TOLD_MOST_S)
             except _BROKEN:
                 pass  # the end of an exec says nothing about the command: ask again
             finally:
@@ -135,7 +139,7 @@ class ScriptAttachment:
                 reason = LostReason.UNREACHABLE
                 await self._send.send(Lost(reason=reason, may_still_run=True, tries=failures.tries))
                 return
-            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            await trio.sleep(told_s + pause_s * random.uniform(0.5, 1))
             pause_s = min(pause_s * 2, _BACKOFF_MOST_S)
             self._again()
 

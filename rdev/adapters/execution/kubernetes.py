@@ -205,7 +205,9 @@ class KubernetesTransport:
                     socket = await stack.enter_async_context(self._open(project, argv))
                 except RdevError as error:
                     self.failed += 1
-                    raise TransportError(error.message) from error
+                    raise TransportError(
+                        error.message, retry_after_s=error.retry_after_s or 0.0
+                    ) from error
                 self.opened += 1
                 self.open_now += 1
                 stack.callback(self._closed)

@@ -12,7 +12,13 @@ from rdev.domain.ids import ProjectId
 
 
 class TransportError(Exception):
-    """The place cannot be reached now: nothing was learned about the command."""
+    """The place cannot be reached now: nothing was learned about the command. `retry_after_s`: when
+    it had better be tried again, where that was told."""
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        """`message` is fit for logs."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NeverRanError(trio.BrokenResourceError):

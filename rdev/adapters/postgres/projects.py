@@ -34,7 +34,9 @@ from made, jsonb_each_text(%(caps)s) as cap
 
 # The counts are taken over the partial indexes of queued and running commands.
 SELECT_PROJECTS = """
-select p.*, extract(epoch from now() - p.wanted_at)::float8 as wanted_s,
+select p.id, p.executor, p.reach, p.status, p.definition, p.created_at, p.uid, p.wanted,
+       p.wanted_at, p.forced, p.settled, p.adopted, p.trouble,
+       extract(epoch from now() - p.wanted_at)::float8 as wanted_s,
        (select count(*) from commands c where c.project = p.id and c.status = 'queued') as queued,
        (select count(*) from commands c where c.project = p.id and c.status = 'running') as running
 from projects p

@@ -231,6 +231,27 @@ async def test_a_refused_exec_says_why_and_is_asked_for_again(pods: Cluster, sta
     assert (seen.out, fault.times) == (b"done\n", 0)
 
 
+async def test_an_api_server_that_says_when_is_not_asked_before(pods: Cluster) -> None:
+    instance = await pods.executor.instance(PROJECT)
+    wait = Fault(429, method="EXEC", path_end="/exec", retry_after_s=1)
+    pods.api.faults.append(wait)
+    asked: list[float] = []
+    async with trio.open_nursery() as nursery:
+
+        async def note() -> None:
+            known = sum(path.endswith("/exec") for _, path in pods.api.requests)
+            while len(asked) < 2:
+                now = sum(path.endswith("/exec") for _, path in pods.api.requests)
+                asked.extend([trio.current_time()] * (now - known))
+                known = now
+                await trio.sleep(0.005)
+
+        nursery.start_soon(note)
+        seen = await observe(pods.executor, new_command(), sh("echo done"), instance=instance)
+    assert (seen.out, wait.times) == (b"done\n", 0)
+    assert asked[1] - asked[0] > 0.9
+
+
 async def test_a_proxys_page_instead_of_an_exec_is_an_error(pods: Cluster) -> None:
     page = Fault(502, method="EXEC", path_end="/exec", body="<html>Bad Gateway</html>")
     pods.api.faults.append(page)
