@@ -83,7 +83,7 @@ async def test_what_was_made_is_seen(town: Town) -> None:
     assert seen is not None
     assert (seen.is_current, seen.status) == (True, None)
     await town.places.start(project(image="debian"))
-    await town.heard()
+    await until(lambda: town.watch.starting() == [], "the watch heard that it runs")
     seen = town.places.seen(ProjectId("demo"))
     assert seen is not None
     assert (seen.status, seen.pod, seen.image) == (ProjectStatus.READY, NAME, "debian")
