@@ -138,7 +138,7 @@ class BreakerTelemetry(Protocol):
 
     def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
         """A breaker is in another state. `breaker` comes from a closed set in the code: `database`,
-        `exec` (those of all projects)."""
+        `kubernetes` (the API server), `exec` (those of all projects)."""
         ...
 
 
