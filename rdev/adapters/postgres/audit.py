@@ -100,7 +100,7 @@ where s.seq > %(after)s and s.seq <= %(last)s
 # began anew in between, in another cluster) everything below the last one, whatever its number. A
 # last one that another cluster has numbered bounds nothing: the sealer looks below it by itself.
 _STRETCH = """
-select case when %(first)s = (select min(seq) from audit_seals)
+select case when %(first)s <= (select min(seq) + 1 from audit_seals)
                  or (f.xid, f.id) > (l.xid, l.id) then '0' else f.xid::text end,
        f.id, l.xid::text, l.id, l.xid < pg_snapshot_xmax(pg_current_snapshot())
 from audit_seals fs
