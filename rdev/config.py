@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -186,7 +186,9 @@ def _pairs(text: str) -> str:
 
 
 def _secret_pairs(value: SecretStr) -> SecretStr:
-    _pairs(value.get_secret_value())
+    text = unquote(_pairs(value.get_secret_value()))
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("must be printable ASCII")
     return value
 
 

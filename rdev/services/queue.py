@@ -301,23 +301,24 @@ class CommandQueue:
         started_at_s = trio.current_time()
         _work_for(running.span)
         # What is not known better: the server stops, and somebody goes on.
-        fault: str | None = "given_back"
+        left, fault = "given_back", None
         try:
             with running.scope:
                 finished = await running.attempt.run()
                 self._tell(claimed, finished.outcome, trio.current_time() - started_at_s)
-                fault = _tell_end(running.span, finished.outcome)
+                left, fault = "ended", _tell_end(running.span, finished.outcome)
             if running.scope.cancelled_caught:
                 self._stale += 1
-                fault = "lease_lost"
+                left = fault = "lease_lost"
         except* LeaseLostError:
             self._stale += 1
-            fault = "lease_lost"
+            left = fault = "lease_lost"
             _log.info("lease lost", extra={"command_id": claimed.lease.command})
         except* RdevError as group:
-            fault = "set_aside"
+            left = fault = "set_aside"
             self._set_aside(claimed.lease, group)
         finally:
+            running.span.tell(left=left)
             running.span.end(fault)
             del self._running[claimed.lease]
             self._telemetry.command_left(claimed.project, claimed.kind)

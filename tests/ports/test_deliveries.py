@@ -1,6 +1,7 @@
 """Deliveries on PostgreSQL: what is owed, claims, fences, order, and what stops an endpoint."""
 
 import json
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -17,9 +18,10 @@ from rdev.domain.deliveries import (
     Verdict,
     delivery_id,
 )
+from rdev.domain.traces import TraceContext
 from rdev.domain.webhooks import DisabledReason, EventType, WebhookChange
 from tests.fakes.store import ACTOR
-from tests.ports.conftest import Pools
+from tests.ports.conftest import Pools, postgres_world
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
 
 
@@ -431,6 +433,28 @@ async def test_old_deliveries_go_with_their_attempts_and_messages(
         assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 2
     assert await counted(pools) == (0, 0, 0)
     assert await hooks.deliveries(webhook) == []
+
+
+async def test_a_delivery_has_the_trace_of_the_command_it_tells_of(
+    hooks: Hooks, pools: Pools
+) -> None:
+    world = postgres_world(pools)
+    await world.project()
+    webhook = await hooks.endpoint(is_ordered=True)
+    trace = TraceContext(trace_id="4b" * 16, span_id="ab" * 8, is_sampled=True, state="a=1")
+    traced, silent = replace(world.new(), trace=trace), world.new()
+    for new in (traced, silent):
+        await world.commands.insert(new)
+    # One that is no longer stored, and a message of no command.
+    await hooks.happen("command.lost")
+    await hooks.log.ping(webhook, {}, ACTOR, idempotency=None)
+
+    found = []
+    for _ in range(4):
+        (owed,) = await hooks.claim()
+        found.append(owed.trace)
+        await hooks.queue.settle([accepted(owed)])
+    assert found == [trace, None, None, None]
 
 
 async def test_what_is_still_to_be_sent_is_never_put_away_and_can_be_sent(
