@@ -50,6 +50,7 @@ from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.postgres.vitals import PostgresVitals
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
@@ -64,11 +65,13 @@ from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.database_meter import DatabaseMeter
 from rdev.services.depths import QueueGate
 from rdev.services.feed import Feed
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.loop_meter import LoopMeter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -246,7 +249,9 @@ def build_server(
         refusal=app.unreadable,
         tls=_tls(settings),
     )
+    database_meter = DatabaseMeter(database=PostgresVitals(pool=pools.requests))
     parts = {
+        "database": database_meter.statistics,
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
@@ -282,6 +287,8 @@ def build_server(
             hooks.dispatcher,
             queue,
             QueueMeter(gate=gate, telemetry=telemetry),
+            LoopMeter(telemetry=telemetry),
+            database_meter,
             http,
         ),
         readiness=readiness,

@@ -72,8 +72,8 @@ class DeliveryQueue(Protocol):
         ...
 
     async def oldest_undelivered_s(self) -> float:
-        """How long ago the oldest message that is still owed was; 0 where none is. Its cost is in
-        what is owed."""
+        """How long ago the oldest message was that is still owed to an endpoint that is enabled; 0
+        where none is. Its cost is in what is owed."""
         ...
 
     async def bury_overflow(self, *, pending_max: int) -> int:

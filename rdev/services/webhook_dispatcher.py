@@ -35,7 +35,7 @@ from rdev.domain.deliveries import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
-from rdev.domain.signing import sign
+from rdev.domain.signing import Signer, sign
 from rdev.domain.webhook_targets import parse_target
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
@@ -293,7 +293,7 @@ class WebhookDispatcher:
     async def _send(self, owed: Owed) -> Outcome:
         try:
             target = parse_target(owed.url)
-            signers = [self._box.open(one, of=owed.webhook) for one in owed.secrets]
+            signers = self._signers(owed)
         except RdevError as error:
             # Another server's secret, or a URL that a newer version took: nothing is sent.
             facts = {"webhook_id": owed.webhook, "error": str(error)}
@@ -303,6 +303,19 @@ class WebhookDispatcher:
         return await self._follow(
             owed, OutgoingRequest(target=target, headers=headers, body=owed.payload)
         )
+
+    def _signers(self, owed: Owed) -> list[Signer]:
+        """The newest first. Errors: those of `SecretBox.open` for the newest; one in its grace that
+        does not open signs no more, since a rotation is what mends that."""
+        newest, *before = owed.secrets
+        signers = [self._box.open(newest, of=owed.webhook)]
+        for one in before:
+            try:
+                signers.append(self._box.open(one, of=owed.webhook))
+            except RdevError as error:
+                facts = {"webhook_id": owed.webhook, "error": str(error)}
+                _log.warning("the webhook's key before does not open", extra=facts)
+        return signers
 
     async def _follow(self, owed: Owed, request: OutgoingRequest) -> Outcome:
         """Send it as a part of its command's trace. The receiver is told where it stands there, and

@@ -103,7 +103,8 @@ class Webhooks:
         """Make an endpoint; a secret of scheme v1 is in the answer and nowhere else.
 
         Errors: BAD_REQUEST for a URL that may not be sent to, as far as it alone tells; FORBIDDEN
-        for projects that `by` does not see; those of `WebhookStore.insert`.
+        for projects that `by` does not see; NOT_FOUND in a replay where it is not `by`'s to see any
+        more; those of `WebhookStore.insert`.
         """
         assert request.url is not None
         assert request.events is not None
@@ -124,6 +125,8 @@ class Webhooks:
         with commit_shield():
             made = await self._store.insert(new, actor)
             self._changed()
+        if not is_visible(by.grant, made.webhook.project_ids):
+            raise _unknown("webhook", made.webhook.id)
         return _shown(made, fresh)
 
     async def get(self, by: Principal, webhook: str) -> Webhook:

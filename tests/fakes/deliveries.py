@@ -199,7 +199,8 @@ class FakeDeliveries:
         waits_s = [
             now_s - row.created_s
             for row in self.rows.values()
-            if row.status in ("pending", "sending")
+            if row.status == "sending"
+            or (row.status == "pending" and self.endpoints[row.webhook].is_open)
         ]
         return max(waits_s, default=0.0)
 

@@ -232,3 +232,12 @@ async def test_the_oldest_that_is_owed_is_told_by_its_age(world: World) -> None:
     assert 3600 <= await world.queue.oldest_undelivered_s() < 3700
     await world.queue.settle([accepted(one), accepted(other)])
     assert await world.queue.oldest_undelivered_s() == 0
+
+
+async def test_what_waits_for_an_endpoint_that_is_disabled_is_nobodys_lag(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 1)
+    await world.age(3600)
+    assert await world.queue.oldest_undelivered_s() >= 3600
+    await world.queue.disable(webhook, DisabledReason.FAILING)
+    assert await world.queue.oldest_undelivered_s() < 3600

@@ -17,6 +17,7 @@ from rdev.domain.webhooks import (
     DisabledReason,
     EventType,
     NewWebhook,
+    SecretRotation,
     SigningKey,
     Webhook,
     WebhookChange,
@@ -27,6 +28,7 @@ from rdev.ports.webhooks import WebhookStore
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
+from tests.ports.test_migrations_with_data import back_and_forth
 
 ROUNDS = 30
 
@@ -211,3 +213,35 @@ def new_webhook(key: Idempotency | None) -> NewWebhook:
         key=SigningKey(sealed=b"sealed"),
         idempotency=key,
     )
+
+
+async def test_a_build_without_v1a_stops_such_endpoints_and_keeps_what_they_are_owed(
+    hooks: Hooks, pools: Pools
+) -> None:
+    """Back and forth over 0015: one of v1a, one in whose grace v1a signs, and one that has none."""
+    pair = SigningKey(sealed=b"pair", public_key="whpk_1")
+    of_pair, turned, plain = [
+        await hooks.endpoint(projects=frozenset({project}), public_key=public_key)
+        for project, public_key in (("a", "whpk_0"), ("b", "whpk_0"), ("c", None))
+    ]
+    for webhook, key in ((turned, SigningKey(sealed=b"secret")), (plain, SigningKey(sealed=b"s"))):
+        rotation = SecretRotation(webhook=webhook, key=key, grace_s=1_000)
+        await hooks.webhooks.rotate(rotation, ACTOR)
+    for project in "abc":
+        await hooks.happen("command.queued", project=project)
+    await back_and_forth(pools, "0015")
+
+    # (Connections of the pool have prepared what the tables were.)
+    async with open_pool(pools.settings, wait_s=60.0) as pool:
+        after = postgres_hooks(pool)
+        claimed = {owed.webhook: owed.secrets for owed in await after.claim()}
+        assert claimed == {turned: (b"secret",), plain: (b"s", b"sealed")}
+        stopped = await stored(after, of_pair)
+        assert not stopped.is_enabled
+        assert len(await after.waiting(of_pair)) == 1
+        rotation = SecretRotation(webhook=of_pair, key=pair, grace_s=0)
+        await after.webhooks.rotate(rotation, ACTOR)
+        seen = await stored(after, of_pair)
+        await after.webhooks.change(of_pair, replace(change_of(seen), is_enabled=True), ACTOR)
+        (owed,) = await after.claim()
+        assert (owed.webhook, owed.secrets) == (of_pair, (b"pair",))

@@ -468,6 +468,20 @@ async def test_a_secret_that_cannot_be_opened_fails_the_delivery_and_nothing_els
     assert len(stage.sent) == 1
 
 
+async def test_a_key_in_its_grace_that_cannot_be_opened_keeps_nothing_back(
+    nursery: trio.Nursery,
+) -> None:
+    """After another RDEV_SECRET_FILE a rotation mends the endpoint at once, not in a day."""
+    stage = Stage()
+    webhook = stage.endpoint()
+    stage.queue.endpoints[webhook].previous_secret = b""
+    (row,) = stage.queue.owe(webhook)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: row.status == "delivered")
+    ((_, request),) = stage.sent
+    assert request.headers["webhook-signature"].count("v1,") == 1
+
+
 async def test_the_database_going_away_loses_no_outcome(nursery: trio.Nursery) -> None:
     stage = Stage()
     away = [3]

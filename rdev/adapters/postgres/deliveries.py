@@ -189,10 +189,13 @@ with stopped as materialized (
 
 _COUNT_ENABLED = "select count(*) from webhooks where is_enabled"
 
-# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed.
+# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed. What waits for
+# an endpoint to be enabled is nobody's lag; what is left of one that was deleted is owed no more.
 _OLDEST = """
 select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-    (select min(created_at) from deliveries where status = 'pending'),
+    (select min(created_at) from deliveries
+     where status = 'pending'
+       and webhook_id in (select webhook_id from webhook_lanes where is_open)),
     (select min(created_at) from deliveries where status = 'sending')
 ))), 0)::float8
 """
