@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 PARTS = frozenset(
     {
         "__main__", "client", "fanout_server", "harness", "line_writer", "lines_server",
-        "peers", "server", "sse_load",
+        "otlp_sink", "peers", "server", "silent_server", "sse_load",
     }
 )  # fmt: skip
 

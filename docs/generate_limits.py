@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rdev.adapters.http.describe import Description, Parameter
 from rdev.adapters.http.openapi import DESCRIBED
-from rdev.domain.rules import Rule, RuleKind, rules_of
+from rdev.domain.rules import Characters, Rule, RuleKind, rules_of
 
 PAGE = Path(__file__).parent / "api" / "limits.md"
 
@@ -22,7 +22,11 @@ A body is JSON in UTF-8, at most 1 MiB (`PAYLOAD_TOO_LARGE`, 413), declared as `
 (`UNSUPPORTED_MEDIA_TYPE`, 415), an object without unknown fields and without a name that stands
 twice. Whatever is wrong with its fields is `BAD_REQUEST`, 400, all of it together, each fault with
 the JSON pointer (RFC 6901) of what it is about. Sizes are bytes of UTF-8. An optional field may be
-absent or null. No text but `stdin` may hold NUL, none a lone surrogate.
+absent or null.
+
+A text has no control character: none of C0, DEL and C1 (so it is one line), no line separator and
+none that turns the direction of writing (U+061C, U+200E–U+200F, U+2028–U+202E, U+2066–U+2069).
+"no NUL": any character but that; "any character": that too. A lone surrogate is none.
 
 A parameter that is wrong is `BAD_REQUEST` and named in the message; a path with an id of a wrong
 form is `NOT_FOUND`, as for an id that does not exist. The head of a request has at most 16 KiB
@@ -32,6 +36,8 @@ Ids of projects are DNS-1123 labels, so that they can be names in Kubernetes. `c
 text: it cannot climb out of the project with `..` or begin at the root. A symbolic link inside the
 project is followed wherever it points, as the command itself could.
 """
+
+_WIDE = {Characters.NO_NUL: "no NUL", Characters.ANY: "any character"}
 
 
 def page() -> str:
@@ -76,6 +82,8 @@ def _bounds(rule: Rule) -> Iterator[str]:
     elif rule.max_bytes is not None:
         least = "1–" if rule.kind is RuleKind.TEXT else "at most "
         yield f"{item}{least}{rule.max_bytes:,} bytes"
+        if rule.kind is not RuleKind.ENTRIES and rule.characters in _WIDE:
+            yield f"{item}{_WIDE[rule.characters]}"
     if rule.least is not None and rule.most is not None:
         yield f"{rule.least:,}–{rule.most:,}"
     if rule.pattern is not None:

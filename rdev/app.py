@@ -21,6 +21,7 @@ from rdev.adapters.postgres.pool import open_dedicated, open_pool
 from rdev.adapters.postgres.roles import as_server
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
+from rdev.execution_wiring import open_execution
 from rdev.identity import Identity
 from rdev.services.breaker import CircuitBreaker
 from rdev.services.subsystems import run_subsystems
@@ -101,7 +102,8 @@ async def _serve_until_stopped(
             ),
         )
         _watch_pools(telemetry, pools)
-        server = build_server(settings, identity, pools, telemetry, tracing)
+        execution = await stack.enter_async_context(open_execution(settings, identity, telemetry))
+        server = build_server(settings, identity, pools, execution, telemetry, tracing)
         stack.callback(server.close)
 
         async def drain() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -39,6 +39,9 @@ LogLevel = Literal["debug", "info", "warn", "error"]
 ADMIN_KEY_CHARACTERS_MIN = 32
 # Variables of clients, tests and commands, which are no settings of the server.
 _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
+# RFC 1123.
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+_LABEL_CHARACTERS = 63
 _ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
 
 
@@ -101,6 +104,12 @@ def _words(text: str) -> str:
         raise ValueError(f"cannot be split as a shell would: {error}") from error
     if not words:
         raise ValueError("must name a program")
+    return text
+
+
+def _namespace(text: str) -> str:
+    if len(text) > _LABEL_CHARACTERS or _LABEL.fullmatch(text) is None:
+        raise ValueError("must be a namespace: lower-case letters, digits and hyphens, at most 63")
     return text
 
 
@@ -177,7 +186,9 @@ def _pairs(text: str) -> str:
 
 
 def _secret_pairs(value: SecretStr) -> SecretStr:
-    _pairs(value.get_secret_value())
+    text = unquote(_pairs(value.get_secret_value()))
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("must be printable ASCII")
     return value
 
 
@@ -198,7 +209,9 @@ class Settings(BaseSettings):
     admin_key: Annotated[SecretStr, AfterValidator(_secret)] | None = None
     admin_key_file: Annotated[Path, AfterValidator(_key_file)] | None = None
     secret_file: Annotated[Path, AfterValidator(_secret_file)] | None = None
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "kubernetes"] = "local"
+    kubeconfig: Path | None = None
+    namespace: Annotated[str, AfterValidator(_namespace)] | None = None
     projects_dir: Path | None = None
     claude_command: Annotated[str, AfterValidator(_words)] = "claude"
     lease_s: float = Field(default=30, ge=1, le=600)

@@ -12,7 +12,7 @@ from rdev import __version__
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.identity import Identity
-from rdev.ports.tracing import Tracing, Untraced
+from rdev.ports.tracing import ExportStatistics, Tracing, Untraced
 
 
 @asynccontextmanager
@@ -22,6 +22,7 @@ async def open_tracing(
     """Traces and metrics go to the collector for as long as the block lasts. Leaving it takes
     two seconds more at most, for what is left. Cancellation: what is left is dropped."""
     if settings.otlp_endpoint is None:
+        telemetry.watch("otlp", ExportStatistics)
         yield Untraced()
         return
     # Here: it costs 70 ms and 8 MiB, which nobody pays who does not export.

@@ -1,6 +1,5 @@
 """What webhooks are made of; a part of `wiring.py`. It opens and starts nothing."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,6 +91,5 @@ def build_webhooks(settings: Settings, identity: Identity, needs: WebhookNeeds) 
         rules=settings.webhook_rules,
         changed=changed,
         new_uuid=uuid_utils.compat.uuid7,
-        random_bytes=os.urandom,
     )
     return WebhookParts(dispatcher=dispatcher, sender=sender, webhooks=webhooks)

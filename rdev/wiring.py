@@ -59,7 +59,7 @@ from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
-from rdev.execution_wiring import build_executor
+from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
 from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
@@ -71,6 +71,7 @@ from rdev.services.feed import Feed
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.loop_meter import LoopMeter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -112,6 +113,7 @@ def build_server(
     settings: Settings,
     identity: Identity,
     pools: Pools,
+    execution: ExecutionParts,
     telemetry: PrometheusTelemetry,
     tracing: Tracing,
 ) -> Server:
@@ -122,7 +124,7 @@ def build_server(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = build_executor(settings, identity, telemetry)
+    executor = execution.executor
     hooks = build_webhooks(
         settings,
         identity,
@@ -153,6 +155,7 @@ def build_server(
         running_max=settings.running_max,
         left_alone=executor.left_alone,
         tracing=tracing,
+        is_reachable=execution.is_reachable,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -200,7 +203,13 @@ def build_server(
     )
 
     checks = DatabaseChecks(pool=pools.requests)
-    readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
+    readiness = Readiness(
+        checks={
+            "database": checks.database,
+            "migrations": checks.migrations,
+            **execution.checks,
+        }
+    )
     app = build_app(
         routes=[
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
@@ -256,6 +265,8 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        "http": app.admission.statistics,
+        **execution.statistics,
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
@@ -266,6 +277,7 @@ def build_server(
         subsystems=(
             notifier,
             listener,
+            *execution.subsystems,
             door.key_watch,
             housekeeper,
             door.audit_keeper,
@@ -275,6 +287,7 @@ def build_server(
             hooks.dispatcher,
             queue,
             QueueMeter(gate=gate, telemetry=telemetry),
+            LoopMeter(telemetry=telemetry),
             database_meter,
             http,
         ),

@@ -8,6 +8,7 @@ secret: not an environment, not a body, not the path of a receiver's URL.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
@@ -71,6 +72,18 @@ class Tracing(Protocol):
     def delivery(self, owed: Owed, target: Target) -> Span:
         """An attempt to deliver begins."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportStatistics:
+    """`waiting` spans now; since the start: spans `exported` and `dropped` (too many waited, or the
+    collector did not take them), requests that `failed`, exports of `metrics`."""
+
+    waiting: int = 0
+    exported: int = 0
+    dropped: int = 0
+    failed: int = 0
+    metrics: int = 0
 
 
 @contextmanager

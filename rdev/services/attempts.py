@@ -25,7 +25,16 @@ from rdev.domain.commands import (
     may_run_again,
 )
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Piece, Spec, Stream
+from rdev.domain.execution import (
+    Exit,
+    KillReport,
+    Lost,
+    LostReason,
+    Piece,
+    Spec,
+    Stream,
+    UnfitProjectError,
+)
 from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
 from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines, status_line
@@ -125,7 +134,10 @@ class Attempt:
         output. The lease then runs out, and somebody tries again.
         Cancellation: at any point; the command goes on, and what was committed stays.
         """
-        instance = await self._instance()
+        try:
+            instance = await self._instance()
+        except UnfitProjectError as error:
+            return await self._refuse(error)
         await self._replay()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -137,6 +149,15 @@ class Attempt:
                 # Who cancels from here on comes too late, also where it failed.
                 self._nursery = None
             nursery.cancel_scope.cancel()
+        return Finished(claimed=self.claimed, outcome=outcome)
+
+    async def _refuse(self, error: UnfitProjectError) -> Finished:
+        """End a command of a project in which nothing can run: it was never started."""
+        outcome = Outcome(status=Status.FAILED, reason=f"project_unfit: {error.lacks}")
+        if self._cancel_asked:
+            outcome = Outcome(status=Status.CANCELLED, reason="cancelled")
+        self._hand_in(outcome)
+        await self._writer.finished()
         return Finished(claimed=self.claimed, outcome=outcome)
 
     async def _instance(self) -> str:
@@ -293,6 +314,11 @@ class Attempt:
             agent=report,
             kill=self._kill,
         )
+        self._hand_in(outcome)
+        return outcome
+
+    def _hand_in(self, outcome: Outcome) -> None:
+        """The outcome with its last events, to be stored."""
         payload = final_lines(
             outcome,
             attempt=self.claimed.attempt,
@@ -302,7 +328,6 @@ class Attempt:
         )
         last = NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
         self._writer.finish(outcome, last)
-        return outcome
 
     def _may_run_again(self, end: Lost) -> bool:
         """An agent that has said its result has finished, whatever became of its process."""

@@ -88,11 +88,13 @@ class CommandQueue:
         running_max: int,
         left_alone: Callable[[], Collection[ProjectId]] = tuple,
         tracing: Tracing | None = None,
+        is_reachable: Callable[[], bool] = lambda: True,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
         back at once. `announce` says that a stream has events which no appender published (a
         claim, an expiry), `wake_replicas` that other servers may find something to claim; neither
-        waits. `left_alone` names the projects that the next claim or take-over passes by."""
+        waits. `left_alone` names the projects that the next claim or take-over passes by;
+        while not `is_reachable`, all of them are."""
         self._lanes = lanes
         self._leases = leases
         self._executor = executor
@@ -107,6 +109,7 @@ class CommandQueue:
         self._running_max = running_max
         self._left_alone = left_alone
         self._tracing = tracing or Untraced()
+        self._is_reachable = is_reachable
         # What a take-over passed by: for the claim that follows it, so that a project's turn to be
         # tried is one turn for both.
         self._passed_by: Collection[ProjectId] | None = None
@@ -188,7 +191,7 @@ class CommandQueue:
         self._unmet_cancels.clear()
         passed_by, self._passed_by = self._passed_by, None
         limit = min(self._running_max - len(self._running), self._claim_max)
-        if limit <= 0 or self._stop.is_set():
+        if limit <= 0 or self._stop.is_set() or not self._is_reachable():
             await self._touch()
             return 0
         began_s = trio.current_time()
@@ -217,6 +220,8 @@ class CommandQueue:
         with commit_shield():
             for command in await self._lanes.expire(holder=self._holder, limit=EXPIRE_MAX):
                 self._announce(command)
+        if not self._is_reachable():
+            return
         await self._lanes.repair(reach=self._executor.reach)
         permits = self._running_max - len(self._running)
         if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
@@ -296,23 +301,24 @@ class CommandQueue:
         started_at_s = trio.current_time()
         _work_for(running.span)
         # What is not known better: the server stops, and somebody goes on.
-        fault: str | None = "given_back"
+        left, fault = "given_back", None
         try:
             with running.scope:
                 finished = await running.attempt.run()
                 self._tell(claimed, finished.outcome, trio.current_time() - started_at_s)
-                fault = _tell_end(running.span, finished.outcome)
+                left, fault = "ended", _tell_end(running.span, finished.outcome)
             if running.scope.cancelled_caught:
                 self._stale += 1
-                fault = "lease_lost"
+                left = fault = "lease_lost"
         except* LeaseLostError:
             self._stale += 1
-            fault = "lease_lost"
+            left = fault = "lease_lost"
             _log.info("lease lost", extra={"command_id": claimed.lease.command})
         except* RdevError as group:
-            fault = "set_aside"
+            left = fault = "set_aside"
             self._set_aside(claimed.lease, group)
         finally:
+            running.span.tell(left=left)
             running.span.end(fault)
             del self._running[claimed.lease]
             self._telemetry.command_left(claimed.project, claimed.kind)

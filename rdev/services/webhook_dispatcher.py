@@ -3,11 +3,11 @@
 Woken by commits here and on other replicas, by attempts that end, and by a tick each second, which
 also gives back what outlived its lease and stops endpoints whose key has ended. Three loops: claim,
 settle, and the tick's duties; each attempt is a task. Bounds: `in_flight_max` attempts in this
-process; endpoints whose last attempt was not accepted have one each, and never more than half of
-them together; the others' own caps are the store's. An endpoint that keeps failing is left alone by
-its breaker, for pauses that grow; what it is owed lies in the store and nobody waits for it. An
-attempt counts when its outcome is stored: what a crash leaves is sent again, under the same
-`webhook-id`.
+process; endpoints whose last attempt was not accepted, or slowly, have one each, and never more
+than half of them together; the others' own caps are the store's. An endpoint that keeps failing is
+left alone by its breaker, for pauses that grow; what it is owed lies in the store and nobody waits
+for it. An attempt counts when its outcome is stored: what a crash leaves is sent again, under the
+same `webhook-id`.
 At stop nothing more is claimed, attempts in hand have `STOP_S` to end, and the rest is given back.
 """
 
@@ -35,7 +35,7 @@ from rdev.domain.deliveries import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
-from rdev.domain.signing import Secret, sign
+from rdev.domain.signing import Signer, sign
 from rdev.domain.webhook_targets import parse_target
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
@@ -78,7 +78,8 @@ _log = logging.getLogger("rdev.webhooks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherStatistics:
-    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one;
+    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one
+    quickly;
     `endpoints` enabled; `breakers_open`. Since the start: `claimed`, `delivered`, `failed`
     attempts, `dead` deliveries, `stale` outcomes, `interrupted` attempts, deliveries that were
     `overflow`. `oldest_undelivered_s`: for how long the oldest message has waited, up to
@@ -292,16 +293,29 @@ class WebhookDispatcher:
     async def _send(self, owed: Owed) -> Outcome:
         try:
             target = parse_target(owed.url)
-            secrets = [Secret(key=self._box.open(one, of=owed.webhook)) for one in owed.secrets]
+            signers = self._signers(owed)
         except RdevError as error:
             # Another server's secret, or a URL that a newer version took: nothing is sent.
             facts = {"webhook_id": owed.webhook, "error": str(error)}
             _log.error("webhook cannot be sent", extra=facts)
             return _unsendable(error.message)
-        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, secrets)
+        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, signers)
         return await self._follow(
             owed, OutgoingRequest(target=target, headers=headers, body=owed.payload)
         )
+
+    def _signers(self, owed: Owed) -> list[Signer]:
+        """The newest first. Errors: those of `SecretBox.open` for the newest; one in its grace that
+        does not open signs no more, since a rotation is what mends that."""
+        newest, *before = owed.secrets
+        signers = [self._box.open(newest, of=owed.webhook)]
+        for one in before:
+            try:
+                signers.append(self._box.open(one, of=owed.webhook))
+            except RdevError as error:
+                facts = {"webhook_id": owed.webhook, "error": str(error)}
+                _log.warning("the webhook's key before does not open", extra=facts)
+        return signers
 
     async def _follow(self, owed: Owed, request: OutgoingRequest) -> Outcome:
         """Send it as a part of its command's trace. The receiver is told where it stands there, and

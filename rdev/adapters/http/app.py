@@ -51,6 +51,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.authentication import Authenticate, CheckTicket, ProjectOf
 from rdev.ports.telemetry import Telemetry, log_context
 from rdev.ports.tracing import Passed, Span, Tracing, Untraced, current_trace
+from rdev.services.limiter import network_of
 
 _log = logging.getLogger("rdev.http")
 # For the one line per request alone, with the monitoring guide's fields and a level of its own.
@@ -240,7 +241,7 @@ class Shell:
             method=scope["method"],
             path=scope["path"],
             started_at_s=trio.current_time(),
-            slot=self.admission.slot(),
+            slot=self.admission.slot(network_of(client or peer or LOCAL_PEER)),
             scope=scope,
             now=self._now,
             credential=credential_of(headers),

@@ -48,6 +48,8 @@ class Exchange:
     principal: Principal | None = None
     # Whether the request tried to say who it is, and the ticket by which it came in.
     has_credential: bool = False
+    # Whether there is a body whose end has not come.
+    is_body_pending: bool = False
     ticket: Ticket | None = None
     status: int | None = None
     latency_s: float | None = None

@@ -11,7 +11,7 @@ import logging
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -28,6 +28,7 @@ from opentelemetry.sdk.trace import (  # noqa: TID251  # its adapter
 )
 
 from rdev import __version__
+from rdev.ports.tracing import ExportStatistics
 
 QUEUE_MAX = 4_096
 BATCH_MAX = 512
@@ -39,7 +40,7 @@ TRIES_MAX = 5
 PAUSE_S = 1.0
 PAUSE_MAX_S = 30.0
 FLUSH_S = 2.0
-# Of an answer so much is read.
+# Of an answer so much is kept.
 ANSWER_MAX_BYTES = 65_536
 
 # Source: OTLP 1.x, "Retryable Response Codes".
@@ -58,18 +59,6 @@ _log = logging.getLogger("rdev.otlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OtlpStatistics:
-    """`waiting` spans now; since the start: spans `exported` and `dropped` (too many waited, or the
-    collector did not take them), requests that `failed`, exports of `metrics`."""
-
-    waiting: int = 0
-    exported: int = 0
-    dropped: int = 0
-    failed: int = 0
-    metrics: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Collector:
     """Where to. `url` is the part before `v1/traces`, with its slash; times in seconds."""
 
@@ -82,8 +71,9 @@ class Collector:
 class Outbox(SpanProcessor):
     """Spans that ended, until they are sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, gather_s: float = GATHER_S) -> None:
         self.dropped = 0
+        self._gather_s = gather_s
         self._spans: deque[ReadableSpan] = deque()
         self._work = trio.Event()
         self._full = trio.Event()
@@ -118,7 +108,7 @@ class Outbox(SpanProcessor):
             await self._work.wait()
         if len(self._spans) < BATCH_MAX:
             self._full = trio.Event()
-            with trio.move_on_after(GATHER_S):
+            with trio.move_on_after(self._gather_s):
                 await self._full.wait()
         return self.take()
 
@@ -137,19 +127,23 @@ class OtlpExporter:
         outbox: Outbox,
         metrics: Callable[[], Awaitable[bytes]],
         metrics_every_s: float,
+        pause_s: float = PAUSE_S,
+        flush_s: float = FLUSH_S,
     ) -> None:
         """`metrics` makes a request of the metrics as they are. Opens nothing."""
         self._collector = collector
         self._outbox = outbox
         self._metrics = metrics
         self._metrics_every_s = metrics_every_s
+        self._pause_s = pause_s
+        self._flush_s = flush_s
         self._in_hand: list[ReadableSpan] = []
         self._exported = self._dropped = self._failed = self._metrics_sent = 0
         self._is_failing = False
 
-    def statistics(self) -> OtlpStatistics:
+    def statistics(self) -> ExportStatistics:
         """What waits and what was done."""
-        return OtlpStatistics(
+        return ExportStatistics(
             waiting=len(self._outbox) + len(self._in_hand),
             exported=self._exported,
             dropped=self._dropped + self._outbox.dropped,
@@ -178,7 +172,7 @@ class OtlpExporter:
                     yield
                 finally:
                     nursery.cancel_scope.cancel()
-            with trio.move_on_after(FLUSH_S):
+            with trio.move_on_after(self._flush_s):
                 await self._flush(client)
 
     async def _flush(self, client: httpx2.AsyncClient) -> None:
@@ -193,20 +187,30 @@ class OtlpExporter:
     async def _span_loop(self, client: httpx2.AsyncClient) -> None:
         while True:
             self._in_hand = await self._outbox.gather()
-            for tried in range(TRIES_MAX):
-                answer = await self._send_spans(client, self._in_hand)
-                if answer.again_in_s is None:
-                    break
-                await trio.sleep(max(answer.again_in_s, PAUSE_S * 2**tried))
-            else:
+            try:
+                await self._deliver(client)
+            except Exception as error:  # noqa: BLE001  # telling must not end what is told of
                 self._dropped += len(self._in_hand)
+                _log.error("spans cannot be exported", exc_info=error)
             self._in_hand = []
+
+    async def _deliver(self, client: httpx2.AsyncClient) -> None:
+        """The batch in hand; dropped after `TRIES_MAX`."""
+        for tried in range(TRIES_MAX):
+            answer = await self._send_spans(client, self._in_hand)
+            if answer.again_in_s is None:
+                return
+            await trio.sleep(max(answer.again_in_s, self._pause_s * 2**tried))
+        self._dropped += len(self._in_hand)
 
     async def _metric_loop(self, client: httpx2.AsyncClient) -> None:
         """What is not taken is told with the next: everything is counted from the start."""
         while True:
             await trio.sleep(self._metrics_every_s)
-            await self._send_metrics(client)
+            try:
+                await self._send_metrics(client)
+            except Exception as error:  # noqa: BLE001  # telling must not end what is told of
+                _log.error("metrics cannot be exported", exc_info=error)
 
     async def _send_metrics(self, client: httpx2.AsyncClient) -> None:
         answer = await self._post(client, _METRICS, await self._metrics())
@@ -266,10 +270,10 @@ class _Answer:
 async def _answer(client: httpx2.AsyncClient, url: str, body: bytes) -> _Answer:
     async with client.stream("POST", url, content=body) as response:
         found = bytearray()
-        async for piece in response.aiter_raw():
-            found += piece
-            if len(found) > ANSWER_MAX_BYTES:
-                break
+        # To its end: who leaves earlier leaves generators of httpx2 open. The timeout bounds it.
+        async with aclosing(response.aiter_raw()) as pieces:
+            async for piece in pieces:
+                found += piece[: ANSWER_MAX_BYTES - len(found)]
         again_in_s = None
         if response.status_code in _RETRYABLE:
             again_in_s = _pause_s(response.headers.get("retry-after", ""))

@@ -385,7 +385,7 @@ async def test_requests_over_the_limit_are_refused_but_never_the_probes(serve, e
     site = await serve(blocking, limits=HttpLimits(max_in_flight=1))
     async with trio.open_nursery() as clients:
         clients.start_soon(site.request, "GET", "/block")
-        await eventually(lambda: site.shell.admission.in_flight == 1)
+        await eventually(lambda: site.shell.admission.work.taken == 1)
 
         over = await site.request("GET", "/block")
         probe = await site.request("GET", "/health", key=None)
@@ -396,7 +396,7 @@ async def test_requests_over_the_limit_are_refused_but_never_the_probes(serve, e
     assert over.json()["error"]["code"] == "SERVICE_UNAVAILABLE"
     assert probe.body == b"alive"
     assert site.telemetry.refused == ["in_flight"]
-    await eventually(lambda: site.shell.admission.in_flight == 0)
+    await eventually(lambda: site.shell.admission.work.taken == 0)
 
 
 async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventually):
@@ -415,7 +415,7 @@ async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventu
     before_s = trio.current_time()
     async with trio.open_nursery() as clients:
         clients.start_soon(site.request, "GET", "/hold")
-        await eventually(lambda: site.shell.admission.held == 1)
+        await eventually(lambda: site.shell.admission.held.taken == 1)
 
         over = await site.request("GET", "/hold")
         work = await site.request("GET", "/things/a")
@@ -423,7 +423,9 @@ async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventu
 
     assert (over.status, work.status) == (503, 200)
     assert site.telemetry.refused == ["held"]
-    await eventually(lambda: (site.shell.admission.held, site.shell.admission.in_flight) == (0, 0))
+    await eventually(
+        lambda: (site.shell.admission.held.taken, site.shell.admission.work.taken) == (0, 0)
+    )
     # The held one is the last to finish; its latency ended where the holding began.
     assert site.telemetry.finished[-1] == ("GET", "/hold", 200)
     assert site.telemetry.latencies_s[-1] <= held_at_s[0] - before_s
