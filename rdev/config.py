@@ -213,6 +213,7 @@ class Settings(BaseSettings):
     kubeconfig: Path | None = None
     namespace: Annotated[str, AfterValidator(_namespace)] | None = None
     projects_dir: Path | None = None
+    project_template: Path | None = None
     claude_command: Annotated[str, AfterValidator(_words)] = "claude"
     lease_s: float = Field(default=30, ge=1, le=600)
     grace_s: float = Field(default=30, ge=0, le=600)

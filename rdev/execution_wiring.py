@@ -46,6 +46,8 @@ class ExecutionParts:
 
     executor: GuardedExecutor
     is_reachable: Callable[[], bool] = lambda: True
+    # Projects that are not to be touched yet: nothing runs in them.
+    starting: Callable[[], list[ProjectId]] = list
     subsystems: tuple[Subsystem, ...] = ()
     checks: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
     statistics: Mapping[str, Callable[[], object]] = field(default_factory=dict)
@@ -103,6 +105,7 @@ def _in_cluster(
     return ExecutionParts(
         executor=GuardedExecutor(executor, telemetry=telemetry),
         is_reachable=is_reachable,
+        starting=pods.starting,
         subsystems=(namespace, pods),
         checks={"kubernetes": namespace.check_lately},
         statistics={

@@ -23,7 +23,7 @@ STDIN_MAX_BYTES = 524_288
 CWD_MAX_BYTES = 4_096
 TIMEOUT_MAX_S = 86_400
 EXPIRES_MAX_S = 604_800
-_ENV_RULE = (
+ENV_RULE = (
     f"at most {ENV_MAX_ITEMS} entries, {ENV_MAX_BYTES} bytes in all; names: letters, digits and _,"
     f" no digit first, at most {ENV_NAME_MAX_BYTES} bytes, not RDEV_…; values: strings without NUL,"
     f" name, = and value at most {ARG_MAX_BYTES} bytes"
@@ -58,7 +58,7 @@ def read_common(fields: Fields, kind: Kind, *, stdin: bool = True) -> Common:
     about = f"default {DEFAULT_TIMEOUT_S[kind]}; kept in the project, also when no rdev runs"
     timeout_s = fields.integer("timeout_s", least=1, most=TIMEOUT_MAX_S, about=about)
     return Common(
-        env=_env(fields),
+        env=read_env(fields),
         cwd=_cwd(fields),
         stdin=(text or "").encode(),
         timeout_s=timeout_s or DEFAULT_TIMEOUT_S[kind],
@@ -143,13 +143,14 @@ def parse_git(body: Json) -> GitRequest:
     return GitRequest(args=args, common=common)
 
 
-def _env(fields: Fields) -> Mapping[str, str]:
+def read_env(fields: Fields, *, about: str = ENV_RULE) -> Mapping[str, str]:
+    """The field `env`; faults stay in `fields`."""
     given = fields.entries(
         "env",
         max_items=ENV_MAX_ITEMS,
         max_bytes=ARG_MAX_BYTES,
         pattern=ENV_NAME,
-        about=_ENV_RULE,
+        about=about,
     )
     if given is None:
         return {}

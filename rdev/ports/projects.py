@@ -30,11 +30,12 @@ class ProjectStore(Protocol):
         *,
         executor: str,
         reach: str,
+        is_settled: bool = True,
         idempotency: Idempotency | None = None,
     ) -> ProjectMade:
         """Store a project with its audit entry and its idempotency key, where it has one, in one
         transaction. An existing one with the same definition is returned as it is, and no key is
-        kept.
+        kept. `is_settled` false: its place is still to be made, and nothing runs in it.
 
         Errors: CONFLICT when it exists with another one, or, with a delay, when another request
         with this idempotency key took longer than 2 s; those of `replay`.

@@ -54,6 +54,7 @@ class Fault:
     retry_after_s: int | None = None
     message: str = "by script"
     body: str | None = None  # instead of a Status object: a proxy's page
+    is_late: bool = False  # it is done all the same, and only its answer is this
 
 
 @dataclass
@@ -79,6 +80,7 @@ class FakeApiServer:
     refused_rights: set[tuple[str, str]] = field(default_factory=set)
     page_size: int | None = None  # of lists, whatever they ask for
     watches_open: int = 0
+    lingers: bool = False  # what is deleted stays, marked, until `finish`
     port: int = 0
     authority: str | None = None  # a file, where it speaks TLS
     version: int = 100
@@ -114,7 +116,8 @@ class FakeApiServer:
         known = self._objects.get((plural, namespace, name))
         made = copy.deepcopy(body)
         made["metadata"].setdefault("namespace", namespace)
-        made["metadata"].setdefault("uid", f"uid-of-{name}")
+        uid = known["metadata"]["uid"] if known else f"uid-of-{name}-{self.version}"
+        made["metadata"].setdefault("uid", uid)
         made["metadata"].setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
         made["apiVersion"], made["kind"] = "v1", _KINDS[plural]
         self._record("MODIFIED" if known else "ADDED", plural, namespace, name, made)
@@ -132,6 +135,21 @@ class FakeApiServer:
         gone = self._objects.pop((plural, namespace, name))
         self._record("DELETED", plural, namespace, name, gone)
 
+    def finish(self) -> None:
+        """End what was deleted and lingers."""
+        for plural, namespace, name in list(self._objects):
+            if "deletionTimestamp" in self._objects[plural, namespace, name]["metadata"]:
+                self.drop(plural, name, namespace)
+
+    def names(self, plural: str) -> list[str]:
+        """The objects of a kind."""
+        places = (plural, NAMESPACE)
+        return sorted(name for kind, place, name in self._objects if (kind, place) == places)
+
+    def get(self, plural: str, name: str) -> Object:
+        """An object as it is."""
+        return self._objects[plural, NAMESPACE, name]
+
     def compact(self) -> None:
         """Forget history: a watch from before now is told 410."""
         self._oldest = self.version
@@ -146,7 +164,7 @@ class FakeApiServer:
 
     # --- what it answers ---
 
-    def _refused(self, method: str, path: str) -> Response | None:
+    def _refused(self, method: str, path: str) -> Any:
         self.requests.append((method, path))
         head = (websocket if method == "EXEC" else request).headers
         if head.get("Authorization") != f"Bearer {self.token}":
@@ -159,13 +177,19 @@ class FakeApiServer:
                 and (is_watch or not fault.only_watches)
             ):
                 fault.times -= 1
-                return _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
+                failure = _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
+                failure.is_late = fault.is_late
+                return failure
         return None
 
     async def handle(self, namespace: str, plural: str, name: str | None) -> Any:
         """A request for objects."""
-        if (refused := self._refused(request.method, request.path)) is not None:
-            return refused
+        refused = self._refused(request.method, request.path)
+        if refused is not None and getattr(refused, "is_late", False):
+            await self._serve(namespace, plural, name)
+        return refused or await self._serve(namespace, plural, name)
+
+    async def _serve(self, namespace: str, plural: str, name: str | None) -> Any:
         match request.method, name:
             case "GET", None if request.args.get("watch"):
                 return self._watch(namespace, plural)
@@ -179,9 +203,21 @@ class FakeApiServer:
         if request.method == "GET":
             return known
         if request.method == "DELETE":
-            self.drop(plural, str(name), namespace)
-            return known
+            return await self._delete(namespace, plural, known)
         return _failure(405, "not here")
+
+    async def _delete(self, namespace: str, plural: str, known: Object) -> Any:
+        options = await request.get_json(force=True, silent=True) or {}
+        only = options.get("preconditions", {}).get("uid")
+        name = known["metadata"]["name"]
+        if only is not None and only != known["metadata"]["uid"]:
+            return _failure(409, f"uid in precondition: {only}")
+        if self.lingers:
+            stamp = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+            self.put(plural, {**known, "metadata": {**known["metadata"], **stamp}}, namespace)
+        else:
+            self.drop(plural, name, namespace)
+        return known
 
     def _list(self, namespace: str, plural: str) -> Object:
         selector = request.args.get("labelSelector", "")

@@ -27,6 +27,7 @@ class FakeProjects:
         *,
         executor: str,
         reach: str,
+        is_settled: bool = True,
         idempotency: Idempotency | None = None,
     ) -> ProjectMade:
         await self._state.step()

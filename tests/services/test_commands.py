@@ -26,6 +26,7 @@ from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
+from tests.fakes.lives import standing_lives
 from tests.fakes.projects import FakeProjects
 from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import PROJECT, Place, Server, gate_of, make_project
@@ -264,6 +265,7 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
         store=FakeProjects(server.state),
         executor=server.place,
         executor_name="fake",
+        lives=standing_lives(server.place),
         tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))

@@ -40,7 +40,8 @@ _COLUMNS = """
     usage, kill, last_seq, attempt_seq
 """
 
-# The row comes from the project's, so a command of an unknown project is never stored.
+# The row comes from the project's, so a command of an unknown project, or of one that is being
+# deleted, is never stored.
 #
 # `kept` has a row where the idempotency key is the request's own: it is new, or what it stood for
 # is too old. Of two that race, the second waits at the primary key for the end of the first, at
@@ -57,7 +58,7 @@ with bounded as materialized (
     select %(idempotency_key_id)s, %(idempotency_key)s, %(idempotency_digest)s,
            %(idempotency_made)s
     from bounded, projects p
-    where p.id = %(project)s
+    where p.id = %(project)s and p.wanted <> 'deleted'
     on conflict (key_id, key) do update
     set digest = excluded.digest, made = excluded.made, made_at = now()
     where k.made_at <= now() - make_interval(secs => %(idempotency_s)s)
@@ -70,7 +71,7 @@ with bounded as materialized (
            now() + make_interval(secs => %(expires_in_s)s),
            extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1, %(trace)s
     from projects p
-    where p.id = %(project)s
+    where p.id = %(project)s and p.wanted <> 'deleted'
       and (%(idempotency_key)s::text is null or exists (select from kept))
     returning *
 ), placed as (
