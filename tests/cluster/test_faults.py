@@ -199,7 +199,8 @@ async def _lost(api: Api, ledger: Ledger, command: str, fault: str, reason: str)
             outcome=f"{ended['status']}, {ended['reason']}",
         )
     )
-    assert (ended["status"], ended["reason"]) == ("lost", reason)
+    pods = await kubectl("get", "pods", "-n", NAMESPACE, "-o", "jsonpath={.items[*].status}")
+    assert (ended["status"], ended["reason"]) == ("lost", reason), pods
     assert await api.output(command) == b"begun\n"
     return ended
 

@@ -5,12 +5,12 @@ import hashlib
 import pytest
 
 from tests.app.server import Api, Server, output_of, seqs_of
-from tests.cluster.real import RealCluster
+from tests.cluster.real import NAMESPACE, RealCluster, kubectl
 
 # What gets away from a shell that is killed: new sessions, orphans, those who ignore a hang-up.
 ESCAPES = {
     "setsid": "setsid sleep 7777 &",
-    "double fork": "( ( sleep 7777 & ) & )",
+    "double fork": "( ( sleep 7777 & ) & );",
     "nohup": "nohup sleep 7777 >/dev/null 2>&1 &",
     "all of them, deaf": "( trap '' TERM HUP; setsid nohup sh -c 'sleep 7777; :' & ) &",
 }
@@ -83,18 +83,24 @@ async def test_a_timeout_ends_what_tried_to_escape(
     await cluster.until_gone(name, "7777")
 
 
-async def test_an_image_that_lacks_a_tool_says_which_once(
+async def test_an_image_that_lacks_a_tool_is_told_which(
     cluster: RealCluster, server: Server, api: Api
 ) -> None:
-    """The shell is there; what the supervisor stands on is not."""
-    name = await cluster.add_pod("demo")
-    await cluster.api.http.get("/version")
-    lacks = "for tool in setsid tail; do rm -f $(command -v $tool) /bin/$tool; done"
-    from tests.cluster.real import NAMESPACE, kubectl
+    """The shell is there; something that the supervisor stands on is not."""
+    name = await cluster.add_pod("demo", image="debian")
+    await kubectl("exec", "-n", NAMESPACE, name, "--", "rm", "/usr/bin/setsid")
+    told = await api.post("/projects", {"id": "demo"})
+    assert told.status_code == 503
+    assert told.json()["error"]["message"] == "project cannot run commands: missing setsid"
+    assert server.log.count("missing setsid") <= 1
 
-    await kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", lacks)
-    await api.project()
-    command = await api.submit("echo never")
-    ended = await api.ended(command)
-    assert ended["status"] == "failed"
-    print(ended, server.log[-3000:])
+
+async def test_an_image_without_a_shell_is_told_so(
+    cluster: RealCluster, server: Server, api: Api
+) -> None:
+    name = await cluster.add_pod("demo", command=["/bin/busybox", "sleep", "100000"])
+    await kubectl("exec", "-n", NAMESPACE, name, "--", "rm", "/bin/sh")
+    told = await api.post("/projects", {"id": "demo"})
+    assert told.status_code == 503
+    assert '"sh": executable file not found' in told.json()["error"]["message"]
+    assert server.log.count("executable file not found") <= 1
