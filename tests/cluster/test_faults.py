@@ -80,7 +80,7 @@ async def test_a_hundred_megabytes_through_a_thousand_cuts(
                     cut_time = 0.0
                 if not cut_time and len(got) >= cut_at:
                     # As many as are left to make, in what is left to read.
-                    step = (size - len(got)) // max(1, CUTS - len(resumed_s))
+                    step = (size - len(got)) // max(1, CUTS + CUTS // 8 - len(resumed_s))
                     cut_at = len(got) + dice.randrange(step + 1)
                     accepted, cut_time = proxy.accepted, trio.current_time()
                     proxy.cut_all()
@@ -96,7 +96,7 @@ async def test_a_hundred_megabytes_through_a_thousand_cuts(
     )
     assert isinstance(end, Exit)
     assert (end.exit_code, end.stdout_bytes, wrong) == (0, size, 0)
-    assert len(resumed_s) >= CUTS * 0.9
+    assert len(resumed_s) >= CUTS
     assert sorted(resumed_s)[int(len(resumed_s) * 0.99)] <= RESUMED_MAX_S
 
 
@@ -252,21 +252,18 @@ async def test_a_command_that_is_killed_for_its_memory_has_failed(
     assert (ended["status"], ended["signal"]) == ("failed", 9)
 
 
+GREEDY = "s=x; while :; do s=$s$s; done"
+WAITS = "until [ -e /workspace/now ]; do sleep 0.1 & wait $!; done; rm /workspace/now; " + GREEDY
+
+
 @pytest.mark.timeout(300)
 async def test_a_container_that_is_killed_for_its_memory_is_the_reason(
     cluster: RealCluster, api: Api, ledger: Ledger
 ) -> None:
-    """What is written to a volume in memory is nobody's: the kernel kills until nothing is left."""
-    medium = {
-        "volumes": [
-            {"name": "workspace", "emptyDir": {"medium": "Memory"}},
-            {"name": "commands", "emptyDir": {}},
-        ]
-    }
-    await cluster.add_pod(**MEMORY, spec=medium)
+    """Its process 1 is the greedy one: all that ran in it goes, and it is started again."""
+    await cluster.add_pod(**MEMORY, command=["/bin/sh", "-c", WAITS])
     await api.project()
-    script = "echo begun; (trap '' TERM HUP; while :; do dd if=/dev/zero bs=1M; done >big) & wait"
-    command = await _begun(api, script)
+    command = await _begun(api, "echo begun; touch now; sleep 1000")
     await _lost(api, ledger, command, "container OOM-killed", "oom_killed")
 
 
