@@ -26,8 +26,8 @@ from rdev.services.doctor import Check, examine
 # What deploy/k8s/base/access.yaml grants; a test compares.
 RIGHTS = (
     Right(verb="get", resource="namespaces"),
-    Right(verb="list", resource="pods"),
-    Right(verb="watch", resource="pods"),
+    *(Right(verb=verb, resource="pods") for verb in ("create", "delete", "get", "list", "watch")),
+    *(Right(verb=verb, resource="persistentvolumeclaims") for verb in ("create", "delete", "get")),
     Right(verb="get", resource="pods/exec"),
     Right(verb="create", resource="pods/exec"),
 )

@@ -135,16 +135,20 @@ class Projects:
             return
         try:
             await self._keeper.bring(project)
+            return
         except RdevError as error:
-            if error.code in _REFUSED:
-                if made.is_new:
-                    with commit_shield():
-                        await self._life.withdraw(project, idempotency)
-                        self._told(project.id)
-                raise
-            message = f"project {project.id!r} is stored, and made when it can be: {error.message}"
-            retry_after_s = error.retry_after_s or RETRY_AFTER_S
-            raise RdevError(error.code, message, retry_after_s=retry_after_s) from error
+            refusal = error
+        if refusal.code not in _REFUSED:
+            message = f"project {project.id!r} is stored, and made when it can be"
+            retry_after_s = refusal.retry_after_s or RETRY_AFTER_S
+            raise RdevError(
+                refusal.code, f"{message}: {refusal.message}", retry_after_s=retry_after_s
+            ) from refusal
+        if made.is_new:
+            with commit_shield():
+                await self._life.withdraw(project, idempotency)
+                self._told(project.id)
+        raise refusal
 
     async def start(self, project: str, actor: Actor) -> Project:
         """Let it run: its pod is made where it has none. Errors: as `_want`."""
