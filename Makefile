@@ -56,8 +56,9 @@ test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minute
 test-contract: setup ## 100,000 requests invented from the OpenAPI document (MINUTES=60 at most)
 	$(BIN)/python -m tests.contract --minutes $(or $(MINUTES),60)
 
-test-kubernetes: setup ## what runs over execs, on a stand-in of the API server (RDEV_TEST_KUBECONFIG: a real one too)
-	$(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution tests/faults/test_attach.py $(ARGS)
+test-kubernetes: setup ## what runs in pods: on a fake API server and on a real cluster, with a ledger (tests/cluster)
+	tests/cluster/run.sh $(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution \
+		tests/app/test_kubernetes.py tests/faults/test_attach.py tests/cluster $(ARGS)
 
 test-observability: setup ## a real Prometheus and Alertmanager: every query, every alert (apt-get install prometheus prometheus-alertmanager)
 	$(BIN)/python -m pytest -q -s tests/deploy/test_monitoring.py tests/observability $(ARGS)

@@ -71,6 +71,7 @@ from rdev.services.feed import Feed
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.loop_meter import LoopMeter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -293,6 +294,7 @@ def build_server(
             hooks.dispatcher,
             queue,
             QueueMeter(gate=gate, telemetry=telemetry),
+            LoopMeter(telemetry=telemetry),
             database_meter,
             http,
         ),

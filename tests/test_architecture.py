@@ -83,9 +83,9 @@ def test_imports_run_one_way() -> None:
         ("adapters/webhooks/intruder.py", "import rdev.adapters.http", "adapters are independent"),
         ("domain/intruder.py", "import cryptography", "the domain is pure"),
         (
-            "adapters/http/intruder.py",
+            "adapters/telemetry/intruder.py",
             "import h2",
-            "connections to receivers only in adapters.webhooks",
+            "frames of HTTP/2 only in adapters.http and adapters.webhooks",
         ),
         (
             "adapters/http/intruder.py",

@@ -70,6 +70,10 @@ class Telemetry(Protocol):
         """The queue was counted; None where it could not be."""
         ...
 
+    def loop_was_late(self, late_s: float) -> None:
+        """By so much the event loop came later than asked to what was due."""
+        ...
+
     def stream(self, project: ProjectId) -> AbstractContextManager[None]:
         """A client follows the project's events for as long as the block lasts."""
         ...
@@ -165,6 +169,9 @@ class Silence:
         """Nothing."""
 
     def queue_counted(self, depths: Depths | None) -> None:
+        """Nothing."""
+
+    def loop_was_late(self, late_s: float) -> None:
         """Nothing."""
 
     def events_replayed(self, project: ProjectId, count: int) -> None:

@@ -48,8 +48,16 @@ def map_body(context, body):
 
 @schemathesis.hook
 def filter_query(context, query):
-    """An empty parameter counts as absent (docs/api/limits.md): it is no wrong one."""
-    return all(value not in ("", {}, [], [""], None) for value in (query or {}).values())
+    """An empty parameter counts as absent, and of several the first counts (http/query.py):
+    what begins with an empty one is no wrong one."""
+    return not any(_is_empty(value) for value in (query or {}).values())
+
+
+def _is_empty(value: object) -> bool:
+    """Whether it is sent as nothing, or its first is."""
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value in ("", {}, [], None)
 
 
 @schemathesis.hook

@@ -54,7 +54,7 @@ def test_what_is_no_image_is_refused(image: object) -> None:
     [
         "https://user:password@git.example/a",
         "https://token@git.example/a",
-        "ext::sh -c true",
+        "ext::sh -c touch% x",
         "file:///etc",
         "/etc",
         "--upload-pack=x",

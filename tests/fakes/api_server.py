@@ -76,6 +76,8 @@ class FakeApiServer:
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
+    # (verb, resource) of what this account may not do, as access reviews say
+    refused_rights: set[tuple[str, str]] = field(default_factory=set)
     page_size: int | None = None  # of lists, whatever they ask for
     watches_open: int = 0
     lingers: bool = False  # what is deleted stays, marked, until `finish`
@@ -282,6 +284,16 @@ class FakeApiServer:
         finally:
             self.watches_open -= 1
 
+    async def review(self) -> Any:
+        """A SelfSubjectAccessReview."""
+        if (refused := self._refused("POST", request.path)) is not None:
+            return refused
+        body = await request.get_json()
+        asked = body["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        allowed = (asked["verb"], resource) not in self.refused_rights
+        return {**body, "status": {"allowed": allowed}}, 201
+
     async def exec(self, namespace: str, name: str) -> Any:
         """A WebSocket that asks for an exec. One that is refused ends its connection: hypercorn
         0.18 does not see the next upgrade on it."""
@@ -371,6 +383,8 @@ async def api_server(
         partial(fake.handle, namespace="", plural="namespaces"),
         methods=["GET", "DELETE"],
     )
+    reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    app.add_url_rule(reviews, "review", fake.review, methods=["POST"])
     app.add_websocket(f"{objects.replace('<plural>', 'pods')}/<name>/exec", "exec", fake.exec)
     config = Config()
     config.bind = ["127.0.0.1:0"]

@@ -41,7 +41,11 @@ class CuttingProxy:
         if self.is_refusing:
             await client.aclose()
             return
-        server = await trio.open_tcp_stream("127.0.0.1", self.target)
+        try:
+            server = await trio.open_tcp_stream("127.0.0.1", self.target)
+        except OSError:  # nobody is there: nor are we
+            await client.aclose()
+            return
         async with client, server, trio.open_nursery() as nursery:
             self._open.append(nursery.cancel_scope)
             nursery.start_soon(self._up, client, server, nursery.cancel_scope)

@@ -44,6 +44,7 @@ class PodExec:
     sent_bytes: int = 0  # of output, by all execs
     stdin_ends: int = 0  # that came by v5's message
     _processes: dict[int, trio.Process] = field(default_factory=dict)
+    _stderr_ended: dict[int, trio.Event] = field(default_factory=dict)
 
     async def serve(self, argv: list[str], subprotocol: str) -> None:
         """One accepted exec, until it is over."""
@@ -63,7 +64,7 @@ class PodExec:
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 cwd="/",
                 env=self.env,
                 start_new_session=True,
@@ -75,16 +76,18 @@ class PodExec:
             )
             return
         self._processes[process.pid] = process
+        self._stderr_ended[process.pid] = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._copy_stdin, process, subprotocol)
+                nursery.start_soon(self._drop_stderr, process)
                 await self._copy_output(process)
                 nursery.cancel_scope.cancel()
         finally:
             # What a kubelet does when the socket goes: stdin ends. The process is its own.
             # shielded: closing needs no waiting, and a cancellation would skip the second
             with trio.CancelScope(shield=True):
-                for stream in (process.stdin, process.stdout):
+                for stream in (process.stdin, process.stdout, process.stderr):
                     assert stream is not None
                     await trio.aclose_forcefully(stream)
 
@@ -104,6 +107,16 @@ class PodExec:
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     pass
 
+    async def _drop_stderr(self, process: trio.Process) -> None:
+        """containerd takes the end of stderr for the end of stdin, also where nobody asked for it;
+        and before both have ended it tells no status."""
+        assert process.stderr is not None
+        assert process.stdin is not None
+        async for _ in process.stderr:
+            pass
+        self._stderr_ended[process.pid].set()
+        await process.stdin.aclose()
+
     async def _copy_output(self, process: trio.Process) -> None:
         assert process.stdout is not None
         if self.status_fault in (StatusFault.FIRST, StatusFault.FALSE_SUCCESS):
@@ -116,6 +129,7 @@ class PodExec:
             for at in range(0, len(data), self.message_bytes):
                 await websocket.send(b"\x01" + data[at : at + self.message_bytes])
             self.sent_bytes += len(data)
+        await self._stderr_ended[process.pid].wait()
         code = await process.wait()
         self._processes.pop(process.pid, None)
         if self.status_fault is StatusFault.NOISE:

@@ -154,7 +154,7 @@ async def brought(scene: Scene, verb: str) -> Project | None:
 
 
 async def muddle(scene: Scene, chance: random.Random) -> None:
-    """Some steps, each by servers that know nothing of those before; sometimes by two at once."""
+    """Some steps, each by servers that know nothing of the ones before; sometimes by two."""
     for _ in range(chance.randrange(1, 7)):
         if chance.random() < 0.6:
             scene.fake.faults.append(fault(chance))

@@ -5,6 +5,7 @@ from dataclasses import replace
 from uuid import UUID
 
 import pytest
+import trio
 import uuid_utils.compat
 
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
@@ -486,3 +487,33 @@ async def counted(pools: Pools) -> tuple[int, ...] | None:
     counts += ", (select count(*) from webhook_messages)"
     async with pools.requests.connection() as connection:
         return await (await connection.execute(counts)).fetchone()
+
+
+async def test_a_trace_is_found_that_was_stored_after_the_claim_had_begun(
+    pools: Pools,
+) -> None:
+    """The claim of a delivery sees what came since its statement began; so must this."""
+    world = postgres_world(pools)
+    await world.project()
+    trace = TraceContext(trace_id="4b" * 16, span_id="ab" * 8, is_sampled=True)
+    new = replace(world.new(), trace=trace)
+    payload = json.dumps({"data": {"command_id": new.id}})
+    ask = "select message_trace(%s) from (select pg_advisory_lock(7) offset 0) turn"
+    waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    found = []
+
+    async def claim() -> None:
+        async with pools.housekeeping.connection() as connection:
+            found.append(await (await connection.execute(ask, (payload,))).fetchone())
+            await connection.execute("select pg_advisory_unlock(7)")
+
+    async with pools.appends.connection() as connection:
+        await connection.execute("select pg_advisory_lock(7)")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(claim)
+            with trio.fail_after(60):
+                while (await (await connection.execute(waits)).fetchone()) == (0,):
+                    await trio.sleep(0.01)
+            await world.commands.insert(new)
+            await connection.execute("select pg_advisory_unlock(7)")
+    assert found == [(trace.traceparent,)]

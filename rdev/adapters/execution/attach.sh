@@ -16,10 +16,18 @@
 umask 077
 LC_ALL=C
 
+# No word of ours on stderr. It stays open, as fd 4 and in this process alone: containerd takes the
+# end of an exec's stderr, asked for or not, for a reason to end its stdin (containerd 1.6,
+# pkg/cri/io/exec_io.go), and whoever held it longer would hold up the end of the exec.
+hush() {
+  exec 4>&2 2>/dev/null
+}
+
 # attach SHELL FOLDER HOME INSTANCE OUT ERR START STDIN_BYTES TIMEOUT_S GRACE_S MAX_BYTES
 attach() {
   D=$2 WANTED=$4 AT_OUT=$5 AT_ERR=$6 HELLO= FIRST=yes LAUNCHED=
-  exec 2>/dev/null 3<&0
+  hush
+  exec 3<&0
   proc_read $$ && LEADER=$P_PGRP
   read_instance
   if [ "$INSTANCE" = "$4" ]; then
@@ -80,12 +88,12 @@ observe() {
   exec 5<>"wake.$$"
   # In a subshell, since a function that is redirected keeps a copy of our standard output open,
   # and then nobody sees us die. The same below.
-  (listen) <&3 >&5 &
+  (listen) <&3 >&5 4>&- &
   LISTENER=$!
   choose_watcher
   start_watcher
   while :; do
-    dd bs=65536 count=1 <&5 >/dev/null
+    dd bs=65536 count=1 <&5 >/dev/null 4>&-
     MOVED=0
     look
     # A tail copies what it follows: after a burst a new one is cheaper than emptying the FIFO.
@@ -211,7 +219,7 @@ choose_watcher() {
   if command -v inotifyd >/dev/null; then
     WATCH_BY=inotifyd
     # inotifyd does not say when it is ready: look a few times more at the beginning.
-    (for PAUSE in 0.01 0.03 0.1 0.3 1; do sleep $PAUSE; printf '.'; done) >&5 &
+    (for PAUSE in 0.01 0.03 0.1 0.3 1; do sleep $PAUSE; printf '.'; done) >&5 4>&- &
   elif tail --version >/dev/null </dev/null; then
     WATCH_BY=tail
   else
@@ -220,7 +228,7 @@ choose_watcher() {
 }
 
 start_watcher() {
-  (watch_by_$WATCH_BY) </dev/null >&5 3<&- &
+  (watch_by_$WATCH_BY) </dev/null >&5 3<&- 4>&- &
   WATCHER=$!
 }
 
@@ -243,7 +251,7 @@ watch_by_poll() {
 # kill_command SHELL FOLDER GRACE_S: answers with what was seen. Goes on when its caller goes.
 kill_command() {
   D=$2
-  exec 2>/dev/null
+  hush
   read_instance
   make_anew
   cd "$D" || exit 1
@@ -310,7 +318,7 @@ instance() {
 # tidy COMMANDS: reads names of folders, up to an empty line. Of each only go/ stays: its command can
 # never start any more. Answers with those that still run, which are left as they are.
 tidy() {
-  exec 2>/dev/null
+  hush
   read_instance
   RUNNING=
   while read -r NAME && [ -n "$NAME" ]; do
@@ -336,7 +344,7 @@ tidy() {
 
 # remove COMMANDS: reads names of folders, up to an empty line; all of them go.
 remove() {
-  exec 2>/dev/null
+  hush
   while read -r NAME && [ -n "$NAME" ]; do
     set -- "$@" "$1/$NAME"
     if [ $# -gt 500 ]; then

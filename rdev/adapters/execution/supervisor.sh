@@ -61,7 +61,7 @@ launch() {
       %ENV = (PATH => $ENV{PATH}); exec @ARGV' $SETSID $PRCTL "$@"
   else
     setsid setsid env -i PATH="$PATH" "$@"
-  fi </dev/null >/dev/null 2>&1 3<&-
+  fi </dev/null >/dev/null 2>&1 3<&- 4>&-
 }
 
 # --- supervising ------------------------------------------------------------------------------

@@ -161,6 +161,10 @@ class PrometheusTelemetry:
             self._depths.depth.labels(priority).set(depth)
             self._depths.oldest.labels(priority).set(oldest_s)
 
+    def loop_was_late(self, late_s: float) -> None:
+        """See the port."""
+        self._upkeep.loop_lag.observe(late_s)
+
     @contextmanager
     def stream(self, project: ProjectId) -> Iterator[None]:
         """See the port."""

@@ -152,6 +152,18 @@ def shell_path(name: str, folder: Path) -> Iterator[str]:
     yield str(tools) if name == "busybox" else f"{tools}:{SYSTEM_PATH}"
 
 
+def path_without(tool: str, folder: Path) -> str:
+    """A PATH with the system's tools but one. Not busybox's: some of its shells need no PATH."""
+    tools = folder / f"tools-without-{tool}"
+    tools.mkdir()
+    for place in reversed(SYSTEM_PATH.split(":")):
+        for found in Path(place).iterdir():
+            (tools / found.name).unlink(missing_ok=True)
+            (tools / found.name).symlink_to(found)
+    (tools / tool).unlink()
+    return str(tools)
+
+
 def local(projects_dir: Path, path: str = SYSTEM_PATH, **rest: object) -> LocalExecutor:
     env = {"PATH": path, "HOME": "/nowhere", "LANG": "C.UTF-8"}
     return LocalExecutor(

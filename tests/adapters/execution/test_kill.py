@@ -20,6 +20,7 @@ from tests.adapters.execution.observing import (
     local,
     new_command,
     observe,
+    path_without,
     pid_line,
     processes_in,
     read_to_end,
@@ -193,10 +194,8 @@ async def test_a_kill_spares_those_who_took_the_pids(
 
 
 async def test_a_place_without_a_tool_says_which(projects: Path, tmp_path: Path) -> None:
-    with shell_path("busybox", tmp_path) as path:
-        (Path(path) / "setsid").unlink()
-        with pytest.raises(RdevError, match="missing setsid") as caught:
-            await local(projects, path).prepare(PROJECT)
+    with pytest.raises(RdevError, match="missing setsid") as caught:
+        await local(projects, path_without("setsid", tmp_path)).prepare(PROJECT)
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
 
 

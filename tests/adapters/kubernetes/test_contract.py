@@ -170,6 +170,17 @@ async def test_the_stdin_of_an_exec_ends_with_its_connection(cluster: TestCluste
                 assert await streams.stdout.receive_some(10) == b"ended\n"
 
 
+async def test_an_exec_whose_stderr_ends_has_no_stdin_any_more(cluster: TestCluster) -> None:
+    """containerd's way, though nobody asked for stderr: why attach.sh keeps its own open."""
+    project = new_project()
+    async with watching(cluster) as watch:
+        await ready(cluster, watch, project)
+        argv = ["sh", "-c", "exec 2>/dev/null; cat; echo ended"]
+        async with transport_to(cluster, watch).run(project, argv) as streams:
+            with trio.fail_after(DEADLINE_S):
+                assert await streams.stdout.receive_some(10) == b"ended\n"
+
+
 @asynccontextmanager
 async def executing(
     cluster: TestCluster, patience: Patience | None = None
@@ -221,6 +232,34 @@ async def test_a_command_runs_in_a_pod(cluster: TestCluster) -> None:
         ) as attachment:
             seen = await read_to_end(attachment)
         assert (seen.out.decode(), seen.err, seen.exit.exit_code) == ("eins €\n", b"two\n", 5)
+
+
+@pytest.mark.slow
+async def test_a_silent_command_is_followed_by_one_exec(cluster: TestCluster) -> None:
+    """One that ended would be opened anew within a second, and leave another FIFO."""
+    async with executing(cluster) as (executor, place, project, _name):
+        command, instance = new_command(), await executor.instance(project)
+        async with executor.attach(
+            project,
+            command,
+            spec=sh("echo ready; exec sleep 1000"),
+            instance=instance,
+            offsets=START,
+        ) as attachment:
+            await read_until(attachment, b"ready\n")
+            with trio.move_on_after(3) as silent:
+                await attachment.receive()
+            assert silent.cancelled_caught
+            async with executor.attach(
+                project,
+                new_command(),
+                spec=sh(f"ls -d {place}/commands/{command}/wake.*"),
+                instance=instance,
+                offsets=START,
+            ) as looking:
+                fifos = (await read_to_end(looking)).out.split()
+            assert (await executor.kill(project, command, grace_s=2)).confirmed
+        assert len(fifos) == 1
 
 
 @pytest.mark.slow

@@ -122,7 +122,7 @@ def test_silence_has_every_verb_of_the_ports():
     verbs -= {"read", "render", "watch", "watch_each"}
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
-    assert len(verbs) == 16 + 2 + 1 + 1
+    assert len(verbs) == 17 + 2 + 1 + 1
 
 
 async def test_a_breakers_changes_are_counted_with_their_reason() -> None:
