@@ -50,6 +50,7 @@ from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool
 from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.postgres.vitals import PostgresVitals
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
@@ -58,16 +59,19 @@ from rdev.domain.ids import CommandId
 from rdev.domain.lanes import Lane
 from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
-from rdev.execution_wiring import build_executor
+from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.database_meter import DatabaseMeter
 from rdev.services.depths import QueueGate
 from rdev.services.feed import Feed
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.loop_meter import LoopMeter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -106,7 +110,12 @@ class Server:
 
 
 def build_server(
-    settings: Settings, identity: Identity, pools: Pools, telemetry: PrometheusTelemetry
+    settings: Settings,
+    identity: Identity,
+    pools: Pools,
+    execution: ExecutionParts,
+    telemetry: PrometheusTelemetry,
+    tracing: Tracing,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -115,7 +124,7 @@ def build_server(
         pool=pools.requests, heartbeats=pools.heartbeats, lease_s=settings.lease_s
     )
     log = PostgresOutput(pool=pools.requests, appends=pools.appends)
-    executor = build_executor(settings, identity, telemetry)
+    executor = execution.executor
     hooks = build_webhooks(
         settings,
         identity,
@@ -124,6 +133,7 @@ def build_server(
             deliveries=pools.webhooks,
             notifier=notifier,
             telemetry=telemetry,
+            tracing=tracing,
             backoff=_backoff,
             now=_now,
         ),
@@ -144,6 +154,8 @@ def build_server(
         lease_s=settings.lease_s,
         running_max=settings.running_max,
         left_alone=executor.left_alone,
+        tracing=tracing,
+        is_reachable=execution.is_reachable,
     )
 
     def reach_holder(command: CommandId) -> None:
@@ -163,6 +175,7 @@ def build_server(
         wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
     )
     projects = Projects(
         store=PostgresProjects(pool=pools.requests),
@@ -190,7 +203,13 @@ def build_server(
     )
 
     checks = DatabaseChecks(pool=pools.requests)
-    readiness = Readiness(checks={"database": checks.database, "migrations": checks.migrations})
+    readiness = Readiness(
+        checks={
+            "database": checks.database,
+            "migrations": checks.migrations,
+            **execution.checks,
+        }
+    )
     app = build_app(
         routes=[
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
@@ -220,6 +239,7 @@ def build_server(
         rate_limits=door.rate_limits,
         denied=door.denials.note,
         check_ticket=door.tickets.check,
+        tracing=tracing,
     )
     http = HttpServer(
         app=app,
@@ -229,7 +249,9 @@ def build_server(
         refusal=app.unreadable,
         tls=_tls(settings),
     )
+    database_meter = DatabaseMeter(database=PostgresVitals(pool=pools.requests))
     parts = {
+        "database": database_meter.statistics,
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
@@ -244,6 +266,7 @@ def build_server(
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
         "http": app.admission.statistics,
+        **execution.statistics,
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
@@ -254,6 +277,7 @@ def build_server(
         subsystems=(
             notifier,
             listener,
+            *execution.subsystems,
             door.key_watch,
             housekeeper,
             door.audit_keeper,
@@ -263,6 +287,8 @@ def build_server(
             hooks.dispatcher,
             queue,
             QueueMeter(gate=gate, telemetry=telemetry),
+            LoopMeter(telemetry=telemetry),
+            database_meter,
             http,
         ),
         readiness=readiness,

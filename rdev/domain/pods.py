@@ -17,6 +17,11 @@ from rdev.domain.projects import ProjectStatus
 LABEL_PREFIX: Final = "rdev.orchard9.ai"
 # Which container commands run in; without it the first.
 CONTAINER_ANNOTATION: Final = "kubectl.kubernetes.io/default-container"
+# Where commands begin, and where rdev keeps their folders, in that container: absolute paths.
+HOME_ANNOTATION: Final = f"{LABEL_PREFIX}/home"
+COMMANDS_ANNOTATION: Final = f"{LABEL_PREFIX}/commands"
+_HOME: Final = "/workspace"
+_COMMANDS: Final = "/run/rdev"
 
 _CONTROL: Final = re.compile(r"[^ -~]+")
 _MESSAGE_CHARACTERS: Final = 200
@@ -185,6 +190,17 @@ def choose(pods: Iterable[Pod]) -> Mapping[ProjectId, Pod]:
     for pod in sorted(pods, key=lambda pod: (pod.is_deleting, not pod.is_ready, pod.name)):
         chosen.setdefault(pod.project, pod)
     return chosen
+
+
+def folders_of(pod: Pod | None) -> tuple[str, str]:
+    """Where commands of this pod begin, and where their folders are: what its annotations say, else
+    (also where that is no absolute path) `/workspace` and `/run/rdev`."""
+    said = {} if pod is None else pod.annotations
+    home, commands = said.get(HOME_ANNOTATION, ""), said.get(COMMANDS_ANNOTATION, "")
+    return (
+        home if home.startswith("/") else _HOME,
+        commands if commands.startswith("/") else _COMMANDS,
+    )
 
 
 def project_of(name: str, labels: Mapping[str, str], prefix: str) -> ProjectId | None:

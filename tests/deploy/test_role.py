@@ -7,13 +7,14 @@ import trio
 from rdev.adapters.execution.channels import SUBPROTOCOLS
 from rdev.adapters.kubernetes.connection import connect
 from rdev.adapters.kubernetes.exec import PodExecs
+from rdev.adapters.kubernetes.namespace import Namespace
 from rdev.adapters.kubernetes.pods import PodWatch
 from rdev.domain.ids import ProjectId
 from tests.adapters.execution.observing import SYSTEM_PATH, until
 from tests.adapters.execution.pods import pod
 from tests.adapters.kubernetes.conftest import config_of
 from tests.deploy.conftest import DEPLOY, one, read_yaml
-from tests.fakes.api_server import api_server
+from tests.fakes.api_server import NAMESPACE, api_server
 
 # From 1.35 on an exec over WebSocket needs both; before, what its method says.
 EXEC = {("pods/exec", "get"), ("pods/exec", "create")}
@@ -23,7 +24,8 @@ def granted() -> set[tuple[str, str]]:
     """Every (resource, verb) that the role allows."""
     objects = read_yaml((DEPLOY / "k8s" / "base" / "access.yaml").read_text())
     rules = one(objects, "Role")["rules"]
-    assert all(set(rule) == {"apiGroups", "resources", "verbs"} for rule in rules)
+    named = {name for rule in rules for name in rule.get("resourceNames", ())}
+    assert named == {NAMESPACE}
     return {
         (resource, verb)
         for rule in rules
@@ -36,6 +38,8 @@ def granted() -> set[tuple[str, str]]:
 def asked(method: str, path: str) -> set[tuple[str, str]]:
     """What a request of the code needs, as the API server counts it."""
     found = re.fullmatch(r"/api/v1/namespaces/[^/]+/(?P<kind>[a-z]+)(/[^/]+(?P<sub>/.+)?)?", path)
+    if path == f"/api/v1/namespaces/{NAMESPACE}":
+        return {("namespaces", "get")}
     assert found is not None, path
     if method == "EXEC":
         return EXEC
@@ -55,6 +59,7 @@ async def test_the_role_is_what_the_code_asks() -> None:
         await nursery.start(watch.run)
         await until(lambda: watch.is_current and fake.watches_open == 1, "the watch hears")
         execs = PodExecs(api, watch.target_of, subprotocols=SUBPROTOCOLS)
+        await Namespace(api).check()
         async with execs.open(ProjectId("demo"), ["true"]):
             pass
         requests = list(fake.requests)

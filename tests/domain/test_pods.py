@@ -13,6 +13,7 @@ from rdev.domain.pods import (
     Pod,
     PodTrouble,
     choose,
+    folders_of,
     health_of,
     lost_reason,
     project_of,
@@ -107,6 +108,22 @@ def test_a_ready_pod_with_a_container_that_waits_is_failed() -> None:
     health = health_of(replace(READY, containers=(container(), sidecar)))
     assert health.message == "container proxy: ImagePullBackOff"
     assert health.status is ProjectStatus.FAILED
+
+
+@pytest.mark.parametrize(
+    ("annotations", "folders"),
+    [
+        ({}, ("/workspace", "/run/rdev")),
+        ({"rdev.orchard9.ai/home": "/src"}, ("/src", "/run/rdev")),
+        ({"rdev.orchard9.ai/commands": "/data/rdev"}, ("/workspace", "/data/rdev")),
+        ({"rdev.orchard9.ai/home": "src"}, ("/workspace", "/run/rdev")),
+    ],
+)
+def test_a_pod_says_where_its_commands_are(
+    annotations: dict[str, str], folders: tuple[str, str]
+) -> None:
+    assert folders_of(replace(READY, annotations=annotations)) == folders
+    assert folders_of(None) == ("/workspace", "/run/rdev")
 
 
 def test_a_message_is_one_short_line() -> None:

@@ -22,6 +22,7 @@ from tests.fakes.pod_exec import PodExec
 
 Object = dict[str, Any]
 NAMESPACE = "rdev"
+NAMESPACE_UID = "5d1c7a52-0000-4000-8000-00000000cafe"
 KUBE_SYSTEM_UID = "0b5c1d1e-0000-4000-8000-00000000feed"
 _KINDS = {
     "pods": "Pod",
@@ -56,6 +57,14 @@ class Fault:
 
 
 @dataclass
+class Tls:
+    """Files: who signs, and a certificate with its key."""
+
+    authority: str
+    certificate: str
+
+
+@dataclass
 class FakeApiServer:
     """One namespace's worth of API server on 127.0.0.1:`port`; use within `api_server`."""
 
@@ -66,9 +75,12 @@ class FakeApiServer:
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
+    # (verb, resource) of what this account may not do, as access reviews say
+    refused_rights: set[tuple[str, str]] = field(default_factory=set)
     page_size: int | None = None  # of lists, whatever they ask for
     watches_open: int = 0
     port: int = 0
+    authority: str | None = None  # a file, where it speaks TLS
     version: int = 100
     _oldest: int = 0  # watches from before this version are told 410
     _objects: dict[tuple[str, str, str], Object] = field(default_factory=dict)
@@ -77,11 +89,16 @@ class FakeApiServer:
 
     def kubeconfig(self, port: int | None = None) -> Object:
         """For KubeConfig.from_dict; `port` is a proxy's."""
-        server = f"http://127.0.0.1:{port or self.port}"
+        cluster: Object = {"server": f"http://127.0.0.1:{port or self.port}"}
+        if self.authority is not None:
+            cluster = {
+                "server": f"https://127.0.0.1:{port or self.port}",
+                "certificate-authority": self.authority,
+            }
         return {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "clusters": [{"name": "c", "cluster": cluster}],
             "users": [{"name": "u", "user": {"token": self.token}}],
             "contexts": [
                 {"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}
@@ -231,8 +248,25 @@ class FakeApiServer:
         finally:
             self.watches_open -= 1
 
+    async def review(self) -> Any:
+        """A SelfSubjectAccessReview."""
+        if (refused := self._refused("POST", request.path)) is not None:
+            return refused
+        body = await request.get_json()
+        asked = body["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        allowed = (asked["verb"], resource) not in self.refused_rights
+        return {**body, "status": {"allowed": allowed}}, 201
+
     async def exec(self, namespace: str, name: str) -> Any:
-        """A WebSocket that asks for an exec."""
+        """A WebSocket that asks for an exec. One that is refused ends its connection: hypercorn
+        0.18 does not see the next upgrade on it."""
+        refused = await self._exec(namespace, name)
+        if refused is not None:
+            refused.headers["Connection"] = "close"
+        return refused
+
+    async def _exec(self, namespace: str, name: str) -> Response | None:
         if (refused := self._refused("EXEC", websocket.path)) is not None:
             return refused
         pod = self._objects.get(("pods", namespace, name))
@@ -297,12 +331,12 @@ def _matches(body: Object, selector: str) -> bool:
 
 @asynccontextmanager
 async def api_server(
-    env: dict[str, str], *, ping_s: float | None = None
+    env: dict[str, str], *, ping_s: float | None = None, tls: Tls | None = None
 ) -> AsyncIterator[FakeApiServer]:
     """Serve one; `ping_s`: how often it pings the other side of an exec."""
-    fake = FakeApiServer(execs=PodExec(env=env))
-    system = {"metadata": {"name": "kube-system", "uid": KUBE_SYSTEM_UID}}
-    fake.put("namespaces", system, namespace="")
+    fake = FakeApiServer(execs=PodExec(env=env), authority=tls and tls.authority)
+    for name, uid in ((NAMESPACE, NAMESPACE_UID), ("kube-system", KUBE_SYSTEM_UID)):
+        fake.put("namespaces", {"metadata": {"name": name, "uid": uid}}, namespace="")
     app = QuartTrio("fake")
     objects = "/api/v1/namespaces/<namespace>/<plural>"
     app.add_url_rule(objects, "all", partial(fake.handle, name=None), methods=["GET", "POST"])
@@ -313,10 +347,14 @@ async def api_server(
         partial(fake.handle, namespace="", plural="namespaces"),
         methods=["GET", "DELETE"],
     )
+    reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    app.add_url_rule(reviews, "review", fake.review, methods=["POST"])
     app.add_websocket(f"{objects.replace('<plural>', 'pods')}/<name>/exec", "exec", fake.exec)
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = None
+    if tls is not None:
+        config.certfile = config.keyfile = tls.certificate
     config.websocket_ping_interval = ping_s
     config.graceful_timeout = 0
     try:

@@ -17,7 +17,12 @@ from typing import Final
 import trio
 
 from rdev.adapters.execution.attach import Patience
-from rdev.adapters.execution.executor import Place, ScriptExecutor, ScriptSettings
+from rdev.adapters.execution.executor import (
+    DEFAULT_PATH,
+    Place,
+    ScriptExecutor,
+    ScriptSettings,
+)
 from rdev.adapters.execution.transport import Streams, TransportError
 from rdev.domain.ids import ProjectId
 
@@ -85,15 +90,17 @@ class LocalExecutor(ScriptExecutor):
     ) -> None:
         """Opens nothing; `prepare` makes the folders."""
         root = projects_dir.resolve()
+        path = base_env.get("PATH", DEFAULT_PATH)
         settings = ScriptSettings(
             base_env=base_env,
+            path=path,
             shell=shell,
             journal_max_bytes=journal_max_bytes,
             patience=patience or Patience(),
         )
         super().__init__(
-            reach=f"local:{machine_id}:{root}",
-            transport=LocalTransport(settings.path),
+            reach=lambda: f"local:{machine_id}:{root}",
+            transport=LocalTransport(path),
             place=lambda project: Place(home=str(root / project), commands=str(root / ".commands")),
             settings=settings,
         )

@@ -18,7 +18,7 @@ MAX_STRING_BYTES: Final = 131_071
 # Reads exactly the announced bytes (dd, since busybox's head takes more than it gives) and refuses
 # what is short: a stream that was cut is not a script.
 _BOOTSTRAP: Final = (
-    "PATH=$1; export PATH; shift; LC_ALL=C; IFS= read -r N"
+    '[ -z "$1" ] || { PATH=$1; export PATH; }; shift; LC_ALL=C; IFS= read -r N'
     ' && TEXT=$(dd bs="$N" count=1 iflag=fullblock 2>/dev/null)'
     ' && [ "${#TEXT}" = "$N" ] && eval "$TEXT"'
 )
@@ -39,10 +39,11 @@ def _read_text() -> bytes:
 _TEXT: Final = _read_text()
 
 
-def argv(shell: str, path: str, verb: str, *arguments: str | int) -> tuple[str, ...]:
-    """The exec that runs a verb: the bootstrap, names of folders, numbers; no secrets."""
+def argv(shell: str, path: str | None, verb: str, *arguments: str | int) -> tuple[str, ...]:
+    """The exec that runs a verb: the bootstrap, names of folders, numbers; no secrets. `path` is
+    the PATH, None for the one that is there."""
     words = (verb, *(str(argument) for argument in arguments))
-    return (shell, "-c", _BOOTSTRAP, shell, path, *words)
+    return (shell, "-c", _BOOTSTRAP, shell, path or "", *words)
 
 
 def payload(become: bytes = b"", stdin: bytes = b"") -> bytes:

@@ -154,7 +154,7 @@ class PodWatch:
         params = {"labelSelector": self._selector, "limit": str(_PAGE)}
         while True:
             with translated():
-                got = await self._api.http.get(self._path, params=params)
+                got = await self._api.signs.get(self._path, params=params)
                 if got.status_code != 200:
                     raise refusal_of(got)
                 page = msgspec.json.decode(got.content, type=PodList)
@@ -182,7 +182,7 @@ class PodWatch:
         }
         patience = httpx2.Timeout(15.0, read=self._watch_s + self._margin_s)
         with translated():
-            async with self._api.http.stream(
+            async with self._api.signs.stream(
                 "GET", self._path, params=params, timeout=patience
             ) as got:
                 if got.status_code == _EXPIRED:

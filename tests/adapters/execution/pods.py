@@ -33,6 +33,7 @@ class Cluster:
     executor: KubernetesExecutor
     transport: KubernetesTransport
     reason: LostReason | None = None  # what the cluster knows of the pod's end
+    is_away: bool = False  # whether it is known that no pod can be reached
 
 
 def pod(name: str = POD, project: str = PROJECT) -> dict[str, object]:
@@ -78,13 +79,14 @@ async def cluster(
                 return Place(home=str(root / project), commands=str(root / ".commands"))
 
             executor = KubernetesExecutor(
-                cluster="test",
+                cluster=lambda: "test",
                 namespace="rdev",
                 transport=transport,
                 reason_of=lambda _project, _are_gone: found[0].reason,
                 base_env=env,
                 place=place,
                 patience=patience,
+                is_away=lambda: found[0].is_away,
             )
             found.append(Cluster(api=api, proxy=proxy, executor=executor, transport=transport))
             yield found[0]

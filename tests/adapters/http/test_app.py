@@ -9,7 +9,7 @@ from quart import Blueprint, request
 
 from rdev.adapters.http.app import HttpLimits
 from rdev.adapters.http.envelope import accepted, created, no_content, read_json, success
-from rdev.adapters.http.exchange import exchange, hold, principal, trace_id_of
+from rdev.adapters.http.exchange import exchange, hold, offered_trace, principal
 from rdev.domain.errors import ErrorCode, Fault, RdevError
 from rdev.ports.telemetry import AuthFailure, log_context
 
@@ -308,26 +308,16 @@ async def test_the_trace_of_the_client_is_in_the_context_of_the_logs(serve):
     assert reply.json()["data"] == {"request_id": "req-1", "trace_id": trace}
 
 
-@pytest.mark.parametrize(
-    "traceparent",
-    [
-        None,
-        "",
-        "00-" + "0" * 32 + "-00f067aa0ba902b7-01",
-        "00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01",
-        "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-        "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
-        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
-    ],
-)
-def test_an_invalid_traceparent_is_no_trace(traceparent):
-    assert trace_id_of(traceparent) is None
+async def test_two_traceparents_are_none_and_two_tracestates_are_one_list() -> None:
+    parent, trace = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", b"traceparent"
+    states = [(b"tracestate", b"a=1"), (b"x-other", b"c=3"), (b"tracestate", b"b=2")]
 
+    found = offered_trace([(trace, parent), *states])
 
-def test_a_later_version_of_traceparent_may_say_more():
-    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
-
-    assert trace_id_of(f"01-{trace}-00f067aa0ba902b7-01-more") == trace
+    assert found is not None
+    assert found.state == "a=1,b=2"
+    assert offered_trace([(trace, parent), (trace, parent)]) is None
+    assert offered_trace(states) is None
 
 
 async def test_the_address_behind_a_trusted_proxy_is_the_clients(serve):

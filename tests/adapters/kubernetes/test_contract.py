@@ -179,7 +179,7 @@ async def executing(
     async with watching(cluster) as watch:
         name = await ready(cluster, watch, project)
         executor = KubernetesExecutor(
-            cluster="test",
+            cluster=lambda: "test",
             namespace=cluster.api.namespace,
             transport=transport_to(cluster, watch),
             reason_of=lambda of, are_gone: watch.lost_reason(of, are_gone=are_gone),
