@@ -20,7 +20,9 @@ from tests.contract.run import ENDLESS, Found, contract_run, recording_server
 ROUND_S = 240
 LANES = 2
 REPORTS_MAX = 20
-OPERATIONS = [" ".join(route) for route in DESCRIBED if route[1] not in ENDLESS]
+# The document does not describe itself; each round begins with reading it.
+NOT_ASKED = (*ENDLESS, "/openapi.json")
+OPERATIONS = [" ".join(route) for route in DESCRIBED if route[1] not in NOT_ASKED]
 
 
 @dataclass(slots=True, kw_only=True)

@@ -31,6 +31,7 @@ from rdev.domain.webhooks import (
     EventType,
     NewWebhook,
     SecretRotation,
+    SigningKey,
     WebhookChange,
     WebhookId,
     webhook_id,
@@ -119,10 +120,10 @@ class Changes:
             is_ordered=False,
             is_enabled=True,
             owner=ADMIN_KEY_ID,
-            secret=b"sealed",
+            key=SigningKey(sealed=b"sealed"),
         )
         hook: WebhookId = new.id
-        turned = SecretRotation(webhook=hook, secret=b"fresh", grace_s=60)
+        turned = SecretRotation(webhook=hook, key=SigningKey(sealed=b"fresh"), grace_s=60)
         yield "webhook.created", hook, lambda: self.webhooks.insert(new, ACTOR)
         yield "webhook.changed", hook, lambda: self._change(hook)
         yield "webhook.rotated", hook, lambda: self.webhooks.rotate(turned, ACTOR)
