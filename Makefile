@@ -20,7 +20,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-simulation coverage bench binary image sbom lock hooks docs-states docs-limits clean
+.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-observability test-simulation coverage bench binary image sbom lock hooks docs-states docs-limits rules dashboards clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,9 @@ test-contract: setup ## 100,000 requests invented from the OpenAPI document (MIN
 test-kubernetes: setup ## what runs in pods: on a fake API server and on a real cluster, with a ledger (tests/cluster)
 	tests/cluster/run.sh $(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution \
 		tests/app/test_kubernetes.py tests/faults/test_attach.py tests/cluster $(ARGS)
+
+test-observability: setup ## a real Prometheus and Alertmanager: every query, every alert (apt-get install prometheus prometheus-alertmanager)
+	$(BIN)/python -m pytest -q -s tests/deploy/test_monitoring.py tests/observability $(ARGS)
 
 test-simulation: setup ## seeded runs of two servers under faults (SEEDS=10000); SEED=n replays one
 	$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
@@ -104,6 +107,12 @@ docs-states: setup ## write docs/states.md from the transition table
 
 docs-limits: setup ## write docs/api/limits.md from the code
 	PYTHONPATH=. $(BIN)/python docs/generate_limits.py
+
+rules: setup ## write the PrometheusRule of deploy/k8s from deploy/prometheus/rules.yaml
+	$(BIN)/python deploy/prometheus/generate.py
+
+dashboards: setup ## write deploy/grafana/dashboards
+	$(BIN)/python deploy/grafana/generate.py
 
 clean: ## remove what was built; the state folder .rdev stays
 	rm -rf $(VENV) .venv-* build dist htmlcov coverage.xml .coverage* bench/results

@@ -17,8 +17,8 @@ from bench.harness import Context, Measurement, Row, Scenario, run, table, write
 RESULTS = Path(__file__).parent / "results"
 PARTS = frozenset(
     {
-        "__main__", "client", "fanout_server", "harness", "line_writer", "peers", "server",
-        "sse_load",
+        "__main__", "client", "fanout_server", "harness", "line_writer", "lines_server",
+        "otlp_sink", "peers", "server", "silent_server", "sse_load",
     }
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ def measure(context: Context) -> Measurement:
             found |= context.repeat(lambda: trio.run(_lines, server))
         found |= context.repeat(lambda: _start_and_rest(state_dir))
     with open_state_dir() as state_dir, open_server(state_dir) as server:
-        load = _Load(server)
+        load = Load(server)
         found |= context.repeat(load.once)
         trio.run(load.let_go)
     return found
@@ -106,7 +106,7 @@ def _start_and_rest(state_dir: Path) -> dict[str, float]:
         return {"start_to_ready": server.start_to_ready_s, "rest_rss": server.rss_mib()}
 
 
-class _Load:
+class Load:
     """Commands that are accepted and then wait: their lane is held by commands that sleep.
 
     Each repetition has a project of its own, so that no queue is deeper than another.

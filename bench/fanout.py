@@ -191,7 +191,7 @@ def whole(sizes: Sizes) -> Step:
     with open_state_dir() as state_dir, open_server(state_dir, **SETTINGS) as server:
         os.sched_setaffinity(server.pid, {SERVER_CORE})
         trio.run(_make_projects, server, sizes)
-        return _replay(server, sizes) | _lines(server, sizes, state_dir) | _connects(server, sizes)
+        return _replay(server, sizes) | _shells(server, sizes, state_dir) | _connects(server, sizes)
 
 
 async def _make_projects(server: Server, sizes: Sizes) -> None:
@@ -254,6 +254,31 @@ def _replay(server: Server, sizes: Sizes) -> Step:
     return found
 
 
+def _keep_commands_off_the_servers_core(projects: Path) -> None:
+    """Children inherit the server's core; where rdev is used, commands run on other machines."""
+    others = os.sched_getaffinity(0) - {SERVER_CORE}
+    while inside := [pid for pid in _processes_in(projects) if SERVER_CORE in _cores_of(pid)]:
+        for pid in inside:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(pid, others)
+
+
+def _processes_in(folder: Path) -> Iterator[int]:
+    """Whose working directory is in the folder: commands, and what supervises and follows them."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended
+                if (entry / "cwd").readlink().is_relative_to(folder):
+                    yield int(entry.name)
+
+
+def _cores_of(pid: int) -> set[int]:
+    try:
+        return os.sched_getaffinity(pid)
+    except ProcessLookupError:
+        return set()
+
+
 async def _until_ended(server: Server, command: str) -> None:
     async with open_connection(server) as connection:
         answer = b"running"
@@ -262,30 +287,55 @@ async def _until_ended(server: Server, command: str) -> None:
             await trio.sleep(0.02)
 
 
-def _lines(server: Server, sizes: Sizes, folder: Path) -> Step:
-    """Lines of many commands to many readers each, from their making to their arrival."""
+def lines(sizes: Sizes) -> Step:
+    """Lines of many commands, which are one program, to many readers each."""
+    with open_state_dir() as folder:
+        path = str(folder / "writer")
+        with _writer(sizes, socket=path, commands=sizes.commands) as writer:
+            writer.hear()
+            more = SETTINGS | {"BENCH_WRITER": path}
+            with open_server(folder, program="bench.lines_server", **more) as server:
+                os.sched_setaffinity(server.pid, {SERVER_CORE})
+                trio.run(_make_projects, server, sizes)
+                ids = trio.run(_submit, server, ["true"] * sizes.commands)
+                return _watched("lines", writer, server, sizes, ids)
+
+
+def _shells(server: Server, sizes: Sizes, folder: Path) -> Step:
+    """The same with commands that are shells of this machine, which take most of it."""
     paths = [str(folder / f"fifo-{number}") for number in range(sizes.commands)]
     for path in paths:
         os.mkfifo(path)
     ids = trio.run(_submit, server, [f"exec cat {path}" for path in paths])
+    _keep_commands_off_the_servers_core(folder / "projects")
+    with _writer(sizes, fifos=paths) as writer:
+        return _watched("shells", writer, server, sizes, ids)
+
+
+def _writer(sizes: Sizes, **commands: object) -> contextlib.AbstractContextManager[Talk]:
+    argv = (sys.executable, "-m", "bench.line_writer")
+    plan = {"lines": sizes.lines, "per_s": sizes.lines_per_s, **commands}
+    return _process(argv, plan, _other_core())
+
+
+def _watched(name: str, writer: Talk, server: Server, sizes: Sizes, ids: list[str]) -> Step:
+    """What the clients say when they have seen all, and what it cost."""
     clients = sizes.commands * sizes.readers_each
     plan = _plan(server, ids, clients, events=sizes.lines + LIFE, stamps=r'"line":"(\d+) ')
-    argv = [sys.executable, "-m", "bench.line_writer", str(sizes.lines), str(sizes.lines_per_s)]
     with _load(plan) as load:
         load.hear()
         cpu_began_s = server.cpu_s()
-        with subprocess.Popen([*argv, *paths], cwd=HERE) as writer:
-            told = load.hear()
-            cpu_s = server.cpu_s() - cpu_began_s
-            writer.wait()
+        writer.say("go")
+        told = load.hear()
+        cpu_s = server.cpu_s() - cpu_began_s
         load.say("end")
     return {
-        "lines_p50_ms": told["p50_ms"],
-        "lines_p99_ms": told["p99_ms"],
-        "lines_delivered": told["events"] - LIFE * clients,
-        "lines_cpu_us": cpu_s / told["events"] * 1e6,
-        "lines_server_busy": cpu_s / told["took_s"] * 100,
-        "lines_client_busy": told["client_cpu_s"] / told["took_s"] * 100,
+        f"{name}_p50_ms": told["p50_ms"],
+        f"{name}_p99_ms": told["p99_ms"],
+        f"{name}_delivered": told["events"] - LIFE * clients,
+        f"{name}_cpu_us": cpu_s / told["events"] * 1e6,
+        f"{name}_server_busy": cpu_s / told["took_s"] * 100,
+        f"{name}_client_busy": told["client_cpu_s"] / told["took_s"] * 100,
     }
 
 
@@ -331,7 +381,7 @@ def once(sizes: Sizes, peers: list[StreamServer]) -> Step:
     found["stalled_p99_ms"] = with_stalled["p99_ms"]
     found["stalled_to_without"] = with_stalled["p99_ms"] / without["p99_ms"]
     found["stalled_growth_mib"] = with_stalled["growth_mib"]
-    return found | whole(sizes)
+    return found | lines(sizes) | whole(sizes)
 
 
 def measure(context: Context) -> Measurement:
@@ -384,8 +434,9 @@ SMALL = Sizes(
 SCENARIO = Scenario(
     name="fanout",
     what="Events to 1,000 readers of one stream in bursts of 10 and one by one, beside nchan and "
-    "sse-starlette; 50 commands with 100 lines/s and 20 readers each through the whole server; "
-    "idle, stalled, connecting and returning clients. The server has one core.",
+    "sse-starlette; 50 commands with 100 lines/s and 20 readers each through the whole server, "
+    "as one program (`lines`) and as shells of this machine (`shells`); idle, stalled, connecting "
+    "and returning clients. The server has one core.",
     figures=(
         *_handed_out("bursts", at_least=800_000, to=(3, 10)),
         *_handed_out("singles", at_least=150_000, to=(0.8, 2.5)),
@@ -395,6 +446,12 @@ SCENARIO = Scenario(
         Figure(name="lines_cpu_us", unit="µs an event"),
         Figure(name="lines_server_busy", unit="% of a core"),
         Figure(name="lines_client_busy", unit="% of a core"),
+        Figure(name="shells_p50_ms", unit="ms"),
+        Figure(name="shells_p99_ms", unit="ms"),
+        Figure(name="shells_delivered", unit="", at_least=50 * 20 * 1_000),
+        Figure(name="shells_cpu_us", unit="µs an event"),
+        Figure(name="shells_server_busy", unit="% of a core"),
+        Figure(name="shells_client_busy", unit="% of a core"),
         Figure(name="idle_kib", unit="KiB a client", at_most=35),
         Figure(name="paced_p99_ms", unit="ms"),
         Figure(name="stalled_p99_ms", unit="ms"),

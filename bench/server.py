@@ -63,42 +63,70 @@ def open_state_dir() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def open_server(state_dir: Path, **settings: str) -> Iterator[Server]:
+def open_server(state_dir: Path, *, program: str = "rdev", **settings: str) -> Iterator[Server]:
     """A ready server while the block runs, with further settings; stopped by SIGINT, so that no
-    command outlives a scenario that failed; it must end with status 0.
+    command outlives a scenario that failed; it must end with status 0. `program`: the module.
 
     Errors: RuntimeError with the end of the server's log when it does not start or stop.
     """
-    key = "bench-" + secrets.token_hex(24)
-    address = state_dir / "address"
-    address.unlink(missing_ok=True)
+    process, log, started = _start(program, state_dir, key := _new_key(), settings)
+    try:
+        yield _ready(process, state_dir, key, started)
+    finally:
+        _stop(process, log)
+
+
+@contextlib.contextmanager
+def open_mortal_server(state_dir: Path, **settings: str) -> Iterator[Server]:
+    """The same, but it ends by SIGKILL, whatever it is doing. Its database lives on for the next
+    one of this state folder, which must be one of `open_server`."""
+    process, _, started = _start("rdev", state_dir, key := _new_key(), settings)
+    try:
+        yield _ready(process, state_dir, key, started)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _new_key() -> str:
+    return "bench-" + secrets.token_hex(24)
+
+
+def _start(
+    program: str, state_dir: Path, key: str, settings: dict[str, str]
+) -> tuple[subprocess.Popen[bytes], Path, float]:
+    """The process, its log, and when it was started."""
+    (state_dir / "address").unlink(missing_ok=True)
     log = state_dir / "bench.log"
     started = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "rdev", "serve"],
+            [sys.executable, "-m", program, "serve"],
             env=_environment(state_dir, key) | settings,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,
         )
-    try:
-        host, port = _wait_until_ready(process, address, log)
-        yield Server(
-            host=host,
-            port=port,
-            key=key,
-            pid=process.pid,
-            state_dir=state_dir,
-            start_to_ready_s=time.monotonic() - started,
-        )
-    finally:
-        _stop(process, log)
+    return process, log, started
+
+
+def _ready(process: subprocess.Popen[bytes], state_dir: Path, key: str, started: float) -> Server:
+    host, port = _wait_until_ready(process, state_dir / "address", state_dir / "bench.log")
+    return Server(
+        host=host,
+        port=port,
+        key=key,
+        pid=process.pid,
+        state_dir=state_dir,
+        start_to_ready_s=time.monotonic() - started,
+    )
 
 
 def _environment(state_dir: Path, key: str) -> dict[str, str]:
     """This process's environment without any setting of rdev but ours."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RDEV_")}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RDEV_", "OTEL_"))
+    }
     kept.pop("DB_HOST", None)
     return kept | {
         "RDEV_STATE_DIR": str(state_dir),

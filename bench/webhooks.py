@@ -6,7 +6,9 @@ another server tells it. `latency_*`: from the commit's return to the request at
 endpoints, some 60 events/s in all. `holes_*`: the same beside 20 endpoints that take connections
 and never answer, each with a backlog. `deliveries`: 50 endpoints that answer at once, and a backlog
 that lasts; what the receivers cost is this process's. `owed_*`: what the trigger adds to a
-statement that inserts one event, without its commit.
+statement that inserts one event, without its commit. `killed_*`: the ledger of webhook_kills.py.
+With `--long` that has the issue's 10,000 events; all else is the same. Bounded: each wait for what
+must come has a deadline, and a part that misses it fails.
 """
 
 import http.client
@@ -20,6 +22,7 @@ from functools import partial
 import psycopg
 import trio
 
+from bench import webhook_kills
 from bench.harness import Context, Figure, Measurement, Scenario, percentile
 from bench.server import Server, open_server, open_state_dir
 from rdev.adapters.postgres import cluster
@@ -115,6 +118,7 @@ def measure(context: Context) -> Measurement:
     for part in (_owed, _latency, _throughput):
         with open_state_dir() as state_dir, open_server(state_dir, **settings) as server:
             found |= trio.run(part, server)
+    found |= webhook_kills.measure(long=context.long)
     return found
 
 
@@ -178,6 +182,8 @@ async def _throughput(server: Server) -> Mapping[str, float]:
         await trio.sleep(WINDOW_S)
         took_s = time.perf_counter() - began_s
         done, used_s = sink.count - count, server.cpu_s() - cpu_s
+        if sink.count >= FAST_ENDPOINTS * FAST_EVENTS:
+            raise RuntimeError("the backlog did not last: raise FAST_EVENTS")
     return {
         "deliveries": done / took_s,
         "deliveries_cpu": used_s / done * 1e6,
@@ -231,7 +237,7 @@ def _make(server: Server, url: str, project: str) -> None:
 
 SCENARIO = Scenario(
     name="webhooks",
-    what="Webhooks: commit to first attempt, attempts per second, black holes, the outbox.",
+    what="Webhooks: commit to first attempt, attempts per second, black holes, the outbox, kills.",
     figures=(
         Figure(name="latency_p50", unit="ms", at_most=50),
         Figure(name="latency_p99", unit="ms", at_most=250),
@@ -245,6 +251,11 @@ SCENARIO = Scenario(
         Figure(name="owed_0", unit="µs"),
         Figure(name="owed_1", unit="µs"),
         Figure(name="owed_50", unit="µs"),
+        Figure(name="killed_events", unit=""),
+        Figure(name="killed_lost", unit="", at_most=0),
+        Figure(name="killed_other_ids", unit="", at_most=0),
+        Figure(name="killed_twice", unit=""),
+        Figure(name="killed_interrupted", unit=""),
     ),
     measure=measure,
 )

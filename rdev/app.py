@@ -25,6 +25,7 @@ from rdev.execution_wiring import open_execution
 from rdev.identity import Identity
 from rdev.services.breaker import CircuitBreaker
 from rdev.services.subsystems import run_subsystems
+from rdev.telemetry_wiring import open_tracing
 from rdev.wiring import Pools, Server, build_server
 
 # Signals closer together than this are one.
@@ -77,6 +78,8 @@ async def _serve_until_stopped(
         dsn = await stack.enter_async_context(_database(settings))
         connection = ConnectionSettings(dsn=dsn)
         telemetry = PrometheusTelemetry()
+        # The last to close: what the others tell while they end is exported too.
+        tracing = await stack.enter_async_context(open_tracing(settings, identity, telemetry))
         breaker = CircuitBreaker(name="database", telemetry=telemetry)
         telemetry.watch("database_breaker", breaker.statistics)
         pools = Pools(
@@ -100,7 +103,7 @@ async def _serve_until_stopped(
         )
         _watch_pools(telemetry, pools)
         execution = await stack.enter_async_context(open_execution(settings, identity, telemetry))
-        server = build_server(settings, identity, pools, execution, telemetry)
+        server = build_server(settings, identity, pools, execution, telemetry, tracing)
         stack.callback(server.close)
 
         async def drain() -> None:

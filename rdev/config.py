@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -42,6 +43,20 @@ _FOREIGN = re.compile(r"RDEV_(URL|KEY|TEST_.*|COMMAND_ID|CONFIG)")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 _LABEL_CHARACTERS = 63
 _ORIGINAL_DATABASE = ("DB_HOST", "DB_PORT", "DB_USER", "DB_PASSWORD", "DB_NAME")
+
+
+# What OpenTelemetry calls settings that rdev has.
+_STANDARD = {
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "otlp_endpoint",
+    "OTEL_EXPORTER_OTLP_HEADERS": "otlp_headers",
+    "OTEL_EXPORTER_OTLP_TIMEOUT": "otlp_timeout_s",
+    "OTEL_EXPORTER_OTLP_CERTIFICATE": "otlp_ca_file",
+    "OTEL_METRIC_EXPORT_INTERVAL": "otlp_metrics_s",
+    "OTEL_SERVICE_NAME": "otlp_service_name",
+    "OTEL_RESOURCE_ATTRIBUTES": "otlp_resource",
+    "OTEL_TRACES_SAMPLER_ARG": "traces_sample",
+}
+_SAMPLES = {"always_on": 1.0, "always_off": 0.0}
 
 
 class SettingsError(Exception):
@@ -155,6 +170,28 @@ def _authorities(path: Path) -> Path:
     return path
 
 
+def _endpoint(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must be a URL with http or https, as http://collector:4318")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must be without user, query and fragment; keys go into the headers")
+    return text
+
+
+def _pairs(text: str) -> str:
+    if not all("=" in part for part in text.split(",") if part.strip()):
+        raise ValueError("must be NAME=VALUE with commas between")
+    return text
+
+
+def _secret_pairs(value: SecretStr) -> SecretStr:
+    text = unquote(_pairs(value.get_secret_value()))
+    if not (text.isascii() and text.isprintable()):
+        raise ValueError("must be printable ASCII")
+    return value
+
+
 class Settings(BaseSettings):
     """Every setting of `rdev serve`, with its unit in its name. Frozen."""
 
@@ -176,6 +213,7 @@ class Settings(BaseSettings):
     kubeconfig: Path | None = None
     namespace: Annotated[str, AfterValidator(_namespace)] | None = None
     projects_dir: Path | None = None
+    project_template: Path | None = None
     claude_command: Annotated[str, AfterValidator(_words)] = "claude"
     lease_s: float = Field(default=30, ge=1, le=600)
     grace_s: float = Field(default=30, ge=0, le=600)
@@ -210,6 +248,14 @@ class Settings(BaseSettings):
     webhook_retention_days: int = Field(default=14, ge=4, le=365)
     webhook_connect_s: float = Field(default=5, gt=0, le=60)
     webhook_total_s: float = Field(default=15, gt=0, le=600)
+    otlp_endpoint: Annotated[str, AfterValidator(_endpoint)] | None = None
+    otlp_headers: Annotated[SecretStr, AfterValidator(_secret_pairs)] | None = None
+    otlp_timeout_s: float = Field(default=10, gt=0, le=60)
+    otlp_ca_file: Annotated[Path, AfterValidator(_authorities)] | None = None
+    otlp_metrics_s: float = Field(default=60, ge=1, le=3_600)
+    otlp_service_name: str = Field(default="rdev", min_length=1, max_length=255)
+    otlp_resource: Annotated[str, AfterValidator(_pairs)] = ""
+    traces_sample: float = Field(default=0.1, ge=0, le=1)
     log_level: LogLevel = "info"
     log_levels: Annotated[str, AfterValidator(_logger_levels)] = ""
 
@@ -272,7 +318,7 @@ class Settings(BaseSettings):
 def load_settings(environment: Mapping[str, str], file: Path | None = None) -> Settings:
     """Read the settings. `environment` is looked at for the original's `DB_*` names only; pydantic
     reads the process's own. Errors: SettingsError with every fault."""
-    values = _from_file(file) if file is not None else {}
+    values = (_from_file(file) if file is not None else {}) | _standard(environment)
     # Of the environment like the others: an empty variable is none, and it goes before the file.
     if not environment.get("RDEV_DATABASE_DSN") and (dsn := _original_dsn(environment)) is not None:
         values["database_dsn"] = dsn
@@ -281,6 +327,28 @@ def load_settings(environment: Mapping[str, str], file: Path | None = None) -> S
     except ValidationError as error:
         lines = [_fault_line(fault["loc"], fault["msg"]) for fault in error.errors()]
         raise SettingsError("\n".join(lines)) from None
+
+
+def _standard(environment: Mapping[str, str]) -> dict[str, object]:
+    """Settings by the names that OpenTelemetry has for them; ours go before them, they before the
+    file. Source: "Environment Variable Specification" and "OTLP Exporter Configuration", whose
+    times are milliseconds. Errors: SettingsError for what rdev does not do."""
+    given = {ours: environment[name] for name, ours in _STANDARD.items() if environment.get(name)}
+    values: dict[str, object] = dict(given)
+    for ours in ("otlp_timeout_s", "otlp_metrics_s"):
+        if given.get(ours, "").isdigit():
+            values[ours] = int(given[ours]) / 1000
+    sampler = environment.get("OTEL_TRACES_SAMPLER", "").removeprefix("parentbased_")
+    if sampler in _SAMPLES:
+        values["traces_sample"] = _SAMPLES[sampler]
+    elif sampler and sampler != "traceidratio":
+        raise SettingsError(f"OTEL_TRACES_SAMPLER: {sampler!r} is none that rdev has")
+    protocol = environment.get("OTEL_EXPORTER_OTLP_PROTOCOL") or "http/protobuf"
+    if protocol != "http/protobuf":
+        raise SettingsError("OTEL_EXPORTER_OTLP_PROTOCOL: rdev speaks http/protobuf alone")
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        values.pop("otlp_endpoint", None)
+    return values
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:

@@ -18,12 +18,17 @@ from rdev.adapters.kubernetes.namespace import Namespace
 from rdev.adapters.kubernetes.pods import PodWatch
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
+from rdev.domain.breaker import BreakerSettings
 from rdev.domain.execution import LostReason
 from rdev.domain.ids import ProjectId
 from rdev.domain.pods import folders_of
 from rdev.identity import Identity
+from rdev.services.breaker import CircuitBreaker
 from rdev.services.guarded_executor import GuardedExecutor
 from rdev.services.subsystems import Subsystem
+
+# Around the API server. Slow is no fault of its: an exec waits for its node.
+_API_BREAKER = BreakerSettings(slow_s=60.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,8 @@ class ExecutionParts:
 
     executor: GuardedExecutor
     is_reachable: Callable[[], bool] = lambda: True
+    # Projects that are not to be touched yet: nothing runs in them.
+    starting: Callable[[], list[ProjectId]] = list
     subsystems: tuple[Subsystem, ...] = ()
     checks: Mapping[str, Callable[[], Awaitable[None]]] = field(default_factory=dict)
     statistics: Mapping[str, Callable[[], object]] = field(default_factory=dict)
@@ -62,11 +69,15 @@ async def open_execution(
             )
             yield ExecutionParts(executor=GuardedExecutor(executor, telemetry=telemetry))
         case "kubernetes":
-            async with connect(read_config(settings.kubeconfig), settings.namespace) as api:
-                yield _in_cluster(api, telemetry)
+            breaker = CircuitBreaker(name="kubernetes", telemetry=telemetry, settings=_API_BREAKER)
+            config = read_config(settings.kubeconfig)
+            async with connect(config, settings.namespace, breaker) as api:
+                yield _in_cluster(api, breaker, telemetry)
 
 
-def _in_cluster(api: ApiServer, telemetry: PrometheusTelemetry) -> ExecutionParts:
+def _in_cluster(
+    api: ApiServer, breaker: CircuitBreaker, telemetry: PrometheusTelemetry
+) -> ExecutionParts:
     """Projects are the pods of a namespace."""
     namespace = Namespace(api)
     pods = PodWatch(api, changed=lambda _: None)
@@ -78,6 +89,9 @@ def _in_cluster(api: ApiServer, telemetry: PrometheusTelemetry) -> ExecutionPart
     def reason_of(project: ProjectId, are_gone: bool) -> LostReason | None:
         return pods.lost_reason(project, are_gone=are_gone)
 
+    def is_reachable() -> bool:
+        return namespace.is_known and pods.is_current and not breaker.refuses
+
     execs = PodExecs(api, pods.target_of, subprotocols=SUBPROTOCOLS)
     executor = KubernetesExecutor(
         cluster=namespace.uid,
@@ -86,13 +100,19 @@ def _in_cluster(api: ApiServer, telemetry: PrometheusTelemetry) -> ExecutionPart
         reason_of=reason_of,
         base_env={"LANG": "C.UTF-8"},
         place=place,
+        is_away=lambda: not is_reachable(),
     )
     return ExecutionParts(
         executor=GuardedExecutor(executor, telemetry=telemetry),
-        is_reachable=lambda: namespace.is_known and pods.is_current,
+        is_reachable=is_reachable,
+        starting=pods.starting,
         subsystems=(namespace, pods),
-        checks={"kubernetes": namespace.check},
-        statistics={"pods": pods.statistics},
+        checks={"kubernetes": namespace.check_lately},
+        statistics={
+            "pods": pods.statistics,
+            "execs": executor.statistics,
+            "kubernetes_breaker": breaker.statistics,
+        },
         cluster=ClusterParts(api=api, pods=pods),
     )
 

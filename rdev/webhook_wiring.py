@@ -1,6 +1,5 @@
 """What webhooks are made of; a part of `wiring.py`. It opens and starts nothing."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +18,7 @@ from rdev.config import Settings
 from rdev.domain.backoff import Backoff
 from rdev.domain.deliveries import parse_schedule
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
 from rdev.services.webhook_dispatcher import (
     DispatcherLimits,
     DispatcherTelemetry,
@@ -38,6 +38,7 @@ class WebhookNeeds:
     deliveries: Pool
     notifier: Notifier
     telemetry: DispatcherTelemetry
+    tracing: Tracing
     backoff: Callable[[], Backoff]
     now: Callable[[], datetime]
 
@@ -67,6 +68,7 @@ def build_webhooks(settings: Settings, identity: Identity, needs: WebhookNeeds) 
         sender=sender,
         box=box,
         telemetry=needs.telemetry,
+        tracing=needs.tracing,
         backoff=needs.backoff,
         now=needs.now,
         wake_replicas=needs.notifier.webhooks_changed,
@@ -89,6 +91,5 @@ def build_webhooks(settings: Settings, identity: Identity, needs: WebhookNeeds) 
         rules=settings.webhook_rules,
         changed=changed,
         new_uuid=uuid_utils.compat.uuid7,
-        random_bytes=os.urandom,
     )
     return WebhookParts(dispatcher=dispatcher, sender=sender, webhooks=webhooks)

@@ -19,10 +19,10 @@ from rdev.adapters.http.documents import document_routes
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import Followers
 from rdev.adapters.http.keys import key_routes
-from rdev.adapters.http.openapi import document
+from rdev.adapters.http.openapi import DESCRIBED, document
 from rdev.adapters.http.plain import PlainRoute
 from rdev.adapters.http.probes import Readiness, probe_routes
-from rdev.adapters.http.projects import project_routes
+from rdev.adapters.http.projects import DESCRIBED_FOLDERS, project_routes
 from rdev.adapters.http.queue import queue_routes
 from rdev.adapters.http.server import HttpServer, TlsFiles
 from rdev.adapters.http.stream import stream_routes
@@ -48,8 +48,8 @@ from rdev.adapters.postgres.notifier import (
 )
 from rdev.adapters.postgres.output import PostgresOutput
 from rdev.adapters.postgres.pool import Pool
-from rdev.adapters.postgres.projects import PostgresProjects
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
+from rdev.adapters.postgres.vitals import PostgresVitals
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.backoff import Backoff
@@ -60,14 +60,18 @@ from rdev.domain.retention import FEED_KEPT_S, Retention
 from rdev.door_wiring import DoorNeeds, build_door
 from rdev.execution_wiring import ExecutionParts
 from rdev.identity import Identity
+from rdev.ports.tracing import Tracing
+from rdev.project_wiring import ProjectNeeds, build_projects
 from rdev.services.appender import Appender
 from rdev.services.audit_verify import AuditVerifier
 from rdev.services.commands import Commands
+from rdev.services.database_meter import DatabaseMeter
 from rdev.services.depths import QueueGate
 from rdev.services.feed import Feed
 from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
+from rdev.services.loop_meter import LoopMeter
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -111,6 +115,7 @@ def build_server(
     pools: Pools,
     execution: ExecutionParts,
     telemetry: PrometheusTelemetry,
+    tracing: Tracing,
 ) -> Server:
     """Every part, and who needs whom."""
     notifier = Notifier(pool=pools.requests, server=identity.holder)
@@ -128,6 +133,7 @@ def build_server(
             deliveries=pools.webhooks,
             notifier=notifier,
             telemetry=telemetry,
+            tracing=tracing,
             backoff=_backoff,
             now=_now,
         ),
@@ -147,7 +153,8 @@ def build_server(
         holder=identity.holder,
         lease_s=settings.lease_s,
         running_max=settings.running_max,
-        left_alone=executor.left_alone,
+        left_alone=lambda: [*executor.left_alone(), *execution.starting()],
+        tracing=tracing,
         is_reachable=execution.is_reachable,
     )
 
@@ -168,12 +175,19 @@ def build_server(
         wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
         reach_holder=reach_holder,
         new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
     )
-    projects = Projects(
-        store=PostgresProjects(pool=pools.requests),
-        executor=executor,
-        executor_name=settings.executor,
-        tell_replicas=notifier.project_changed,
+    projects, keeper = build_projects(
+        settings,
+        identity,
+        execution,
+        ProjectNeeds(
+            requests=pools.requests,
+            announce=fanout.announce,
+            ask_to_end=reach_holder,
+            tell_replicas=notifier.project_changed,
+            now=_now,
+        ),
     )
     door = build_door(
         settings,
@@ -205,14 +219,14 @@ def build_server(
     app = build_app(
         routes=[
             probe_routes(readiness=readiness, render_metrics=telemetry.render),
-            project_routes(projects),
+            project_routes(projects, are_pods=settings.executor == "kubernetes"),
             submission_routes(commands, claude_command=settings.claude_argv),
             command_routes(commands, projects),
             queue_routes(gate, queue.statistics, running_max=settings.running_max),
             key_routes(door.keys),
             webhook_routes(hooks.webhooks),
             delivery_routes(hooks.webhooks),
-            document_routes(document(version=__version__)),
+            document_routes(_document(settings)),
             audit_routes(door.audit, AuditVerifier(chain=door.audit)),
             ticket_routes(door.tickets, commands.project_of, settings.trusted_proxies),
         ],
@@ -231,6 +245,7 @@ def build_server(
         rate_limits=door.rate_limits,
         denied=door.denials.note,
         check_ticket=door.tickets.check,
+        tracing=tracing,
     )
     http = HttpServer(
         app=app,
@@ -240,7 +255,9 @@ def build_server(
         refusal=app.unreadable,
         tls=_tls(settings),
     )
+    database_meter = DatabaseMeter(database=PostgresVitals(pool=pools.requests))
     parts = {
+        "database": database_meter.statistics,
         "queue": queue.statistics,
         "appender": appender.statistics,
         "stream": fanout.statistics,
@@ -254,6 +271,7 @@ def build_server(
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
+        "http": app.admission.statistics,
         **execution.statistics,
     }
     for part, statistics in parts.items():
@@ -266,6 +284,7 @@ def build_server(
             notifier,
             listener,
             *execution.subsystems,
+            keeper,
             door.key_watch,
             housekeeper,
             door.audit_keeper,
@@ -275,6 +294,8 @@ def build_server(
             hooks.dispatcher,
             queue,
             QueueMeter(gate=gate, telemetry=telemetry),
+            LoopMeter(telemetry=telemetry),
+            database_meter,
             http,
         ),
         readiness=readiness,
@@ -282,6 +303,12 @@ def build_server(
         http=http,
         close=hooks.sender.close,
     )
+
+
+def _document(settings: Settings) -> dict[str, object]:
+    """What this server takes: a project that is a folder has no fields of a pod."""
+    folders = DESCRIBED_FOLDERS if settings.executor == "local" else {}
+    return document(version=__version__, described={**DESCRIBED, **folders})
 
 
 def _lane_changed(

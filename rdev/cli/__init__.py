@@ -22,6 +22,7 @@ _COMMANDS = {
     "webhooks": "webhooks",
     "audit": "audit",
     "demo": "demo",
+    "doctor": "doctor",
     "config": "config",
     "version": "version",
 }

@@ -5,6 +5,7 @@ where something is wrong, with the first seal that does not hold.
 """
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from rdev.cli.client import Json, open_client
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import config_option, read_settings
 from rdev.config import Settings
-from rdev.domain.audit_chain import ChainFault, FaultKind, Place
+from rdev.domain.audit_chain import ChainFault, Checkpoint, FaultKind, Verdict
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.identity import secret_of
 from rdev.services.audit_verify import AuditVerifier
@@ -78,19 +79,21 @@ def print_key(config_file: Path | None) -> None:
 
 
 async def _by_database(settings: Settings, file: Path | None, public_key: str | None) -> int:
-    places = None
+    kept = None
     if file is not None:
-        places = _Counted(file, Reader(public_key or _public_key(settings)))
+        kept = _Counted(file, Reader(public_key or _public_key(settings)))
     connection = ConnectionSettings(dsn=_dsn(settings), statement_timeout_ms=_STATEMENT_MS)
     async with open_pool(connection, max_size=2) as pool:
         verifier = AuditVerifier(chain=PostgresAudit(pool=pool))
         verdict = await verifier.verify()
         fault = verdict.fault
-        if fault is None and places is not None:
-            fault = await _compare(verifier, places)
+        if fault is None and kept is not None:
+            now = datetime.now(UTC)  # noqa: TID251  (the edge of a program of its own)
+            kept_since = now - timedelta(days=settings.audit_retention_days)
+            fault = await _compare(verifier, kept, verdict, kept_since)
     if fault is not None:
         return _wrong({"kind": fault.kind, "seq": fault.seq, "message": fault.message})
-    against = "" if places is None else f"; {places.count} checkpoints agree"
+    against = "" if kept is None else f"; {kept.count} checkpoints agree"
     click.echo(f"{verdict.checked} entries verified, up to {verdict.last.seq}{against}")
     return 0
 
@@ -103,16 +106,18 @@ class _Counted:
         self._reader = reader
         self.count = 0
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[Checkpoint]:
         with self._file.open("rb") as lines:
-            for place in self._reader.places(lines):
+            for checkpoint in self._reader.checkpoints(lines):
                 self.count += 1
-                yield place
+                yield checkpoint
 
 
-async def _compare(verifier: AuditVerifier, places: _Counted) -> ChainFault | None:
+async def _compare(
+    verifier: AuditVerifier, kept: _Counted, verdict: Verdict, kept_since: datetime
+) -> ChainFault | None:
     try:
-        return await verifier.compare(places)
+        return await verifier.compare(kept, dropped=verdict.dropped, kept_since=kept_since)
     except ForgedLine as forged:
         message = f"line {forged.number} of the checkpoints was not signed by this key"
         return ChainFault(kind=FaultKind.CHECKPOINT_FORGED, seq=forged.seq, message=message)

@@ -13,16 +13,16 @@ import msgspec
 import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.signing import Secret, verify
+from rdev.domain.signing import Verifier, verify
 
 BODY_BYTES_MAX = 262_144
 HEAD_BYTES_MAX = 65_536
 SILENCE_S = 120.0
 
 
-async def listen(host: str, port: int, secrets: Sequence[Secret], *, as_json: bool) -> None:
+async def listen(host: str, port: int, verifiers: Sequence[Verifier], *, as_json: bool) -> None:
     """Receive until it is cancelled. Errors: CONFLICT where it cannot listen."""
-    receiver = _Receiver(secrets, as_json=as_json)
+    receiver = _Receiver(verifiers, as_json=as_json)
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
@@ -34,10 +34,10 @@ async def listen(host: str, port: int, secrets: Sequence[Secret], *, as_json: bo
 
 
 class _Receiver:
-    """What was seen, and who signs."""
+    """What was seen, and what verifies."""
 
-    def __init__(self, secrets: Sequence[Secret], *, as_json: bool) -> None:
-        self._secrets = secrets
+    def __init__(self, verifiers: Sequence[Verifier], *, as_json: bool) -> None:
+        self._verifiers = verifiers
         self._as_json = as_json
         self._seen: set[str] = set()
 
@@ -58,7 +58,7 @@ class _Receiver:
         """Print it, and say with which status it is answered."""
         try:
             now_s = time.time()  # noqa: TID251  (the edge of a program of its own)
-            event_id = verify(headers, body, self._secrets, now_s=now_s)
+            event_id = verify(headers, body, self._verifiers, now_s=now_s)
             event = msgspec.json.decode(body, type=dict[str, object])
         except RdevError as error:
             click.echo(f"refused: {error.message}", err=True)

@@ -1,6 +1,7 @@
 """`rdev webhooks`: endpoints, their deliveries, and a receiver for people who write theirs.
 
-A secret is printed alone on stdout, once; everything else about it goes to stderr.
+What a receiver needs is printed alone on stdout: a secret (scheme v1), once, or a public key (v1a);
+everything else about it goes to stderr.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -8,10 +9,18 @@ from collections.abc import Awaitable, Callable, Mapping
 import click
 import msgspec
 
+from rdev.adapters.webhooks.ed25519 import parse_public
 from rdev.cli.client import Client, Json, open_client, server_options
 from rdev.cli.failures import run_trio
 from rdev.cli.webhook_listener import listen as run_listener
-from rdev.domain.signing import parse_secret
+from rdev.domain.signing import SignatureScheme, Verifier, parse_secret
+
+_scheme_option = click.option(
+    "--signature-scheme",
+    "scheme",
+    type=click.Choice([one.value for one in SignatureScheme]),
+    help="v1: a secret of both sides (default); v1a: rdev signs, a public key verifies.",
+)
 
 
 @click.group()
@@ -36,6 +45,7 @@ def list_webhooks(url: str, key: str, output: str) -> None:
 @click.option("--project", "projects", multiple=True, help="Only this project; may be repeated.")
 @click.option("--ordered", is_flag=True, help="One at a time, in sequence.")
 @click.option("--description", default="")
+@_scheme_option
 def create(
     url: str,
     key: str,
@@ -44,14 +54,17 @@ def create(
     projects: tuple[str, ...],
     ordered: bool,
     description: str,
+    scheme: str | None,
 ) -> None:
-    """Tell the URL TARGET of events; prints the secret that signs them, which is shown once."""
+    """Tell the URL TARGET of events; prints the secret that signs them, which is shown once, or
+    with scheme v1a the public key that verifies them."""
     body: Json = {
         "url": target,
         "events": list(events),
         "project_ids": list(projects) or None,
         "ordered": ordered,
         "description": description or None,
+        "signature_scheme": scheme,
     }
     _print_once(url, key, "/webhooks", body)
 
@@ -61,8 +74,23 @@ def create(
 @click.argument("webhook_id")
 @click.option("--grace-s", type=int, help="Seconds that the old secret goes on signing; a day.")
 def rotate_secret(url: str, key: str, webhook_id: str, grace_s: int | None) -> None:
-    """Give an endpoint another secret and print it."""
+    """Give an endpoint another secret, or pair of keys, and print what its receiver needs."""
     _print_once(url, key, f"/webhooks/{webhook_id}/rotate-secret", {"grace_s": grace_s})
+
+
+@webhooks.command("use-scheme")
+@server_options
+@click.argument("webhook_id")
+@click.argument("scheme", type=click.Choice([one.value for one in SignatureScheme]))
+def use_scheme(url: str, key: str, webhook_id: str, scheme: str) -> None:
+    """Sign an endpoint's requests with SCHEME and print what its receiver needs; what signed before
+    signs beside it for a day. Of the scheme that it has, the secret is not shown again."""
+
+    async def change(client: Client) -> None:
+        path = f"/webhooks/{webhook_id}"
+        _print_needed(await client.patch(path, {"signature_scheme": scheme}))
+
+    _run(url, key, change)
 
 
 @webhooks.command()
@@ -138,19 +166,28 @@ def redeliver(url: str, key: str, id_: str, since: str | None, status: str) -> N
     "--secret",
     "secrets",
     multiple=True,
-    required=True,
     envvar="WEBHOOK_SECRET",
-    help="whsec_…; may be repeated.",
+    help="whsec_… of scheme v1; may be repeated.",
+)
+@click.option(
+    "--public-key",
+    "public_keys",
+    multiple=True,
+    envvar="WEBHOOK_PUBLIC_KEY",
+    help="whpk_… of scheme v1a; may be repeated.",
 )
 @click.option("--output", type=click.Choice(["text", "ndjson"]), default="text")
-def listen(bind: str, secrets: tuple[str, ...], output: str) -> None:
+def listen(bind: str, secrets: tuple[str, ...], public_keys: tuple[str, ...], output: str) -> None:
     """Receive webhooks here, verify their signatures, print what they say."""
     host, _, port = bind.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65_535:
         raise click.BadParameter("must be HOST:PORT", param_hint="--bind")
+    if not secrets and not public_keys:
+        raise click.UsageError("needs --secret (scheme v1) or --public-key (v1a)")
 
     async def main() -> int:
-        verifiers = [parse_secret(text) for text in secrets]
+        verifiers: list[Verifier] = [parse_secret(text) for text in secrets]
+        verifiers += [parse_public(text) for text in public_keys]
         await run_listener(host, int(port), verifiers, as_json=output == "ndjson")
         return 0
 
@@ -180,11 +217,16 @@ def _list(url: str, key: str, path: str, output: str, row: Callable[[Json], str]
 
 def _print_once(url: str, key: str, path: str, body: Mapping[str, object]) -> None:
     async def make(client: Client) -> None:
-        made = await client.post(path, body)
-        click.echo(_row(made), err=True)
-        click.echo(made["secret"])
+        _print_needed(await client.post(path, body))
 
     _run(url, key, make)
+
+
+def _print_needed(made: Json) -> None:
+    """What its receiver needs; nothing where that is a secret that is not shown again."""
+    click.echo(_row(made), err=True)
+    if (needed := made["secret"] or made["public_key"]) is not None:
+        click.echo(needed)
 
 
 def _patch(url: str, key: str, webhook_id: str, body: Mapping[str, object]) -> None:

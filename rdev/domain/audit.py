@@ -31,6 +31,12 @@ class Action(StrEnum):
     KEY_ROTATED = "key.rotated"
     KEY_REVOKED = "key.revoked"
     PROJECT_CREATED = "project.created"
+    PROJECT_STARTED = "project.started"
+    PROJECT_STOPPED = "project.stopped"
+    PROJECT_DELETED = "project.deleted"
+    # By the server: its pod was found; its place is gone.
+    PROJECT_ADOPTED = "project.adopted"
+    PROJECT_REMOVED = "project.removed"
     WEBHOOK_CREATED = "webhook.created"
     WEBHOOK_CHANGED = "webhook.changed"
     WEBHOOK_DELETED = "webhook.deleted"

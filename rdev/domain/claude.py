@@ -13,8 +13,9 @@ from enum import StrEnum
 import msgspec
 
 from rdev.domain.execution import Stream
-from rdev.domain.fields import Fields, size_fault
+from rdev.domain.fields import Characters, Fields, size_fault
 from rdev.domain.lines import PIECE_MAX_BYTES, Encoded, LineSplitter, joined, output_events
+from rdev.domain.rules import CONTROLS
 from rdev.domain.sse import TAGS, EventName, stored
 
 # One argv element on Linux: MAX_ARG_STRLEN is 128 KiB with its closing NUL.
@@ -58,10 +59,10 @@ class ClaudeRequest:
 
 _SESSION = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 # A session's id or its title. A leading dash would be read as an option.
-_RESUME = re.compile(r"[^\s-][^\x00-\x1f]*")
+_RESUME = re.compile(rf"[^\s{CONTROLS}-][^{CONTROLS}]*")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@\[\]-]*")
 # `Edit`, `mcp__server__*`, `Bash(git log:*)`; a list of them is joined by commas.
-_TOOL = re.compile(r"[A-Za-z][A-Za-z0-9_*.-]*(\([^()\x00-\x1f]*\))?")
+_TOOL = re.compile(rf"[A-Za-z][A-Za-z0-9_*.-]*(\([^(){CONTROLS}]*\))?")
 
 
 _SERVERS_RULE = f"must have the object mcpServers in it; {ARGUMENT_MAX_BYTES} bytes as JSON"
@@ -95,7 +96,13 @@ def claude_argv(command: Sequence[str], request: ClaudeRequest) -> tuple[str, ..
 def read_claude(fields: Fields) -> ClaudeRequest:
     """Read the fields of a claude command; what is wrong with them stays in `fields`."""
     request = ClaudeRequest(
-        prompt=fields.text("prompt", max_bytes=ARGUMENT_MAX_BYTES, required=True, about="not blank")
+        prompt=fields.text(
+            "prompt",
+            max_bytes=ARGUMENT_MAX_BYTES,
+            required=True,
+            characters=Characters.NO_NUL,
+            about="not blank",
+        )
         or "",
         session_id=fields.text(
             "session_id", max_bytes=_NAME_MAX_BYTES, pattern=_SESSION, about="not with resume"
@@ -106,7 +113,9 @@ def read_claude(fields: Fields) -> ClaudeRequest:
         disallowed_tools=_read_tools(fields, "disallowed_tools"),
         max_turns=fields.integer("max_turns", least=1, most=TURNS_MAX),
         permission_mode=_read_mode(fields),
-        append_system_prompt=fields.text("append_system_prompt", max_bytes=ARGUMENT_MAX_BYTES),
+        append_system_prompt=fields.text(
+            "append_system_prompt", max_bytes=ARGUMENT_MAX_BYTES, characters=Characters.NO_NUL
+        ),
         mcp_config=_read_servers(fields),
     )
     if request.prompt and not request.prompt.strip():

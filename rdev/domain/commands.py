@@ -12,6 +12,7 @@ from rdev.domain.audit import Actor
 from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Spec, Why
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ATTEMPTS_MAX, CommandId, ProjectId
+from rdev.domain.traces import TraceContext
 
 
 class Kind(StrEnum):
@@ -116,6 +117,8 @@ class NewCommand:
     expires_in_s: int | None
     actor: Actor
     idempotency: Idempotency | None = None
+    # Below which its work stands in a trace.
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +176,8 @@ class Claimed:
     `instance` is what the project was when the attempt began (None: not recorded yet, so it
     cannot have started). `offsets` and `dropped_bytes` are what the log already holds of the
     attempt, which begins behind the event `attempt_seq`; `last_seq` counts the events of all.
-    `running_s`: how long ago, in seconds, the attempt was claimed first.
+    `running_s`: how long ago, in seconds, the attempt was claimed first. `taken_from`: of a
+    take-over, the lease of the former holder. `trace` is what was stored with the command.
     """
 
     lease: Lease
@@ -191,6 +195,8 @@ class Claimed:
     dropped_bytes: int
     queue_wait_ms: int
     cancel_requested: bool
+    trace: TraceContext | None = None
+    taken_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

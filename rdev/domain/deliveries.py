@@ -13,6 +13,7 @@ from uuid import UUID
 
 from rdev.domain.ids import ProjectId
 from rdev.domain.sending import Outcome
+from rdev.domain.traces import TraceContext
 from rdev.domain.webhooks import WebhookId
 
 DeliveryId = NewType("DeliveryId", str)
@@ -29,6 +30,9 @@ JITTER = 0.2
 RETRY_AFTER_MAX_S = 86_400.0
 # An endpoint that has accepted nothing for so long is disabled with its next failure.
 DISABLE_AFTER_S = 432_000.0
+# An answer that took longer is slow: whoever answers so holds what others wait for, and is given
+# one attempt at a time.
+QUICK_S = 2.0
 # So many wait for one endpoint; of more the oldest are dead.
 PENDING_MAX = 100_000
 # One call asks for so many again.
@@ -97,8 +101,9 @@ class DeliveryLease:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owed:
     """A claimed delivery with all that its attempt needs. `failures` are those before this attempt.
-    `is_trusted`: the endpoint accepted its last attempt; `is_allowed`: it may be told of the
-    project. `secrets` are sealed, the newest first."""
+    `is_trusted`: the endpoint accepted its last attempt, and quickly; `is_allowed`: it may be told
+    of the project. `secrets` are sealed, the newest first. `trace` is that of the command it tells
+    of."""
 
     lease: DeliveryLease
     webhook: WebhookId
@@ -111,6 +116,7 @@ class Owed:
     url: str
     payload: bytes = field(repr=False)
     secrets: tuple[bytes, ...] = field(repr=False)
+    trace: TraceContext | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

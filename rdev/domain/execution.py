@@ -9,9 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from rdev.domain.errors import ErrorCode, RdevError
+
 # Names that some sh treats as its own: bash has them read-only, dash refuses other values.
 _UNSETTABLE = frozenset({"BASHOPTS", "BASH_VERSINFO", "EUID", "OPTIND", "PPID", "SHELLOPTS", "UID"})
 # What a POSIX shell can export (POSIX 2024, XBD 3.216 "Name").
+_CONTROL = re.compile(r"[^ -~]+")
+_WORDS = 200
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -116,6 +120,20 @@ class Lost:
     may_still_run: bool = False
     unfinished: bool = False
     tries: int = field(default=1, compare=False)
+
+
+class UnfitProjectError(RdevError):
+    """A project in which nothing can run, until somebody changes it: its image has no shell, say.
+
+    SERVICE_UNAVAILABLE; `lacks` says what is missing, in words fit for clients. Whoever raises it
+    has started nothing.
+    """
+
+    def __init__(self, lacks: str) -> None:
+        """`lacks`: at most `_WORDS` characters of it are told."""
+        self.lacks = _CONTROL.sub(" ", lacks).strip()[:_WORDS]
+        message = f"project cannot run commands: {self.lacks}"
+        super().__init__(ErrorCode.SERVICE_UNAVAILABLE, message)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,17 @@ import re
 from collections.abc import Collection
 
 from rdev.domain.errors import Fault, bad_request
-from rdev.domain.rules import Json, Probe, Rule, RuleKind, size_fault, text_fault
+from rdev.domain.rules import (
+    Characters,
+    Json,
+    Probe,
+    Rule,
+    RuleKind,
+    size_fault,
+    text_fault,
+)
 
-__all__ = ["Fields", "Json", "size_fault", "text_fault"]
+__all__ = ["Characters", "Fields", "Json", "size_fault", "text_fault"]
 
 
 class Fields:
@@ -43,17 +51,18 @@ class Fields:
         max_bytes: int,
         required: bool = False,
         pattern: re.Pattern[str] | None = None,
-        nul: bool = False,
+        characters: Characters = Characters.LINE,
         about: str = "",
     ) -> str | None:
-        """A string of 1–`max_bytes` bytes (an optional one may be absent or null)."""
+        """A string of 1–`max_bytes` bytes (an optional one may be absent or null), one line where
+        `characters` says nothing else."""
         rule = Rule(
             name=name,
             kind=RuleKind.TEXT,
             required=required,
             max_bytes=max_bytes,
             pattern=pattern,
-            nul=nul,
+            characters=characters,
             about=about,
         )
         value = self._take(rule)
@@ -116,6 +125,7 @@ class Fields:
         required: bool = False,
         pattern: re.Pattern[str] | None = None,
         choices: Collection[str] = (),
+        characters: Characters = Characters.LINE,
         mismatch: str = "",
         about: str = "",
     ) -> tuple[str, ...] | None:
@@ -129,6 +139,7 @@ class Fields:
             max_items=max_items,
             pattern=pattern,
             choices=choices,
+            characters=characters,
             mismatch=mismatch,
             about=about,
         )

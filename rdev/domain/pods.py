@@ -193,10 +193,14 @@ def choose(pods: Iterable[Pod]) -> Mapping[ProjectId, Pod]:
 
 
 def folders_of(pod: Pod | None) -> tuple[str, str]:
-    """Where commands of this pod begin, and where their folders are: what its annotations say, else
-    (also where that is no absolute path) `/workspace` and `/run/rdev`."""
-    said = {} if pod is None else pod.annotations
-    home, commands = said.get(HOME_ANNOTATION, ""), said.get(COMMANDS_ANNOTATION, "")
+    """Where commands of this pod begin, and where their folders are: see `folders_said`."""
+    return folders_said({} if pod is None else pod.annotations)
+
+
+def folders_said(annotations: Mapping[str, str]) -> tuple[str, str]:
+    """What annotations say of the two, else (also where that is no absolute path) `/workspace` and
+    `/run/rdev`."""
+    home, commands = annotations.get(HOME_ANNOTATION, ""), annotations.get(COMMANDS_ANNOTATION, "")
     return (
         home if home.startswith("/") else _HOME,
         commands if commands.startswith("/") else _COMMANDS,

@@ -55,8 +55,8 @@ _AROUND = [
         # scheme://user:password@host, and https://token@host
         r"(?P<before>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,20}://[^\s/:@?#'\"]*:)[^\s/@'\"]*(?P<after>@)",
         r"(?P<before>\bhttps?://)[^\s/:@?#'\"]+(?P<after>@)",
-        # Authorization: Bearer …, and the same without its header
-        r"(?P<before>\b(?:bearer|basic|digest)\s+)(?!-)[\w+/=.~-]{6,}(?P<after>)",
+        # Authorization: Bearer …, and the same without its header; a name with `=` is no token
+        r"(?P<before>\b(?:bearer|basic|digest)\s+)(?!-)[\w+/.~-]{6,}={0,3}(?![\w+/.~='\"-])(?P<after>)",
         # a whole header, to the end of its line or quotes: Cookie: a=b; c=d
         r"(?P<before>\b(?:set-)?cookie\s*[:=]\s*)[^\"'\r\n]+(?P<after>)",
         r"(?P<before>\b(?:proxy-)?authorization\s*:\s*(?:[a-z-]+\s+)?)[^\s\"']+(?P<after>)",

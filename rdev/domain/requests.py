@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rdev.domain.claude import ClaudeRequest, read_claude
 from rdev.domain.commands import Kind, Priority, Retry
 from rdev.domain.execution import ENV_NAME, is_env_name
-from rdev.domain.fields import Fields, Json, size_fault, text_fault
+from rdev.domain.fields import Characters, Fields, Json, size_fault, text_fault
 from rdev.domain.git import check_args
 
 # MAX_ARG_STRLEN of Linux is 131,072 with its NUL: one argv element or one NAME=value.
@@ -23,7 +23,7 @@ STDIN_MAX_BYTES = 524_288
 CWD_MAX_BYTES = 4_096
 TIMEOUT_MAX_S = 86_400
 EXPIRES_MAX_S = 604_800
-_ENV_RULE = (
+ENV_RULE = (
     f"at most {ENV_MAX_ITEMS} entries, {ENV_MAX_BYTES} bytes in all; names: letters, digits and _,"
     f" no digit first, at most {ENV_NAME_MAX_BYTES} bytes, not RDEV_…; values: strings without NUL,"
     f" name, = and value at most {ARG_MAX_BYTES} bytes"
@@ -50,11 +50,15 @@ class Common:
 
 def read_common(fields: Fields, kind: Kind, *, stdin: bool = True) -> Common:
     """Read the common fields; faults stay in `fields`. Claude takes no stdin."""
-    text = fields.text("stdin", max_bytes=STDIN_MAX_BYTES, nul=True) if stdin else None
+    text = (
+        fields.text("stdin", max_bytes=STDIN_MAX_BYTES, characters=Characters.ANY)
+        if stdin
+        else None
+    )
     about = f"default {DEFAULT_TIMEOUT_S[kind]}; kept in the project, also when no rdev runs"
     timeout_s = fields.integer("timeout_s", least=1, most=TIMEOUT_MAX_S, about=about)
     return Common(
-        env=_env(fields),
+        env=read_env(fields),
         cwd=_cwd(fields),
         stdin=(text or "").encode(),
         timeout_s=timeout_s or DEFAULT_TIMEOUT_S[kind],
@@ -86,7 +90,9 @@ class ShellRequest:
 def parse_shell(body: Json) -> ShellRequest:
     """Errors: BAD_REQUEST with every fault of the body."""
     fields = Fields(body)
-    command = fields.text("command", max_bytes=ARG_MAX_BYTES, required=True)
+    command = fields.text(
+        "command", max_bytes=ARG_MAX_BYTES, required=True, characters=Characters.NO_NUL
+    )
     common = read_common(fields, Kind.SHELL)
     fields.finish()
     assert command is not None
@@ -127,6 +133,7 @@ def parse_git(body: Json) -> GitRequest:
         max_items=ARGS_MAX_ITEMS,
         max_bytes=ARG_MAX_BYTES,
         required=True,
+        characters=Characters.NO_NUL,
         about="what stands behind `git`; sub-command and options from an allow-list",
     )
     common = read_common(fields, Kind.GIT)
@@ -136,13 +143,14 @@ def parse_git(body: Json) -> GitRequest:
     return GitRequest(args=args, common=common)
 
 
-def _env(fields: Fields) -> Mapping[str, str]:
+def read_env(fields: Fields, *, about: str = ENV_RULE) -> Mapping[str, str]:
+    """The field `env`; faults stay in `fields`."""
     given = fields.entries(
         "env",
         max_items=ENV_MAX_ITEMS,
         max_bytes=ARG_MAX_BYTES,
         pattern=ENV_NAME,
-        about=_ENV_RULE,
+        about=about,
     )
     if given is None:
         return {}
@@ -154,7 +162,7 @@ def _env(fields: Fields) -> Mapping[str, str]:
             fields.fault("env", "must be a string", within=name)
         elif (message := size_fault(f"{name}={value}", max_bytes=ARG_MAX_BYTES)) is not None:
             fields.fault("env", f"{message}, its name and = included", within=name, limit=True)
-        elif (message := text_fault(value)) is not None:
+        elif (message := text_fault(value, Characters.NO_NUL)) is not None:
             fields.fault("env", message, within=name)
         else:
             env[name] = value
@@ -176,7 +184,10 @@ def _name_fault(name: str) -> str | None:
 
 
 def _cwd(fields: Fields) -> str:
-    cwd = fields.text("cwd", max_bytes=CWD_MAX_BYTES, about=_CWD_RULE) or ""
+    cwd = (
+        fields.text("cwd", max_bytes=CWD_MAX_BYTES, characters=Characters.NO_NUL, about=_CWD_RULE)
+        or ""
+    )
     parts = cwd.split("/")
     if cwd.startswith("/") or ".." in parts:
         fields.fault("cwd", "must be a path inside the project's folder, without ..")

@@ -31,12 +31,30 @@ class RuleKind(StrEnum):
     OTHER = "other"
 
 
+class Characters(StrEnum):
+    """Which characters a text may have. None may have a lone surrogate, which is no character."""
+
+    # What people read in lists, logs and terminals: no control character (see `CONTROLS`).
+    LINE = "one line"
+    # What programs read: arguments, paths, variables. Linux has no NUL in any of them.
+    NO_NUL = "no NUL"
+    ANY = "any"
+
+
+# The control characters that a line has none of, as they stand within the brackets of a pattern:
+# C0, DEL and C1 (Unicode category Cc: they move a terminal's cursor or end its line), the two
+# separators of lines, and the property Bidi_Control, which shows a text in another order than it
+# has (CVE-2021-42574). ECMA 262 reads it the same way.
+CONTROLS = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_CONTROL = re.compile(f"[{CONTROLS}]")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """What one field may hold. Sizes are bytes of UTF-8; a bound that is None does not exist.
 
-    `pattern`, `choices`, `max_bytes` and `nul` speak of each item where it is a list; `about` says
-    what the other members cannot. `fields` are those of an object.
+    `pattern`, `choices`, `max_bytes` and `characters` speak of each item where it is a list;
+    `about` says what the other members cannot. `fields` are those of an object.
     """
 
     name: str
@@ -49,7 +67,7 @@ class Rule:
     max_items: int | None = None
     pattern: re.Pattern[str] | None = None
     choices: Collection[str] = ()
-    nul: bool = False
+    characters: Characters = Characters.LINE
     about: str = ""
     # Why a text that does not match is refused, where the pattern itself would not tell.
     mismatch: str = ""
@@ -59,7 +77,7 @@ class Rule:
         """What is wrong with a text and whether it is its size; None for a good one."""
         if (message := self._size_message(value)) is not None:
             return message, True
-        if (message := text_fault(value, nul=self.nul)) is not None:
+        if (message := text_fault(value, self.characters)) is not None:
             return message, False
         if self.choices and value not in self.choices:
             return f"must be one of {', '.join(self.choices)}", False
@@ -110,12 +128,16 @@ def size_fault(value: str, *, max_bytes: int) -> str | None:
     return None
 
 
-def text_fault(value: str, *, nul: bool = False) -> str | None:
-    """Why a text cannot be used whatever its size (NUL, lone surrogate), or None."""
+def text_fault(value: str, characters: Characters) -> str | None:
+    """Why a text cannot be used whatever its size (control characters, lone surrogate), or None."""
     try:
         value.encode()
     except UnicodeEncodeError:
         return "must be valid Unicode (it has a lone surrogate)"
-    if not nul and "\0" in value:
-        return "must not contain NUL"
-    return None
+    match characters:
+        case Characters.LINE if (found := _CONTROL.search(value)) is not None:
+            return f"must not contain control characters (it has U+{ord(found[0]):04X})"
+        case Characters.NO_NUL if "\0" in value:
+            return "must not contain NUL"
+        case _:
+            return None

@@ -13,6 +13,7 @@ import hmac
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from rdev.domain.errors import ErrorCode, RdevError
@@ -35,6 +36,13 @@ SIGNATURES_MAX = 16
 # The id is a part of what is signed, so it holds no `.`; printable, since it is a header too.
 _ID = re.compile(r"[\x21-\x2d\x2f-\x7e]{1,255}")
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
+
+
+class SignatureScheme(StrEnum):
+    """What an endpoint's requests are signed with; what stands before a signature's comma."""
+
+    V1 = "v1"  # HMAC-SHA256, by a secret that both sides hold
+    V1A = "v1a"  # Ed25519: only rdev holds what signs
 
 
 class Signer(Protocol):

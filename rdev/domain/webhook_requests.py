@@ -7,6 +7,7 @@ from typing import Final
 from rdev.domain.deliveries import DeliveryStatus
 from rdev.domain.fields import Fields, Json
 from rdev.domain.ids import PROJECT_PATTERN, ProjectId
+from rdev.domain.signing import SignatureScheme
 from rdev.domain.webhook_targets import URL_CHARACTERS_MAX
 from rdev.domain.webhooks import ROTATION_GRACE_S, EventType
 
@@ -29,6 +30,7 @@ class WebhookRequest:
     description: str | None
     is_enabled: bool | None
     is_ordered: bool | None
+    scheme: SignatureScheme | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,7 @@ def _webhook(body: Json, *, is_new: bool) -> WebhookRequest:
         description="" if "description" in body and description is None else description,
         is_enabled=fields.flag("enabled"),
         is_ordered=fields.flag("ordered", about="one at a time, in sequence"),
+        scheme=_scheme(fields),
     )
     fields.finish()
     return request
@@ -105,6 +108,15 @@ def _events(fields: Fields, *, required: bool) -> tuple[EventType, ...] | None:
     if found is None:
         return None
     return tuple(event for event in EventType if event in found or ALL_EVENTS in found)
+
+
+def _scheme(fields: Fields) -> SignatureScheme | None:
+    found = fields.choice(
+        "signature_scheme",
+        list(SignatureScheme),
+        about="`v1` with a secret of both sides (the default), `v1a` with a public key",
+    )
+    return None if found is None else SignatureScheme(found)
 
 
 def _project_ids(fields: Fields) -> frozenset[ProjectId] | None:

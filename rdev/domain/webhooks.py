@@ -15,6 +15,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import KeyId, ProjectId
 from rdev.domain.keys import Grant, Scope
+from rdev.domain.signing import SignatureScheme
 
 WebhookId = NewType("WebhookId", str)
 
@@ -56,9 +57,24 @@ class DisabledReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SigningKey:
+    """A key of an endpoint as it is stored: what signs is sealed, and of scheme v1a (None with v1)
+    `public_key` is what its receiver verifies with (`whpk_…`)."""
+
+    sealed: bytes = field(repr=False)
+    public_key: str | None = None
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """What it signs with."""
+        return SignatureScheme.V1 if self.public_key is None else SignatureScheme.V1A
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Webhook:
     """An endpoint as it is stored. `project_ids` None: all projects of the owner. `failing_since`:
-    the first failure after the last success. `pending`: what waits to be delivered."""
+    the first failure after the last success. `public_key`: that of its key, None with scheme v1;
+    `previous_public_key`: that of the key before, while it signs too (until `previous_until`)."""
 
     id: WebhookId
     url: str
@@ -75,11 +91,18 @@ class Webhook:
     created_at: datetime
     updated_at: datetime
     previous_until: datetime | None
+    public_key: str | None = None
+    previous_public_key: str | None = None
+
+    @property
+    def scheme(self) -> SignatureScheme:
+        """What its requests are signed with."""
+        return SignatureScheme.V1 if self.public_key is None else SignatureScheme.V1A
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWebhook:
-    """An endpoint to be stored; `secret` is sealed."""
+    """An endpoint to be stored."""
 
     id: WebhookId
     url: str
@@ -89,14 +112,15 @@ class NewWebhook:
     is_ordered: bool
     is_enabled: bool
     owner: KeyId
-    secret: bytes = field(repr=False)
+    key: SigningKey
     idempotency: Idempotency | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookChange:
     """What becomes of an endpoint that was seen as it was at `seen_at`, enabled or not. `owner` is
-    set where it has a new one."""
+    set where it has a new one, `key` where it signs with another scheme: then the key before signs
+    beside it for `ROTATION_GRACE_S`."""
 
     seen_at: datetime
     was_enabled: bool
@@ -107,14 +131,15 @@ class WebhookChange:
     is_ordered: bool
     is_enabled: bool
     owner: KeyId | None
+    key: SigningKey | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SecretRotation:
-    """A fresh secret (sealed) for an endpoint; the one before signs for `grace_s` seconds more."""
+    """A fresh key for an endpoint; the one before signs for `grace_s` seconds more."""
 
     webhook: WebhookId
-    secret: bytes = field(repr=False)
+    key: SigningKey
     grace_s: int
     idempotency: Idempotency | None = None
 

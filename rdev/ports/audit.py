@@ -56,7 +56,8 @@ class AuditChain(Protocol):
 
     async def strangers(self, first: Place, last: Place) -> int | None:
         """The number of the seal before which an entry stands that was never sealed, of the seals
-        from `first` to `last`, whose entries are all there; None: there is no such entry."""
+        from `first` to `last`; with the first seal of all, also of what stands before that. None:
+        there is no such entry."""
         ...
 
     async def is_stored(self, day: date) -> bool:

@@ -38,9 +38,10 @@ class DeliveryQueue(Protocol):
 
     async def claim(self, *, holder: str, limit: int, untrusted_limit: int) -> list[Owed]:
         """Take what is due under fresh leases, at most `limit`: first of the endpoints that have
-        waited longest, at most so many of each as it may have at once. One whose last attempt was
-        not accepted, or that had none, gets one at a time; all those together at most
-        `untrusted_limit`. Of an ordered endpoint the oldest, one at a time."""
+        waited longest, at most so many of each as it may have at once. One whose last attempts
+        were not accepted, or took longer than `QUICK_S`, or that had none, gets one at a time;
+        all those together at most `untrusted_limit`. Of an ordered endpoint the oldest, one at a
+        time."""
         ...
 
     async def settle(self, settled: Sequence[Settled]) -> SettleResult:
@@ -71,8 +72,8 @@ class DeliveryQueue(Protocol):
         ...
 
     async def oldest_undelivered_s(self) -> float:
-        """How long ago the oldest message that is still owed was; 0 where none is. Its cost is in
-        what is owed."""
+        """How long ago the oldest message was that is still owed to an endpoint that is enabled; 0
+        where none is. Its cost is in what is owed."""
         ...
 
     async def bury_overflow(self, *, pending_max: int) -> int:

@@ -42,12 +42,14 @@ class Executor(Protocol):
         ...
 
     async def prepare(self, project: ProjectId) -> None:
-        """Make the project's place (idempotent). Errors: SERVICE_UNAVAILABLE."""
+        """Make the project's place (idempotent). Errors: SERVICE_UNAVAILABLE, as
+        UnfitProjectError where nothing can run in it."""
         ...
 
     async def instance(self, project: ProjectId) -> str:
         """What the place is now: boot id and start time of its pid 1. A place that was restarted
-        has another instance. Errors: NOT_FOUND, SERVICE_UNAVAILABLE."""
+        has another instance. Errors: NOT_FOUND; SERVICE_UNAVAILABLE, as UnfitProjectError where
+        nothing can run in it."""
         ...
 
     def attach(

@@ -70,6 +70,10 @@ class Telemetry(Protocol):
         """The queue was counted; None where it could not be."""
         ...
 
+    def loop_was_late(self, late_s: float) -> None:
+        """By so much the event loop came later than asked to what was due."""
+        ...
+
     def stream(self, project: ProjectId) -> AbstractContextManager[None]:
         """A client follows the project's events for as long as the block lasts."""
         ...
@@ -134,7 +138,7 @@ class BreakerTelemetry(Protocol):
 
     def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
         """A breaker is in another state. `breaker` comes from a closed set in the code: `database`,
-        `exec` (those of all projects)."""
+        `kubernetes` (the API server), `exec` (those of all projects)."""
         ...
 
 
@@ -165,6 +169,9 @@ class Silence:
         """Nothing."""
 
     def queue_counted(self, depths: Depths | None) -> None:
+        """Nothing."""
+
+    def loop_was_late(self, late_s: float) -> None:
         """Nothing."""
 
     def events_replayed(self, project: ProjectId, count: int) -> None:

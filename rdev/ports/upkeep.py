@@ -61,7 +61,8 @@ class StoreDuties(Protocol):
 
     async def forget_deliveries(self, *, older_s: float, limit: int) -> int:
         """Delete deliveries that are so old with their attempts and messages, and endpoints that
-        were deleted so long ago; returns how many deliveries or messages, whichever is more."""
+        were deleted so long ago; returns how many deliveries or messages, whichever is more. What
+        is still to be sent stays, unless its endpoint was deleted."""
         ...
 
 

@@ -4,7 +4,7 @@ All stamps of the store are the database's. What is claimed and settled is `port
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rdev.domain.audit import Actor
@@ -18,9 +18,11 @@ from rdev.domain.deliveries import (
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId
 from rdev.domain.sending import Outcome, OutgoingRequest
+from rdev.domain.signing import SignatureScheme, Signer
 from rdev.domain.webhooks import (
     NewWebhook,
     SecretRotation,
+    SigningKey,
     Webhook,
     WebhookChange,
     WebhookId,
@@ -44,15 +46,26 @@ class WebhookSender(Protocol):
         ...
 
 
-class SecretBox(Protocol):
-    """Keeps secrets so that the database alone gives none away."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshKey:
+    """A key that was just made: as it is stored, and (of scheme v1 alone) the secret's text, which
+    its receiver needs and nobody is shown again."""
 
-    def seal(self, secret: bytes, *, of: str) -> bytes:
-        """What is stored. `of` names whose secret it is; it opens for nobody else."""
+    key: SigningKey
+    secret: str | None = field(repr=False)
+
+
+class SecretBox(Protocol):
+    """Makes the keys of endpoints, and keeps them so that the database alone gives none away."""
+
+    def make(self, scheme: SignatureScheme, *, of: WebhookId) -> FreshKey:
+        """A key like no other. `of` names whose it is; it opens for nobody else. What signs v1a
+        leaves this place sealed only."""
         ...
 
-    def open(self, sealed: bytes, *, of: str) -> bytes:
-        """The secret again. Errors: INTERNAL_ERROR for what another key sealed, or for another."""
+    def open(self, sealed: bytes, *, of: WebhookId) -> Signer:
+        """What signs, by the scheme it was made for, whatever else is stored. Errors:
+        INTERNAL_ERROR for what another server's secret sealed, or for another endpoint."""
         ...
 
 
@@ -101,11 +114,12 @@ class WebhookStore(Protocol):
     ) -> Webhook | None:
         """Store what becomes of it, as it is then; None: there is none, or it is not what was seen
         any more. Being enabled begins anew: what was pending is due, past failures are forgotten.
+        Another key is a rotation.
         """
         ...
 
     async def rotate(self, rotation: SecretRotation, actor: Actor) -> WebhookMade | None:
-        """Give it another secret; the one before goes on signing beside it for `grace_s`, one
+        """Give it another key; the one before goes on signing beside it for `grace_s`, one
         before that ends now. None: there is none. Errors: those of `insert`."""
         ...
 
@@ -160,5 +174,7 @@ class DeliveryLog(Protocol):
         *,
         idempotency: Idempotency | None,
     ) -> PingMade | None:
-        """Owe a `ping` to an enabled endpoint; None: there is none, or it is disabled."""
+        """Owe a `ping` to an enabled endpoint; None: there is none, or it is disabled. What the
+        idempotency key stands for already is told whatever has become of the endpoint.
+        Errors: IDEMPOTENCY_MISMATCH; CONFLICT as those of `WebhookStore.insert`."""
         ...

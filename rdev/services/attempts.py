@@ -8,7 +8,7 @@ one in hand; an unfinished line is shown after 100 ms.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import trio
@@ -25,13 +25,24 @@ from rdev.domain.commands import (
     may_run_again,
 )
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Piece, Stream
+from rdev.domain.execution import (
+    Exit,
+    KillReport,
+    Lost,
+    LostReason,
+    Piece,
+    Spec,
+    Stream,
+    UnfitProjectError,
+)
 from rdev.domain.ids import attempt_id
 from rdev.domain.lines import Encoded, LineSplitter
 from rdev.domain.stream import CHUNK_MAX_BYTES, Source, final_lines, status_line
+from rdev.domain.traces import TraceContext
 from rdev.ports.commands import Leases
 from rdev.ports.execution import Attachment, Executor
 from rdev.ports.output import NewChunk, OutputLog
+from rdev.ports.tracing import Passed, Span, Step
 from rdev.services.appender import SOURCE, LeaseLostError, Writer
 
 # A line without its end is shown after this much silence (the contract).
@@ -73,8 +84,13 @@ class Attempt:
         leases: Leases,
         log: OutputLog,
         backoff: Callable[[], Backoff],
+        span: Span | None = None,
     ) -> None:
+        """`span` is ended by whoever gave it."""
         self.claimed = claimed
+        self._span = span or Passed(claimed.trace)
+        # Of its output, from the first piece on.
+        self._output_span: Span | None = None
         self._id = attempt_id(claimed.lease.command, claimed.attempt)
         self._claimed_at = trio.current_time()
         self._writer = writer
@@ -118,7 +134,10 @@ class Attempt:
         output. The lease then runs out, and somebody tries again.
         Cancellation: at any point; the command goes on, and what was committed stays.
         """
-        instance = await self._instance()
+        try:
+            instance = await self._instance()
+        except UnfitProjectError as error:
+            return await self._refuse(error)
         await self._replay()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -130,6 +149,15 @@ class Attempt:
                 # Who cancels from here on comes too late, also where it failed.
                 self._nursery = None
             nursery.cancel_scope.cancel()
+        return Finished(claimed=self.claimed, outcome=outcome)
+
+    async def _refuse(self, error: UnfitProjectError) -> Finished:
+        """End a command of a project in which nothing can run: it was never started."""
+        outcome = Outcome(status=Status.FAILED, reason=f"project_unfit: {error.lacks}")
+        if self._cancel_asked:
+            outcome = Outcome(status=Status.CANCELLED, reason="cancelled")
+        self._hand_in(outcome)
+        await self._writer.finished()
         return Finished(claimed=self.claimed, outcome=outcome)
 
     async def _instance(self) -> str:
@@ -158,14 +186,16 @@ class Attempt:
 
     async def _observe(self, instance: str) -> Outcome:
         """Store what the attachment gives, to its end. Not asking it is the back-pressure."""
+        attaching = self._span.step(Step.ATTACH)
         attachment = self._executor.attach(
             self.claimed.project,
             self._id,
-            spec=self.claimed.spec,
+            spec=_told_of(self.claimed.spec, self._span.context),
             instance=instance,
             offsets=self.claimed.offsets,
         )
         async with attachment as attached:
+            attaching.end()
             outcome = await self._hand_over(attached)
         # Committed while the attachment was being closed.
         await self._writer.finished()
@@ -232,6 +262,8 @@ class Attempt:
 
     async def _take(self, piece: Piece) -> None:
         """Split a piece in slices whose events make chunks of about 64 KiB."""
+        if self._output_span is None:
+            self._output_span = self._span.step(Step.OUTPUT)
         splitter, slices = self._splitters[piece.stream], self._slices[piece.stream]
         view = memoryview(piece.data)
         while len(view) > 0:
@@ -256,6 +288,11 @@ class Attempt:
         """Everything that is left goes out, then the outcome; a kill in progress ends first."""
         for stream, splitter in self._splitters.items():
             await self._write(stream, splitter.flush())
+        if self._output_span is not None:
+            ends = self._writer.end
+            self._output_span.tell(stdout_bytes=ends.stdout, stderr_bytes=ends.stderr)
+            self._output_span.end()
+        self._span.step(Step.FINISH)
         if _is_out_of_sight(end):
             self._end_command()
         if self._is_killing:
@@ -277,6 +314,11 @@ class Attempt:
             agent=report,
             kill=self._kill,
         )
+        self._hand_in(outcome)
+        return outcome
+
+    def _hand_in(self, outcome: Outcome) -> None:
+        """The outcome with its last events, to be stored."""
         payload = final_lines(
             outcome,
             attempt=self.claimed.attempt,
@@ -286,7 +328,6 @@ class Attempt:
         )
         last = NewChunk(source=Source.LIFE, events=2, raw_bytes=0, payload=payload)
         self._writer.finish(outcome, last)
-        return outcome
 
     def _may_run_again(self, end: Lost) -> bool:
         """An agent that has said its result has finished, whatever became of its process."""
@@ -314,6 +355,16 @@ class _SliceSize:
     def learn(self, *, raw_bytes: int, encoded_bytes: int) -> None:
         growth = max(1.0, encoded_bytes / max(1, raw_bytes))
         self.bytes = max(2_048, min(2 * self.bytes, int(0.9 * CHUNK_MAX_BYTES / growth)))
+
+
+def _told_of(spec: Spec, trace: TraceContext | None) -> Spec:
+    """The spec with the trace that the command works for; what its client says goes before it."""
+    if trace is None:
+        return spec
+    told = {"TRACEPARENT": trace.traceparent}
+    if trace.state:
+        told["TRACESTATE"] = trace.state
+    return replace(spec, env={**told, **spec.env} if "TRACEPARENT" not in spec.env else spec.env)
 
 
 def _is_out_of_sight(end: Exit | Lost) -> bool:

@@ -30,7 +30,8 @@ _log = logging.getLogger("rdev.audit")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditStatistics:
-    """`lag_s`: the age of the oldest entry that was not sealed, when this server last looked."""
+    """`lag_s`: the age of the oldest entry that was not sealed when this server last looked; for as
+    long as it cannot look, the time goes on, as nobody knows better."""
 
     seals: int
     last_seq: int
@@ -62,6 +63,7 @@ class AuditKeeper:
         self._stop = trio.Event()
         self._seals = self._checkpoints = self._failures = 0
         self._lag_s = 0.0
+        self._looked_at_s: float | None = None
         self._last: Place | None = None
         self._kept_seq = 0
         self._kept_at_s = float("-inf")
@@ -97,7 +99,7 @@ class AuditKeeper:
         return AuditStatistics(
             seals=self._seals,
             last_seq=0 if self._last is None else self._last.seq,
-            lag_s=self._lag_s,
+            lag_s=self._lag_s + self._blind_s(),
             checkpoints=self._checkpoints,
             checkpoint_failures=self._failures,
             denials_waiting=denials.waiting,
@@ -115,10 +117,22 @@ class AuditKeeper:
             raise
 
     async def _seal(self) -> None:
-        while (sealed := await self._audit.seal(limit=BATCH)) is not None:
+        while True:
+            sealed = await self._audit.seal(limit=BATCH)
+            self._looked_at_s = trio.current_time()
+            if sealed is None:
+                # Another server has the turn, and tells.
+                self._lag_s = 0.0
+                return
             self._heed(sealed)
             if sealed.count < BATCH:
                 return
+
+    def _blind_s(self) -> float:
+        """For how long a look has been overdue."""
+        if self._looked_at_s is None:
+            return 0.0
+        return max(0.0, trio.current_time() - self._looked_at_s - 2 * EVERY_S)
 
     def _heed(self, sealed: Sealed) -> None:
         self._seals += sealed.count

@@ -16,6 +16,7 @@ from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.commands import Accepted, CommandStore
 from rdev.ports.output import OutputLog
+from rdev.ports.tracing import Tracing, Untraced
 from rdev.services.cached import Cached
 from rdev.services.depths import QueueFullError, QueueGate
 from rdev.services.shield import commit_shield
@@ -40,6 +41,7 @@ class Commands:
         wake_workers: Callable[[Lane], None],
         reach_holder: Callable[[CommandId], None],
         new_uuid: NewUuid,
+        tracing: Tracing | None = None,
     ) -> None:
         """`wake_workers` says in which lane a command was queued or left the queue, `reach_holder`
         that one is to be cancelled, to the queues of all processes; neither waits."""
@@ -50,6 +52,7 @@ class Commands:
         self._wake_workers = wake_workers
         self._reach_holder = reach_holder
         self._new_uuid = new_uuid
+        self._tracing = tracing or Untraced()
         self._projects_of: Cached[CommandId, ProjectId] = Cached(
             self._project_of, tag=lambda *_: None
         )
@@ -78,6 +81,7 @@ class Commands:
             stdin=common.stdin,
             timeout_s=common.timeout_s,
         )
+        span = self._tracing.submission(project, kind)
         new = NewCommand(
             id=command_id(self._new_uuid()),
             project=project,
@@ -89,13 +93,27 @@ class Commands:
             expires_in_s=common.expires_in_s,
             actor=actor,
             idempotency=idempotency,
+            trace=span.context,
         )
+        fault: str | None = "cancelled"
+        try:
+            accepted = await self._accept(new)
+            span.tell(command_id=accepted.command.id, is_replay=accepted.is_replay)
+            fault = None
+        except RdevError as error:
+            fault = error.code
+            raise
+        finally:
+            span.end(fault)
+        return accepted
+
+    async def _accept(self, new: NewCommand) -> Accepted:
+        """Store it; a repeat of what was accepted is not refused."""
         try:
             return await self._insert(new)
         except QueueFullError as error:
             refusal = error
-        # A repeat of what was accepted is not refused.
-        earlier = None if idempotency is None else await self._store.replay(idempotency)
+        earlier = None if new.idempotency is None else await self._store.replay(new.idempotency)
         if earlier is None:
             raise refusal
         return earlier

@@ -21,11 +21,20 @@ import trio
 
 from rdev.domain.breaker import BreakerReason, BreakerSettings, BreakerState, CallOutcome
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Exit, KillReport, Lost, LostReason, Offsets, Piece, Spec
+from rdev.domain.execution import (
+    Exit,
+    KillReport,
+    Lost,
+    LostReason,
+    Offsets,
+    Piece,
+    Spec,
+    UnfitProjectError,
+)
 from rdev.domain.ids import AttemptId, CommandId, ProjectId
 from rdev.ports.execution import Attachment, Executor
 from rdev.ports.telemetry import BreakerTelemetry
-from rdev.services.breaker import CircuitBreaker
+from rdev.services.breaker import CircuitBreaker, unavailable_is_failure
 
 PROJECTS_MAX = 10_000
 # How often a project that is to be tried again is left to a claim. One takes at most the heads of
@@ -155,7 +164,9 @@ class GuardedExecutor:
         found = self._breakers.get(project)
         if found is None:
             changes = _Changes(self._telemetry, self._not_closed, project)
-            found = CircuitBreaker(name=NAME, telemetry=changes, settings=self._settings)
+            found = CircuitBreaker(
+                name=NAME, telemetry=changes, settings=self._settings, outcome_of=_outcome_of
+            )
             self._breakers[project] = found
             self._forget()
         self._breakers.move_to_end(project)
@@ -170,6 +181,13 @@ class GuardedExecutor:
         gone = next(at_rest, oldest)
         del self._breakers[gone]
         self._not_closed.pop(gone, None)
+
+
+def _outcome_of(error: Exception) -> CallOutcome:
+    """A place in which nothing can run was reached."""
+    if isinstance(error, UnfitProjectError):
+        return CallOutcome.SUCCESS
+    return unavailable_is_failure(error)
 
 
 class _Changes:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from rdev.domain.backoff import Backoff
-from rdev.domain.commands import LANE_CLASS, Claimed, Lease, Outcome
+from rdev.domain.commands import LANE_CLASS, Claimed, Lease, Outcome, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Why
 from rdev.domain.ids import CommandId, ProjectId
@@ -25,7 +25,8 @@ from rdev.domain.rate import RecentRate
 from rdev.ports.commands import Lanes, Leases
 from rdev.ports.execution import Executor
 from rdev.ports.output import OutputLog
-from rdev.ports.telemetry import Telemetry
+from rdev.ports.telemetry import Telemetry, log_context
+from rdev.ports.tracing import Span, Tracing, Untraced, current_trace, within
 from rdev.services.appender import Appender, LeaseLostError
 from rdev.services.attempts import Attempt
 from rdev.services.shield import commit_shield
@@ -39,6 +40,8 @@ RELEASE_S = 5.0
 CLAIMS_IN_TURN = 2
 # How many waiting commands one statement ends.
 EXPIRE_MAX = 1_000
+# Ends that are a fault of their span; a cancel is as it was wanted.
+FAULTS = frozenset({Status.FAILED, Status.TIMED_OUT, Status.LOST})
 
 _log = logging.getLogger("rdev.queue")
 
@@ -59,6 +62,7 @@ class QueueStatistics:
 @dataclass(slots=True, kw_only=True)
 class _Running:
     attempt: Attempt
+    span: Span
     scope: trio.CancelScope
 
 
@@ -83,6 +87,7 @@ class CommandQueue:
         lease_s: float,
         running_max: int,
         left_alone: Callable[[], Collection[ProjectId]] = tuple,
+        tracing: Tracing | None = None,
         is_reachable: Callable[[], bool] = lambda: True,
     ) -> None:
         """`holder` names this server across its restarts: what it held when it died is taken
@@ -103,6 +108,7 @@ class CommandQueue:
         self._lease_s = lease_s
         self._running_max = running_max
         self._left_alone = left_alone
+        self._tracing = tracing or Untraced()
         self._is_reachable = is_reachable
         # What a take-over passed by: for the claim that follows it, so that a project's turn to be
         # tried is one turn for both.
@@ -188,6 +194,7 @@ class CommandQueue:
         if limit <= 0 or self._stop.is_set() or not self._is_reachable():
             await self._touch()
             return 0
+        began_s = trio.current_time()
         with self._to_touch() as touched, commit_shield():
             found = await self._lanes.claim(
                 reach=self._executor.reach,
@@ -201,7 +208,7 @@ class CommandQueue:
                 self._announce(command)
             for one in found.claimed:
                 self._announce(one.lease.command)
-                self._start(one, attempts)
+                self._start(one, attempts, began_s)
         if touched or len(found.claimed) == limit:
             # Others passed by the lanes that this claim held, and some are not of this reach.
             self._wake_replicas()
@@ -220,11 +227,12 @@ class CommandQueue:
         if permits <= 0 or self._stop.is_set() or trio.current_time() < self._take_over_from_s:
             return
         self._passed_by = closed = self._left_alone()
+        began_s = trio.current_time()
         with commit_shield():
             for one in await self._leases.take_over(
                 reach=self._executor.reach, holder=self._holder, limit=permits, closed=closed
             ):
-                self._start(one, attempts)
+                self._start(one, attempts, began_s)
 
     async def _touch(self) -> None:
         """Tell the store which lanes may be claimable, then the other replicas."""
@@ -261,10 +269,12 @@ class CommandQueue:
             if (running := self._running.get(lease)) is not None:
                 running.attempt.cancel()
 
-    def _start(self, claimed: Claimed, attempts: trio.Nursery) -> None:
+    def _start(self, claimed: Claimed, attempts: trio.Nursery, began_s: float) -> None:
+        """Run what a statement claimed that began then."""
         self._claimed += 1
         self._claims.add(trio.current_time(), 1)
         self._taken_over += claimed.take_over
+        span = self._tracing.attempt(claimed, claim_s=trio.current_time() - began_s)
         attempt = Attempt(
             claimed=claimed,
             writer=self._appender.open(claimed),
@@ -272,14 +282,16 @@ class CommandQueue:
             leases=self._leases,
             log=self._output,
             backoff=self._backoff,
+            span=span,
         )
-        running = _Running(attempt=attempt, scope=trio.CancelScope())
+        running = _Running(attempt=attempt, span=span, scope=trio.CancelScope())
         self._running[claimed.lease] = running
         at_stop = self._cancel_at_stop and self._stop.is_set()
         if at_stop or claimed.lease.command in self._unmet_cancels:
             attempt.cancel()  # the claim was under way when it was, or the others were, cancelled
         if not claimed.take_over:
-            self._telemetry.command_claimed(claimed.kind, claimed.queue_wait_ms / 1000)
+            with within(span.context):
+                self._telemetry.command_claimed(claimed.kind, claimed.queue_wait_ms / 1000)
         self._telemetry.command_started(claimed.project, claimed.kind)
         attempts.start_soon(self._run_attempt, running, name=claimed.lease.command)
 
@@ -287,18 +299,27 @@ class CommandQueue:
         """One attempt to its end; a fault concerns this command only, and is logged."""
         claimed = running.attempt.claimed
         started_at_s = trio.current_time()
+        _work_for(running.span)
+        # What is not known better: the server stops, and somebody goes on.
+        left, fault = "given_back", None
         try:
             with running.scope:
                 finished = await running.attempt.run()
                 self._tell(claimed, finished.outcome, trio.current_time() - started_at_s)
+                left, fault = "ended", _tell_end(running.span, finished.outcome)
             if running.scope.cancelled_caught:
                 self._stale += 1
+                left = fault = "lease_lost"
         except* LeaseLostError:
             self._stale += 1
+            left = fault = "lease_lost"
             _log.info("lease lost", extra={"command_id": claimed.lease.command})
         except* RdevError as group:
+            left = fault = "set_aside"
             self._set_aside(claimed.lease, group)
         finally:
+            running.span.tell(left=left)
+            running.span.end(fault)
             del self._running[claimed.lease]
             self._telemetry.command_left(claimed.project, claimed.kind)
             self.wake(Lane(project=claimed.project, lane_class=LANE_CLASS[claimed.kind]))
@@ -400,3 +421,22 @@ class CommandQueue:
                     await self._leases.release(list(self._running))
             except RdevError as error:
                 _log.warning("leases were not given back", extra={"error": str(error)})
+
+
+def _work_for(span: Span) -> None:
+    """What this task logs and counts, it does for this trace."""
+    trace = span.context
+    current_trace.set(trace)
+    log_context.set(None if trace is None else {"trace_id": trace.trace_id})
+
+
+def _tell_end(span: Span, outcome: Outcome) -> str | None:
+    """What came of the attempt; returns its fault, None where it is none of the command's."""
+    span.tell(
+        status=outcome.status,
+        exit_code=outcome.exit_code,
+        signal=outcome.signal,
+        reason=outcome.reason,
+        duration_ms=outcome.duration_ms,
+    )
+    return outcome.status if outcome.status in FAULTS else None

@@ -3,18 +3,18 @@
 Woken by commits here and on other replicas, by attempts that end, and by a tick each second, which
 also gives back what outlived its lease and stops endpoints whose key has ended. Three loops: claim,
 settle, and the tick's duties; each attempt is a task. Bounds: `in_flight_max` attempts in this
-process; endpoints whose last attempt was not accepted have one each, and never more than half of
-them together; the others' own caps are the store's. An endpoint that keeps failing is left alone by
-its breaker, for pauses that grow; what it is owed lies in the store and nobody waits for it. An
-attempt counts when its outcome is stored: what a crash leaves is sent again, under the same
-`webhook-id`.
+process; endpoints whose last attempt was not accepted, or slowly, have one each, and never more
+than half of them together; the others' own caps are the store's. An endpoint that keeps failing is
+left alone by its breaker, for pauses that grow; what it is owed lies in the store and nobody waits
+for it. An attempt counts when its outcome is stored: what a crash leaves is sent again, under the
+same `webhook-id`.
 At stop nothing more is claimed, attempts in hand have `STOP_S` to end, and the rest is given back.
 """
 
 import logging
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -35,11 +35,12 @@ from rdev.domain.deliveries import (
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
-from rdev.domain.signing import Secret, sign
+from rdev.domain.signing import Signer, sign
 from rdev.domain.webhook_targets import parse_target
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
 from rdev.ports.telemetry import BreakerTelemetry, WebhookTelemetry
+from rdev.ports.tracing import Tracing, Untraced, within
 from rdev.ports.webhooks import SecretBox, WebhookSender
 from rdev.services.breaker import BreakerOpenError, CircuitBreaker
 from rdev.services.shield import commit_shield
@@ -77,7 +78,8 @@ _log = logging.getLogger("rdev.webhooks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DispatcherStatistics:
-    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one;
+    """Now: attempts `in_flight`, of them `untrusted` of endpoints that did not accept the last one
+    quickly;
     `endpoints` enabled; `breakers_open`. Since the start: `claimed`, `delivered`, `failed`
     attempts, `dead` deliveries, `stale` outcomes, `interrupted` attempts, deliveries that were
     `overflow`. `oldest_undelivered_s`: for how long the oldest message has waited, up to
@@ -128,6 +130,7 @@ class WebhookDispatcher:
         wake_replicas: Callable[[], None],
         holder: str,
         limits: DispatcherLimits,
+        tracing: Tracing | None = None,
     ) -> None:
         """`holder` names this server across its restarts; `wake_replicas` says that other servers
         may find something to claim, and does not wait."""
@@ -140,6 +143,7 @@ class WebhookDispatcher:
         self._wake_replicas = wake_replicas
         self._holder = holder
         self._limits = limits
+        self._tracing = tracing or Untraced()
         self._in_flight: dict[DeliveryLease, Owed] = {}
         self._ended: list[Settled] = []
         self._breakers: dict[WebhookId, CircuitBreaker] = {}
@@ -289,15 +293,46 @@ class WebhookDispatcher:
     async def _send(self, owed: Owed) -> Outcome:
         try:
             target = parse_target(owed.url)
-            secrets = [Secret(key=self._box.open(one, of=owed.webhook)) for one in owed.secrets]
+            signers = self._signers(owed)
         except RdevError as error:
             # Another server's secret, or a URL that a newer version took: nothing is sent.
             facts = {"webhook_id": owed.webhook, "error": str(error)}
             _log.error("webhook cannot be sent", extra=facts)
             return _unsendable(error.message)
-        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, secrets)
-        request = OutgoingRequest(target=target, headers=headers, body=owed.payload)
-        return await self._sender.send(request)
+        headers = sign(owed.event, int(self._now().timestamp()), owed.payload, signers)
+        return await self._follow(
+            owed, OutgoingRequest(target=target, headers=headers, body=owed.payload)
+        )
+
+    def _signers(self, owed: Owed) -> list[Signer]:
+        """The newest first. Errors: those of `SecretBox.open` for the newest; one in its grace that
+        does not open signs no more, since a rotation is what mends that."""
+        newest, *before = owed.secrets
+        signers = [self._box.open(newest, of=owed.webhook)]
+        for one in before:
+            try:
+                signers.append(self._box.open(one, of=owed.webhook))
+            except RdevError as error:
+                facts = {"webhook_id": owed.webhook, "error": str(error)}
+                _log.warning("the webhook's key before does not open", extra=facts)
+        return signers
+
+    async def _follow(self, owed: Owed, request: OutgoingRequest) -> Outcome:
+        """Send it as a part of its command's trace. The receiver is told where it stands there, and
+        nothing of what other systems had handed on (`tracestate`): that is not for third parties.
+        """
+        span = self._tracing.delivery(owed, request.target)
+        if span.context is not None:
+            headers = {**request.headers, "traceparent": span.context.traceparent}
+            request = replace(request, headers=headers)
+        fault: str | None = "cancelled"
+        try:
+            outcome = await self._sender.send(request)
+            span.tell(status_code=outcome.status, http_version=outcome.http_version)
+            fault = None if outcome.is_accepted else came_to(outcome)
+        finally:
+            span.end(fault)
+        return outcome
 
     def _breaker(self, webhook: WebhookId) -> CircuitBreaker:
         breaker = self._breakers.get(webhook)
@@ -332,7 +367,8 @@ class WebhookDispatcher:
         self._delivered += one.verdict.status is DeliveryStatus.DELIVERED
         self._failed += one.outcome is not None and not one.outcome.is_accepted
         if one.outcome is not None:
-            self._telemetry.webhook_attempted(came_to(one.outcome), one.outcome.latency_s)
+            with within(one.owed.trace):
+                self._telemetry.webhook_attempted(came_to(one.outcome), one.outcome.latency_s)
         if one.verdict.status is DeliveryStatus.DEAD:
             self._dead += 1
             self._telemetry.webhook_dead(one.verdict.reason or "")

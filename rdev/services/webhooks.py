@@ -22,7 +22,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import NewUuid
 from rdev.domain.keys import Principal
-from rdev.domain.signing import SECRET_BYTES, Secret
+from rdev.domain.signing import SignatureScheme
 from rdev.domain.webhook_requests import RedeliverRequest, WebhookRequest
 from rdev.domain.webhook_targets import TargetRules, parse_target
 from rdev.domain.webhooks import (
@@ -37,7 +37,14 @@ from rdev.domain.webhooks import (
     projects_for,
     webhook_id,
 )
-from rdev.ports.webhooks import DeliveryLog, PingMade, SecretBox, WebhookStore
+from rdev.ports.webhooks import (
+    DeliveryLog,
+    FreshKey,
+    PingMade,
+    SecretBox,
+    WebhookMade,
+    WebhookStore,
+)
 from rdev.services.shield import commit_shield
 
 # So often a change is made anew, of what another one has made of the endpoint.
@@ -46,7 +53,8 @@ CHANGE_TRIES = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShownWebhook:
-    """An endpoint that was made or given a secret. `secret` is its text, None in a replay."""
+    """An endpoint that was made, changed or given a key. `secret` is the text of a fresh one of
+    scheme v1, and None in a replay."""
 
     webhook: Webhook
     secret: str | None = field(repr=False)
@@ -74,7 +82,6 @@ class Webhooks:
         rules: TargetRules,
         changed: Callable[[], None],
         new_uuid: NewUuid,
-        random_bytes: Callable[[int], bytes],
     ) -> None:
         """`changed` says here and to the other servers that endpoints or what is owed to them
         changed; it never waits."""
@@ -84,7 +91,6 @@ class Webhooks:
         self._rules = rules
         self._changed = changed
         self._new_uuid = new_uuid
-        self._random_bytes = random_bytes
 
     async def create(
         self,
@@ -94,15 +100,16 @@ class Webhooks:
         *,
         idempotency: Idempotency | None = None,
     ) -> ShownWebhook:
-        """Make an endpoint; its secret is in the answer and nowhere else.
+        """Make an endpoint; a secret of scheme v1 is in the answer and nowhere else.
 
         Errors: BAD_REQUEST for a URL that may not be sent to, as far as it alone tells; FORBIDDEN
-        for projects that `by` does not see; those of `WebhookStore.insert`.
+        for projects that `by` does not see; NOT_FOUND in a replay where it is not `by`'s to see any
+        more; those of `WebhookStore.insert`.
         """
         assert request.url is not None
         assert request.events is not None
         webhook = webhook_id(self._new_uuid())
-        secret = Secret(key=self._random_bytes(SECRET_BYTES))
+        fresh = self._box.make(request.scheme or SignatureScheme.V1, of=webhook)
         new = NewWebhook(
             id=webhook,
             url=self._checked(request.url),
@@ -112,14 +119,15 @@ class Webhooks:
             is_ordered=bool(request.is_ordered),
             is_enabled=request.is_enabled is not False,
             owner=by.key_id,
-            secret=self._box.seal(secret.key, of=webhook),
+            key=fresh.key,
             idempotency=idempotency,
         )
         with commit_shield():
             made = await self._store.insert(new, actor)
             self._changed()
-        text = None if made.is_replay else secret.text
-        return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
+        if not is_visible(by.grant, made.webhook.project_ids):
+            raise _unknown("webhook", made.webhook.id)
+        return _shown(made, fresh)
 
     async def get(self, by: Principal, webhook: str) -> Webhook:
         """The endpoint as it is now. Errors: NOT_FOUND, also for one that `by` does not see."""
@@ -136,24 +144,34 @@ class Webhooks:
 
     async def change(
         self, by: Principal, webhook: str, request: WebhookRequest, actor: Actor
-    ) -> Webhook:
+    ) -> ShownWebhook:
         """Change what the request names. Who enables it, or changes where or of what it is told,
-        becomes its owner.
+        becomes its owner. With another scheme it has a fresh key, and the one before signs beside
+        it for a day.
 
         Errors: NOT_FOUND; those of `create`; CONFLICT where others change it again and again.
         """
         for _ in range(CHANGE_TRIES):
             found = await self.get(by, webhook)
-            wanted = self._change_of(by, found, request)
+            fresh = self._key_of(found, request.scheme)
+            wanted = self._change_of(by, found, request, fresh)
             with commit_shield():
                 changed = await self._store.change(found.id, wanted, actor)
                 self._changed()
             if changed is not None:
-                return changed
+                return ShownWebhook(webhook=changed, secret=None if fresh is None else fresh.secret)
         message = f"webhook {webhook!r} is being changed by others"
         raise RdevError(ErrorCode.CONFLICT, message, retry_after_s=1.0)
 
-    def _change_of(self, by: Principal, found: Webhook, request: WebhookRequest) -> WebhookChange:
+    def _key_of(self, found: Webhook, wanted: SignatureScheme | None) -> FreshKey | None:
+        """A key, where it signs with another scheme so far."""
+        if wanted is None or wanted is found.scheme:
+            return None
+        return self._box.make(wanted, of=found.id)
+
+    def _change_of(
+        self, by: Principal, found: Webhook, request: WebhookRequest, fresh: FreshKey | None
+    ) -> WebhookChange:
         """What becomes of an endpoint as it was found. Errors: those of `create`."""
         is_enabled = found.is_enabled if request.is_enabled is None else request.is_enabled
         wanted = request.project_ids if request.names_projects else found.project_ids
@@ -174,6 +192,7 @@ class Webhooks:
             is_ordered=found.is_ordered if request.is_ordered is None else request.is_ordered,
             is_enabled=is_enabled,
             owner=by.key_id if is_adopted else None,
+            key=None if fresh is None else fresh.key,
         )
 
     async def delete(self, by: Principal, webhook: str, actor: Actor) -> None:
@@ -193,21 +212,20 @@ class Webhooks:
         grace_s: int,
         idempotency: Idempotency | None = None,
     ) -> ShownWebhook:
-        """Give it another secret; both sign for `grace_s`. Errors: NOT_FOUND; those of
+        """Give it another key of its scheme; both sign for `grace_s`. Errors: NOT_FOUND; those of
         `WebhookStore.rotate`."""
         found = await self.get(by, webhook)
-        secret = Secret(key=self._random_bytes(SECRET_BYTES))
+        fresh = self._box.make(found.scheme, of=found.id)
         rotation = SecretRotation(
             webhook=found.id,
-            secret=self._box.seal(secret.key, of=found.id),
+            key=fresh.key,
             grace_s=grace_s,
             idempotency=idempotency,
         )
         made = await self._store.rotate(rotation, actor)
         if made is None:
             raise _unknown("webhook", webhook)
-        text = None if made.is_replay else secret.text
-        return ShownWebhook(webhook=made.webhook, secret=text, is_replay=made.is_replay)
+        return _shown(made, fresh)
 
     async def test(
         self,
@@ -304,6 +322,12 @@ class Webhooks:
         ):
             raise _unknown("delivery", delivery)
         return found
+
+
+def _shown(made: WebhookMade, fresh: FreshKey) -> ShownWebhook:
+    """What was made with this key; a replay shows nothing of it."""
+    secret = None if made.is_replay else fresh.secret
+    return ShownWebhook(webhook=made.webhook, secret=secret, is_replay=made.is_replay)
 
 
 def _unknown(what: str, name: str) -> RdevError:

@@ -178,7 +178,7 @@ def bare_environment() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("RDEV_", "DB_", "FAKE_CLAUDE"))
+        if not name.startswith(("RDEV_", "DB_", "FAKE_CLAUDE", "OTEL_"))
     }
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import msgspec
 import psycopg
+import pytest
 import trio
 
 from rdev.adapters.postgres.embedded import running_embedded
-from tests.app.server import DEADLINE_S, Api, Json, Server, rdev
+from tests.app.server import DEADLINE_S, Api, Json, Server, rdev, until_async
+
+MANY = 100_000
+# Some 50 MB of lines; what is held of them at a time is a thousand.
+EXPORT_BYTES_MAX = 24 << 20
 
 
 async def entries(api: Api, wanted: int = 1, **parameters: str) -> list[Json]:
@@ -194,3 +199,35 @@ async def test_the_server_serves_in_the_role_that_cannot_change_the_log(server: 
             "has_table_privilege('rdev_app', 'audit_entries', 'insert')"
         ).fetchone()
     assert row == (False, False, True)
+
+
+@pytest.mark.slow
+async def test_an_export_of_a_hundred_thousand_entries_takes_no_memory(server: Server, api: Api):
+    dsn = running_embedded(server.state_dir)
+    assert dsn is not None
+    with psycopg.connect(dsn, autocommit=True) as owner:
+        owner.execute(
+            """
+            insert into audit_entries (actor, actor_name, action, target, project, detail)
+            select 'key_1', 'bulk', 'command.submitted', 'cmd_' || n, 'bulk',
+                   jsonb_build_object('argv', repeat('x', 200))
+            from generate_series(1, %s::integer) n
+            """,
+            (MANY,),
+        )
+
+        def unsealed() -> int:
+            row = owner.execute(
+                "select (select count(*) from audit_entries) - (select count(*) from audit_seals)"
+            ).fetchone()
+            assert row is not None
+            return int(row[0])
+
+        await until_async(lambda: not unsealed(), "all is sealed")
+    before = server.rss_bytes()
+    lines = 0
+    async with api.http.stream("GET", "/audit/export", params={"project": "bulk"}) as answer:
+        async for chunk in answer.aiter_bytes():
+            lines += chunk.count(b"\n")
+    assert lines == MANY
+    assert server.rss_bytes(peak=True) - before < EXPORT_BYTES_MAX

@@ -17,6 +17,7 @@ from psycopg import sql
 from rdev.adapters.postgres.embedded import running_embedded
 from rdev.domain.signing import parse_secret
 from tests.app.server import DEADLINE_S, Api, Server, open_api, open_server
+from tests.fakes.otlp import Collector, open_collector
 
 NAMES = (
     "variable", "stdin", "option", "assignment", "userinfo", "header", "git_url", "wrong_key",
@@ -26,14 +27,26 @@ CANARIES = {name: f"canary{secrets.token_hex(12)}" for name in NAMES}
 
 
 @pytest.fixture(scope="module")
-def server(quick_place) -> Iterator[Server]:
-    nets = {"RDEV_WEBHOOK_ALLOW_NETS": "127.0.0.0/8", "RDEV_WEBHOOK_SCHEDULE": "0.1"}
-    with open_server(quick_place, RDEV_LOG_LEVEL="debug", **nets) as server:
+def collector() -> Iterator[Collector]:
+    with open_collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def server(quick_place, collector: Collector) -> Iterator[Server]:
+    settings = {
+        "RDEV_WEBHOOK_ALLOW_NETS": "127.0.0.0/8",
+        "RDEV_WEBHOOK_SCHEDULE": "0.1",
+        "RDEV_OTLP_ENDPOINT": collector.url,
+        "RDEV_OTLP_METRICS_S": "1",
+        "RDEV_TRACES_SAMPLE": "1",
+    }
+    with open_server(quick_place, RDEV_LOG_LEVEL="debug", **settings) as server:
         yield server
 
 
 @pytest.fixture
-async def said(server: Server) -> dict[str, str]:
+async def said(server: Server, collector: Collector) -> dict[str, str]:
     """Everything that the server says anywhere, after all canaries went in."""
     async with open_api(server) as api:
         await api.project()
@@ -44,9 +57,16 @@ async def said(server: Server) -> dict[str, str]:
         await _sealed(api)
         export = await api.get("/audit/export")
         said["audit"] = export.text
+    await trio.to_thread.run_sync(collector.await_, lambda: _is_told(collector), "traces came")
+    said["traces and metrics"] = b"".join(collector.bodies).decode("latin-1")
     said["log"] = server.log
     said |= _stored(server)
     return said
+
+
+def _is_told(collector: Collector) -> bool:
+    names = {span.name for span in collector.spans}
+    return {"process shell", "process git", "POST /keys"} <= names and len(collector.metrics) > 1
 
 
 async def _submitted(api: Api) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The whole road with projects in pods: a real server, a fake API server that runs what it is asked
 to."""
 
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import httpx2
 import pytest
 import trio
 
-from tests.adapters.execution.observing import processes_in
+from tests.adapters.execution.observing import SYSTEM_PATH, processes_in
 from tests.app.pods import FakeCluster, fake_cluster, serving
 from tests.app.server import Server, open_api, output_of, probe, seqs_of, until_async
+from tests.app.test_metrics import documented, families
 from tests.fakes.api_server import NAMESPACE, NAMESPACE_UID
 
 
@@ -54,6 +56,37 @@ async def test_a_command_in_a_pod_is_cancelled_with_all_it_started(
         ended = await api.ended(command)
     assert ended["status"] == "cancelled"
     await until_async(lambda: not processes_in(cluster.folder / "demo"), "nothing is left")
+
+
+async def test_a_command_of_an_image_without_a_tool_fails_with_its_name(
+    server: Server, cluster: FakeCluster, tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("sh", "dd", "env", "grep", "mkdir", "mv", "rm", "setsid", "sleep", "stat", "tail"):
+        (tools / name).symlink_to(shutil.which(name, path=SYSTEM_PATH) or "")
+    async with open_api(server) as api:
+        cluster.add_pod("bare")
+        cluster.api.execs.env = {"PATH": str(tools)}
+        assert (await api.post("/projects", {"id": "bare"})).status_code == 503
+        # One that was fit when it was made, and is another pod now.
+        cluster.api.execs.env = {"PATH": SYSTEM_PATH}
+        await api.project("bare")
+        cluster.api.execs.env = {"PATH": str(tools)}
+        command = await api.submit("true", project="bare")
+        events = await api.events(command)
+        ended = await api.ended(command)
+        cluster.api.execs.env = {"PATH": SYSTEM_PATH}
+        assert (await api.run("true", project="bare"))["status"] == "succeeded"
+    assert (ended["status"], ended["exit_code"]) == ("failed", None)
+    assert ended["reason"] == "project_unfit: missing mkfifo"
+    assert events[-1].data["reason"] == ended["reason"]
+
+
+async def test_the_page_and_the_server_name_the_same_metrics(server: Server) -> None:
+    exported = await trio.to_thread.run_sync(families, server)
+    page = {name: type_ for name, (type_, _) in documented(pods=True).items()}
+    assert {name: family.type for name, family in exported.items()} == page
 
 
 async def test_the_reach_is_the_namespace_of_this_cluster_alone(server: Server) -> None:
@@ -120,6 +153,44 @@ async def test_what_waits_while_the_cluster_is_away_is_not_claimed(
         cluster.proxy.is_refusing = False
         ended = await api.ended(command)
     assert (ended["status"], ended["attempt"]) == ("succeeded", 1)
+
+
+@pytest.mark.slow
+async def test_of_commands_whose_pod_is_over_the_cluster_says_why(
+    server: Server, cluster: FakeCluster
+) -> None:
+    """In half a minute, the time that a pod has to come back."""
+    commands = {}
+    async with open_api(server) as api:
+        for project in ("gone", "evicted"):
+            cluster.add_pod(project)
+            await api.project(project)
+            commands[project] = await api.submit("echo ready; sleep 1000", project=project)
+        for command in commands.values():
+            async with api.stream(command) as events:
+                async for event in events:
+                    if event.name == "output":
+                        break
+        cluster.api.drop("pods", "claudebox-gone-0")
+        cluster.api.patch_status("claudebox-evicted-0", phase="Failed", reason="Evicted")
+        for project in commands:
+            cluster.end_processes(project)
+        # What observes in a pod ends with it.
+        cluster.proxy.cut_all()
+        with trio.fail_after(90):
+            while len(
+                ended := [
+                    data
+                    for command in commands.values()
+                    if (data := await api.command(command))["status"] != "running"
+                ]
+            ) < len(commands):
+                await trio.sleep(0.2)
+    assert [(one["status"], one["reason"]) for one in ended] == [
+        ("lost", "pod_gone"),
+        ("lost", "evicted"),
+    ]
+    assert not any(one["may_still_run"] for one in ended)
 
 
 @pytest.mark.slow

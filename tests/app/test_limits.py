@@ -151,16 +151,16 @@ async def test_one_stream_too_many_is_503_and_counted(narrow: Server, narrow_api
     assert [shown["id"] for shown in listed] == [command], "a refused request stored a command"
 
 
-def in_work(server: Server) -> float:
-    return metric(server, "http_requests_in_flight", method="POST", path="/projects")
+def reading(server: Server) -> float:
+    return metric(server, "rdev_http_reading")
 
 
-async def test_one_request_too_many_in_work_is_503_and_counted(
+async def test_one_body_too_many_on_its_way_ends_the_oldest_and_all_else_is_served(
     narrow: Server, narrow_api: Api
 ) -> None:
-    """Two requests whose bodies do not come keep the two places."""
+    """Requests whose bodies do not come have the two places for that, and none in work."""
     api = narrow_api
-    before = refusals(narrow, "in_flight")
+    before = refusals(narrow, "bodies")
     url = api.http.base_url
     assert url.port is not None
     head = (
@@ -168,16 +168,23 @@ async def test_one_request_too_many_in_work_is_503_and_counted(
         f"Authorization: {api.http.headers['Authorization']}\r\nContent-Length: 20\r\n\r\n"
     )
     async with AsyncExitStack() as stack:
-        for _ in range(2):
+
+        async def slow() -> trio.SocketStream:
             socket = await stack.enter_async_context(await trio.open_tcp_stream(url.host, url.port))
             await socket.send_all(head.encode())
-        await until_async(lambda: in_work(narrow) == 2, "both are in work")
-        refused = await api.get("/projects")
-        assert refused.status_code == 503
-        assert int(refused.headers["Retry-After"]) >= 1
-        assert refusals(narrow, "in_flight") == before + 1
-        for probe in ("/health", "/ready", "/metrics"):
-            assert (await api.get(probe)).status_code == 200
-    with trio.fail_after(DEADLINE_S):
-        while (await api.get("/projects")).status_code == 503:
-            await trio.sleep(0.02)
+            return socket
+
+        oldest = await slow()
+        await until_async(lambda: reading(narrow) == 1, "it waits for its body")
+        await slow()
+        await until_async(lambda: reading(narrow) == 2, "both wait for their body")
+        await slow()
+        with trio.fail_after(DEADLINE_S):
+            answer = await oldest.receive_some(65_536)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nRetry-After: 1\r\n".lower() in answer.lower()
+        assert refusals(narrow, "bodies") == before + 1
+        for path in ("/projects", "/health", "/ready", "/metrics"):
+            assert (await api.get(path)).status_code == 200
+    await until_async(lambda: reading(narrow) == 0, "their places are free")
+    assert (await api.post("/projects", {"id": "later"})).status_code == 201

@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.app.server import DEADLINE_S, Api, Server, metric, until_async
 
+# The last section of the page.
+OF_CLUSTERS = "\n## Only with projects in pods\n"
 PAGE = Path(__file__).parents[2] / "docs" / "operations" / "metrics.md"
 _ROW = re.compile(r"^\| `(?P<name>[a-z_]+)` \| (?P<type>\w+) \|(?P<labels>[^|]*)\|", re.MULTILINE)
 
@@ -46,10 +48,12 @@ def families(server: Server) -> dict[str, Metric]:
     }
 
 
-def documented() -> dict[str, tuple[str, set[str]]]:
+def documented(*, pods: bool = False) -> dict[str, tuple[str, set[str]]]:
+    """What the page says of a server of local projects, or (`pods`) of one of a cluster's."""
+    everywhere, _, of_clusters = PAGE.read_text().partition(OF_CLUSTERS)
     return {
         row["name"]: (row["type"], set(re.findall(r"`(\w+)`", row["labels"])))
-        for row in _ROW.finditer(PAGE.read_text())
+        for row in _ROW.finditer(everywhere + of_clusters * pods)
     }
 
 

@@ -27,6 +27,20 @@ async def test_the_same_project_again_is_200(api: Api) -> None:
     assert again.json()["data"]["id"] == "again"
 
 
+async def test_a_repeat_with_its_idempotency_key_is_201_again(api: Api, server: Server) -> None:
+    headers = {"Idempotency-Key": "make keyed"}
+    made = await api.post("/projects", {"id": "keyed"}, headers=headers)
+    assert (made.status_code, made.headers.get("Idempotent-Replayed")) == (201, None)
+    again = await api.post("/projects", {"id": "keyed"}, headers=headers)
+    assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
+    assert again.headers["Location"] == "/projects/keyed"
+    assert again.json()["data"] == made.json()["data"]
+    other = await api.post("/projects", {"id": "not-keyed"}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "IDEMPOTENCY_MISMATCH")
+    assert not (server.projects / "not-keyed").exists()
+    assert (await api.get("/projects/not-keyed")).status_code == 404
+
+
 @pytest.mark.parametrize("name", ["", "UPPER", "-dash", "dash-", "a" * 41, "a/b", "a.b", None, 7])
 async def test_a_bad_id_is_refused_with_its_pointer(api: Api, name: object) -> None:
     refused = await api.post("/projects", {"id": name})

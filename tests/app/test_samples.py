@@ -16,7 +16,7 @@ RUNTIMES = {
     "stream.sh": ("curl", ["sh"]),
     "stream.py": (sys.executable, [sys.executable]),
     "stream.mjs": ("node", ["node"]),
-    "stream.go": ("go", ["go", "run"]),
+    "stream.go": ("go", []),
 }
 COMMAND = 'echo one; echo "two ü" >&2; printf three; exit 7'
 
@@ -28,14 +28,20 @@ def test_every_sample_is_run() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("sample", RUNTIMES)
 async def test_a_sample_runs_a_command_and_shows_its_output(
-    api: Api, server: Server, sample: str
+    api: Api, server: Server, sample: str, tmp_path: Path
 ) -> None:
     runtime, argv = RUNTIMES[sample]
     if shutil.which(runtime) is None:
         pytest.skip(f"no {runtime} here")
-    with trio.fail_after(2 * DEADLINE_S):
+    program = str(SAMPLES / sample)
+    with trio.fail_after(4 * DEADLINE_S):
+        if runtime == "go":
+            # `go run` adds a line of its own to what the program says, and has another status.
+            built = str(tmp_path / "stream")
+            await trio.run_process(["go", "build", "-o", built, program], stdin=subprocess.DEVNULL)
+            program = built
         done = await trio.run_process(
-            [*argv, str(SAMPLES / sample), COMMAND],
+            [*argv, program, COMMAND],
             env=os.environ | {"URL": server.url, "KEY": server.key, "PROJECT": "demo"},
             capture_stdout=True,
             capture_stderr=True,

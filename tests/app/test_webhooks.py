@@ -1,7 +1,9 @@
 """Webhooks over HTTP, against a real server: from the commit to a receiver that verifies."""
 
 import json
+from base64 import b64decode
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,8 @@ import httpx2
 import psycopg
 import pytest
 import trio
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from standardwebhooks import Webhook as Judge
 
 from rdev.adapters.postgres import cluster
@@ -210,6 +214,96 @@ async def test_during_a_rotation_both_secrets_sign(
     await api.post(f"{path}/test", {})
     await sink.received(2)
     assert len(sink.requests[1][0]["webhook-signature"].split()) == 1
+
+
+async def test_of_scheme_v1a_the_public_key_is_for_everybody_and_the_private_for_nobody(
+    api: Api, server: Server, sink_of: Callable[..., Awaitable[Sink]]
+) -> None:
+    sink = await sink_of()
+    hook = await make(api, sink, signature_scheme="v1a")
+    path = f"/webhooks/{hook['id']}"
+    assert (hook["signature_scheme"], hook["secret"]) == ("v1a", None)
+    shown = (await api.get(path)).json()["data"]
+    assert shown["public_key"] == hook["public_key"]
+    assert "secret" not in shown
+    await api.post(f"{path}/test", {})
+    await sink.received(1)
+    assert schemes(sink.requests[0][0]) == ["v1a"]
+    check_v1a(hook["public_key"], *sink.requests[0])
+
+    rotated = (await api.post(f"{path}/rotate-secret", {})).json()["data"]
+    assert rotated["secret"] is None
+    assert rotated["public_key"] != hook["public_key"]
+    assert rotated["previous_public_key"] == hook["public_key"]
+    await api.post(f"{path}/test", {})
+    await sink.received(2)
+    assert schemes(sink.requests[1][0]) == ["v1a", "v1a"]
+    for one in (rotated, hook):
+        check_v1a(one["public_key"], *sink.requests[1])
+
+    await api.post(f"{path}/rotate-secret", {"grace_s": 0})
+    shown = (await api.get(path)).json()["data"]
+    assert (shown["previous_public_key"], shown["previous_secret_until"]) == (None, None)
+    listed = await api.get("/webhooks?limit=200")
+    assert "whsk_" not in listed.text + server.log
+
+
+async def test_another_scheme_is_a_rotation_in_which_both_sign(
+    api: Api, sink_of: Callable[..., Awaitable[Sink]]
+) -> None:
+    sink = await sink_of()
+    hook = await make(api, sink)
+    path = f"/webhooks/{hook['id']}"
+    same = (await api.http.patch(path, json={"signature_scheme": "v1"})).json()["data"]
+    assert (same["secret"], same["previous_secret_until"]) == (None, None)
+
+    turned = (await api.http.patch(path, json={"signature_scheme": "v1a"})).json()["data"]
+    assert (turned["secret"], turned["previous_public_key"]) == (None, None)
+    assert turned["previous_secret_until"] is not None
+    await api.post(f"{path}/test", {})
+    await sink.received(1)
+    headers, body = sink.requests[0]
+    assert schemes(headers) == ["v1a", "v1"]
+    Judge(str(hook["secret"])).verify(body, headers)
+    check_v1a(turned["public_key"], headers, body)
+
+    back = (await api.http.patch(path, json={"signature_scheme": "v1"})).json()["data"]
+    assert back["previous_public_key"] == turned["public_key"]
+    await api.post(f"{path}/test", {})
+    await sink.received(2)
+    headers, body = sink.requests[1]
+    assert schemes(headers) == ["v1", "v1a"]
+    Judge(back["secret"]).verify(body, headers)
+    check_v1a(turned["public_key"], headers, body)
+
+
+def schemes(headers: dict[str, str]) -> list[str]:
+    return [one.partition(",")[0] for one in headers["webhook-signature"].split(" ")]
+
+
+def check_v1a(public_key: str, headers: dict[str, str], body: bytes) -> None:
+    """By the specification's words: one signature is of this key."""
+    key = Ed25519PublicKey.from_public_bytes(b64decode(public_key.removeprefix("whpk_")))
+    content = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
+    for one in headers["webhook-signature"].split(" "):
+        if one.startswith("v1a,"):
+            with suppress(InvalidSignature):
+                return key.verify(b64decode(one[4:]), content)
+    raise AssertionError("no signature is of this key")
+
+
+async def test_a_repeated_ping_is_answered_as_the_first_whatever_became_of_the_endpoint(
+    api: Api, sink_of: Callable[..., Awaitable[Sink]]
+) -> None:
+    hook = await make(api, await sink_of())
+    path, headers = f"/webhooks/{hook['id']}", {"Idempotency-Key": "ping once"}
+    first = await api.post(f"{path}/test", {}, headers=headers)
+    await api.http.patch(path, json={"enabled": False})
+    again = await api.post(f"{path}/test", {}, headers=headers)
+    assert (again.status_code, again.json()["data"]) == (202, first.json()["data"])
+    assert again.headers["Idempotent-Replayed"] == "true"
+    other = await api.post(f"{path}/test", {}, headers={"Idempotency-Key": "ping twice"})
+    assert other.status_code == 409
 
 
 async def test_a_secret_is_shown_once_and_stored_nowhere(

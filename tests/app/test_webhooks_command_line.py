@@ -23,14 +23,16 @@ def server(quick_place: Path) -> Iterator[Server]:
 class Listener:
     """`rdev webhooks listen` in a process of its own."""
 
-    def __init__(self, folder: Path, secret: str, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, held: str, port: int = 0, variable: str = "WEBHOOK_SECRET"
+    ) -> None:
         self.out, self.err = folder / "out", folder / "err"
         argv = [sys.executable, "-m", "rdev", "webhooks", "listen", "--output", "ndjson"]
         with self.out.open("wb") as out, self.err.open("wb") as err:
             self.process = subprocess.Popen(
                 [*argv, "--bind", f"127.0.0.1:{port}"],
                 cwd=ROOT,
-                env=bare_environment() | {"WEBHOOK_SECRET": secret, "PYTHONUNBUFFERED": "1"},
+                env=bare_environment() | {variable: held, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -90,6 +92,33 @@ def test_what_the_server_sends_the_listener_verifies_and_prints(
     assert rdev("webhooks", "list", environment=environment).stdout == b""
 
 
+def test_with_v1a_the_listener_verifies_by_the_public_key(server: Server, tmp_path: Path) -> None:
+    """Also while the key before signs too, and after the scheme was changed."""
+    environment = server.client_environment
+    first = Listener(tmp_path, "whsec_" + "A" * 32)
+    first.end()
+    url, port = first.url, int(first.url.rstrip("/").rpartition(":")[2])
+    create = ("webhooks", "create", url, "--event", "ping")
+    made = rdev(*create, "--signature-scheme", "v1a", environment=environment)
+    assert made.returncode == 0, made.stderr
+    hook = made.stderr.decode().split("\t")[0]
+    listed = rdev("webhooks", "list", "--output", "json", environment=environment)
+    (shown,) = (one for one in msgspec.json.decode(listed.stdout) if one["id"] == hook)
+    assert shown["public_key"] == made.stdout.decode().strip()
+    rotated = rdev("webhooks", "rotate-secret", hook, environment=environment)
+    turned = rdev("webhooks", "use-scheme", hook, "v1", environment=environment)
+    again = rdev("webhooks", "use-scheme", hook, "v1", environment=environment)
+    assert turned.stdout.startswith(b"whsec_")
+    assert (again.returncode, again.stdout) == (0, b"")
+
+    listener = Listener(tmp_path, rotated.stdout.decode().strip(), port, "WEBHOOK_PUBLIC_KEY")
+    try:
+        assert rdev("webhooks", "test", hook, environment=environment).returncode == 0
+        until(lambda: listener.events(), "it prints")
+    finally:
+        listener.end()
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     listener = Listener(tmp_path, "whsec_" + "A" * 32)
     try:
@@ -112,10 +141,19 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
         listener.end()
 
 
-def test_a_wrong_secret_is_one_line() -> None:
-    ended = rdev("webhooks", "listen", "--secret", "whsec_short", environment=bare_environment())
+@pytest.mark.parametrize(
+    "held", [("--secret", "whsec_short"), ("--public-key", "whpk_short"), ("--public-key", "")]
+)
+def test_a_wrong_secret_or_key_is_one_line(held: tuple[str, str]) -> None:
+    ended = rdev("webhooks", "listen", *held, environment=bare_environment())
     assert ended.returncode == 1
     assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_listener_that_can_verify_nothing_does_not_start() -> None:
+    ended = rdev("webhooks", "listen", environment=bare_environment())
+    assert ended.returncode == 2
+    assert b"--public-key" in ended.stderr
 
 
 @pytest.mark.parametrize("content", [None, b"no certificate"])

@@ -1,4 +1,5 @@
-"""`rdev serve` on an executor that runs nothing: it notes what it would have run, and says done.
+"""`rdev serve` on an executor that runs nothing and a webhook sender that sends nothing: they note
+what they would have done, and say done.
 
 For tests that let a program invent commands. Everything else is the product's own.
 """
@@ -10,6 +11,8 @@ from contextlib import asynccontextmanager
 import trio
 
 import rdev.execution_wiring
+import rdev.webhook_wiring
+from rdev.adapters.webhooks.sender import SenderStatistics
 from rdev.cli import main
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import (
@@ -23,6 +26,7 @@ from rdev.domain.execution import (
     Stream,
 )
 from rdev.domain.ids import AttemptId, CommandId, ProjectId, attempt_ids
+from rdev.domain.sending import Outcome, OutgoingRequest
 
 OUTPUT = b"recorded\n"
 
@@ -104,7 +108,36 @@ class RecordedAttachment:
         )
 
 
+class RecordingSender:
+    """Implements `WebhookSender`; resolves, dials and sends nothing. Every receiver takes it."""
+
+    def __init__(self, **ignored: object) -> None:
+        self._taken = 0
+
+    async def send(self, request: OutgoingRequest) -> Outcome:
+        await trio.lowlevel.checkpoint()
+        self._taken += 1
+        return Outcome(
+            status=204,
+            fault=None,
+            detail="",
+            latency_s=0.001,
+            request_headers={"host": request.target.authority},
+            body=b"",
+            truncated=False,
+            http_version="HTTP/1.1",
+            retry_after=None,
+        )
+
+    def statistics(self) -> SenderStatistics:
+        return SenderStatistics(dialled=0, reused=self._taken, idle=0)
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 if __name__ == "__main__":
+    rdev.webhook_wiring.HttpWebhookSender = RecordingSender  # type: ignore[assignment,misc]
     rdev.execution_wiring.LocalExecutor = RecordingExecutor  # type: ignore[assignment,misc]
     sys.argv[0] = "rdev"
     main()

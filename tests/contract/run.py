@@ -4,7 +4,6 @@ Bounded by the cases or the seconds asked for, whichever comes first.
 """
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,26 +11,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.app.server import Server, open_state
+from tests.app.server import ROOT, Server, open_state
+from tests.contract.tally import Tally
 
+# Where schemathesis is to leave its tally (tests/contract/hooks.py).
+TALLY_FILE = "RDEV_CONTRACT_TALLY"
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 # An unending stream has no answer to wait for; tests/app holds them.
 ENDLESS = ("/events", "/projects/{project}/events")
-_CASES = re.compile(r"(\d+) generated")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """What a run came to."""
 
-    cases: int
+    tally: Tally
     is_clean: bool
     report: str
+
+    @classmethod
+    def nothing(cls) -> "Found":
+        return cls(tally=Tally(), is_clean=True, report="")
+
+    @property
+    def cases(self) -> int:
+        return self.tally.cases
 
 
 @contextmanager
 def recording_server(place: Path) -> Iterator[Server]:
-    """A ready server that runs nothing and limits nobody."""
+    """A ready server that runs nothing, sends nothing and limits nobody."""
     unlimited = {
         f"RDEV_RATE_LIMIT{what}": "off" for what in ("", "_STARTS", "_ADDRESS", "_FAILURES")
     }
@@ -43,6 +52,7 @@ def recording_server(place: Path) -> Iterator[Server]:
 
 def contract_run(server: Server, *options: str, seed: int) -> Found:
     """One run of schemathesis; `options` bound it."""
+    place = server.state_dir / f"tally-{seed}"
     argv = [
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(CONFIG)),
         *("run", f"{server.url}/openapi.json", "--no-color", "--seed", str(seed)),
@@ -53,11 +63,19 @@ def contract_run(server: Server, *options: str, seed: int) -> Found:
     done = subprocess.run(
         argv,
         cwd=server.state_dir,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        env=os.environ
+        | {
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(ROOT),
+            "SCHEMATHESIS_HOOKS": "tests.contract.hooks",
+            TALLY_FILE: str(place),
+        },
         capture_output=True,
         text=True,
         check=False,
     )
-    cases = _CASES.search(done.stdout)
-    report = done.stdout + done.stderr
-    return Found(cases=int(cases[1]) if cases else 0, is_clean=done.returncode == 0, report=report)
+    return Found(
+        tally=Tally.read(place),
+        is_clean=done.returncode == 0,
+        report=done.stdout + done.stderr,
+    )

@@ -12,7 +12,7 @@ import pytest
 
 from rdev.adapters.http.access import Route
 from rdev.adapters.http.openapi import DESCRIBED
-from rdev.domain.rules import Rule, RuleKind, rules_of
+from rdev.domain.rules import Characters, Rule, RuleKind, rules_of
 from tests.app.server import Api, Server, open_api
 from tests.contract.run import recording_server
 
@@ -63,6 +63,23 @@ class Edges:
     bad: list[object] = field(default_factory=list)
 
 
+# Beside each edge of what a line may have.
+OUTSIDE = "\x01\n\x1f\x7f\x80\x9f\u061c\u200e\u200f\u2028\u202a\u202e\u2066\u2069"
+INSIDE = "x \xa0\u061b\u061d\u200d\u2010\u2027\u202f\u2065\u206a\ufeff\U000e007f"
+
+
+def characters_of(rule: Rule) -> tuple[list[object], list[object]]:
+    """Texts with what it must refuse and with what it must take."""
+    every = f"x{OUTSIDE}{INSIDE}"
+    match rule.characters:
+        case Characters.LINE:
+            return [f"x{one}x" for one in f"\0{OUTSIDE}"], [INSIDE]
+        case Characters.NO_NUL:
+            return ["a\0b"], [every]
+        case Characters.ANY:
+            return [], [every + "\0"]
+
+
 def edges_of(rule: Rule) -> Edges:  # noqa: C901  (a table of cases)
     """Made of the rule, and of the samples."""
     found = Edges()
@@ -77,12 +94,15 @@ def edges_of(rule: Rule) -> Edges:  # noqa: C901  (a table of cases)
             if rule.pattern is None and name not in JUDGED_FURTHER:
                 good = ["x" * most]
             found = Edges(good, ["x" * (most + 1), "é" * (most // 2 + 1), "", 7, ["x"]])
-            found.bad += [] if rule.nul else ["a\0b"]
+            wrong, right = characters_of(rule)
+            found.bad += wrong
+            found.good += right if good else []
         case RuleKind.TEXTS:
             assert rule.max_bytes is not None
             assert rule.max_items is not None
             found.bad = ["x", [7], [None], ["x" * (rule.max_bytes + 1)]]
             found.bad.append(["x"] * (rule.max_items + 1))
+            found.bad += [[text] for text in characters_of(rule)[0]]
         case RuleKind.WHOLE:
             assert rule.least is not None
             assert rule.most is not None

@@ -8,11 +8,14 @@ from rdev.adapters.execution.channels import SUBPROTOCOLS
 from rdev.adapters.kubernetes.connection import connect
 from rdev.adapters.kubernetes.exec import PodExecs
 from rdev.adapters.kubernetes.namespace import Namespace
+from rdev.adapters.kubernetes.places import PodPlaces
 from rdev.adapters.kubernetes.pods import PodWatch
+from rdev.adapters.kubernetes.template import read_template
 from rdev.domain.ids import ProjectId
 from tests.adapters.execution.observing import SYSTEM_PATH, until
 from tests.adapters.execution.pods import pod
 from tests.adapters.kubernetes.conftest import config_of
+from tests.adapters.kubernetes.test_places import WHEN, project
 from tests.deploy.conftest import DEPLOY, one, read_yaml
 from tests.fakes.api_server import NAMESPACE, api_server
 
@@ -43,6 +46,10 @@ def asked(method: str, path: str) -> set[tuple[str, str]]:
     assert found is not None, path
     if method == "EXEC":
         return EXEC
+    if method == "GET" and found[2] is not None:
+        return {(found["kind"], "get")}
+    if method in ("POST", "DELETE"):
+        return {(found["kind"], {"POST": "create", "DELETE": "delete"}[method])}
     assert (method, found[2]) == ("GET", None), (method, path)  # others need a line here
     # One path, told apart by `?watch=`: whoever lists pods watches them.
     return {(found["kind"], "list"), (found["kind"], "watch")}
@@ -62,6 +69,12 @@ async def test_the_role_is_what_the_code_asks() -> None:
         await Namespace(api).check()
         async with execs.open(ProjectId("demo"), ["true"]):
             pass
+        fake.drop("pods", pod()["metadata"]["name"])
+        places = PodPlaces(api, watch, read_template(None), now=lambda: WHEN)
+        for _ in range(2):
+            await places.start(project())
+        await places.stop(project())
+        await places.delete(project())
         requests = list(fake.requests)
         watch.stop()
         nursery.cancel_scope.cancel()

@@ -1,12 +1,14 @@
 """Reading fields: every fault is told, with its pointer."""
 
 import re
+import sys
 from collections.abc import Callable
+from unicodedata import bidirectional, category
 
 import pytest
 
 from rdev.domain.errors import ErrorCode, Fault, RdevError
-from rdev.domain.fields import Fields
+from rdev.domain.fields import Characters, Fields, text_fault
 
 LONE = "\ud800"
 
@@ -37,7 +39,8 @@ def test_a_text_is_read(value: str | None) -> None:
         ("", "must not be empty"),
         ("x" * 9, "must be at most 8 bytes (it has 9)"),
         ("äääää", "must be at most 8 bytes (it has 10)"),
-        ("a\0b", "must not contain NUL"),
+        ("a\0b", "must not contain control characters (it has U+0000)"),
+        ("a\u202eb", "must not contain control characters (it has U+202E)"),
         (LONE, "must be valid Unicode (it has a lone surrogate)"),
     ],
 )
@@ -45,14 +48,37 @@ def test_a_text_that_cannot_be_used_is_a_fault(value: object, message: str) -> N
     assert _fault(lambda fields: fields.text("it", max_bytes=8), value) == message
 
 
-def test_a_text_may_have_nul_where_that_is_allowed() -> None:
-    assert Fields({"it": "a\0b"}).text("it", max_bytes=8, nul=True) == "a\0b"
+ALL = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
+
+
+def test_a_line_has_every_character_but_those_that_control() -> None:
+    """Unicode's own tables say which: category Cc, the separators, the property Bidi_Control."""
+    refused = {one for one in ALL if text_fault(one, Characters.LINE) is not None}
+    controls = {one for one in ALL if category(one) in ("Cc", "Zl", "Zp")}
+    # What turns the direction has a bidirectional class of its own, but for the three marks.
+    turning = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+    marks = set("\u061c\u200e\u200f")
+    assert refused == controls | marks | {one for one in ALL if bidirectional(one) in turning}
+
+
+def test_a_wider_text_has_what_its_rule_names() -> None:
+    every = "".join(ALL[1:])
+    assert text_fault(every, Characters.NO_NUL) is None
+    assert text_fault("a\0b", Characters.NO_NUL) == "must not contain NUL"
+    assert text_fault("\0" + every, Characters.ANY) is None
+    for characters in Characters:
+        assert text_fault(LONE, characters) == "must be valid Unicode (it has a lone surrogate)"
+    body = {"it": "a\0b"}
+    assert Fields(body).text("it", max_bytes=8, characters=Characters.ANY) == "a\0b"
 
 
 def test_a_text_must_match_its_pattern_as_a_whole() -> None:
     pattern = re.compile("[a-z]+")
     assert Fields({"it": "abc"}).text("it", max_bytes=8, pattern=pattern) == "abc"
-    message = _fault(lambda fields: fields.text("it", max_bytes=8, pattern=pattern), "abc\n")
+    free = Characters.NO_NUL
+    message = _fault(
+        lambda fields: fields.text("it", max_bytes=8, pattern=pattern, characters=free), "abc\n"
+    )
     assert message == "must match [a-z]+"
 
 

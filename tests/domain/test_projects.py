@@ -3,7 +3,8 @@
 import pytest
 
 from rdev.domain.errors import RdevError
-from rdev.domain.projects import ProjectDefinition, parse_project
+from rdev.domain.project_requests import parse_folder_project as parse_project
+from rdev.domain.projects import ProjectDefinition
 
 
 def test_an_id_is_all_that_a_local_project_needs() -> None:

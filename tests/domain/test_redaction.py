@@ -47,6 +47,11 @@ TEMPLATES = [
 ]
 
 
+@pytest.mark.parametrize("scheme", ["bearer", "Basic", "digest"])
+def test_a_name_after_the_word_for_a_scheme_is_no_token(scheme: str):
+    assert redact_text(f"{scheme} DB_PASS='a1b2'") == f"{scheme} DB_PASS={REDACTED}"
+
+
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(secret=SECRET, before=WORDS, after=WORDS)
 def test_a_secret_in_a_script_is_taken_out(template: str, secret: str, before: str, after: str):

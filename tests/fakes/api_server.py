@@ -54,6 +54,15 @@ class Fault:
     retry_after_s: int | None = None
     message: str = "by script"
     body: str | None = None  # instead of a Status object: a proxy's page
+    is_late: bool = False  # it is done all the same, and only its answer is this
+
+
+@dataclass
+class Tls:
+    """Files: who signs, and a certificate with its key."""
+
+    authority: str
+    certificate: str
 
 
 @dataclass
@@ -67,9 +76,13 @@ class FakeApiServer:
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
+    # (verb, resource) of what this account may not do, as access reviews say
+    refused_rights: set[tuple[str, str]] = field(default_factory=set)
     page_size: int | None = None  # of lists, whatever they ask for
     watches_open: int = 0
+    lingers: bool = False  # what is deleted stays, marked, until `finish`
     port: int = 0
+    authority: str | None = None  # a file, where it speaks TLS
     version: int = 100
     _oldest: int = 0  # watches from before this version are told 410
     _objects: dict[tuple[str, str, str], Object] = field(default_factory=dict)
@@ -78,11 +91,16 @@ class FakeApiServer:
 
     def kubeconfig(self, port: int | None = None) -> Object:
         """For KubeConfig.from_dict; `port` is a proxy's."""
-        server = f"http://127.0.0.1:{port or self.port}"
+        cluster: Object = {"server": f"http://127.0.0.1:{port or self.port}"}
+        if self.authority is not None:
+            cluster = {
+                "server": f"https://127.0.0.1:{port or self.port}",
+                "certificate-authority": self.authority,
+            }
         return {
             "apiVersion": "v1",
             "kind": "Config",
-            "clusters": [{"name": "c", "cluster": {"server": server}}],
+            "clusters": [{"name": "c", "cluster": cluster}],
             "users": [{"name": "u", "user": {"token": self.token}}],
             "contexts": [
                 {"name": "x", "context": {"cluster": "c", "user": "u", "namespace": NAMESPACE}}
@@ -98,7 +116,8 @@ class FakeApiServer:
         known = self._objects.get((plural, namespace, name))
         made = copy.deepcopy(body)
         made["metadata"].setdefault("namespace", namespace)
-        made["metadata"].setdefault("uid", f"uid-of-{name}")
+        uid = known["metadata"]["uid"] if known else f"uid-of-{name}-{self.version}"
+        made["metadata"].setdefault("uid", uid)
         made["metadata"].setdefault("creationTimestamp", "2026-01-01T00:00:00Z")
         made["apiVersion"], made["kind"] = "v1", _KINDS[plural]
         self._record("MODIFIED" if known else "ADDED", plural, namespace, name, made)
@@ -116,6 +135,21 @@ class FakeApiServer:
         gone = self._objects.pop((plural, namespace, name))
         self._record("DELETED", plural, namespace, name, gone)
 
+    def finish(self) -> None:
+        """End what was deleted and lingers."""
+        for plural, namespace, name in list(self._objects):
+            if "deletionTimestamp" in self._objects[plural, namespace, name]["metadata"]:
+                self.drop(plural, name, namespace)
+
+    def names(self, plural: str) -> list[str]:
+        """The objects of a kind."""
+        places = (plural, NAMESPACE)
+        return sorted(name for kind, place, name in self._objects if (kind, place) == places)
+
+    def get(self, plural: str, name: str) -> Object:
+        """An object as it is."""
+        return self._objects[plural, NAMESPACE, name]
+
     def compact(self) -> None:
         """Forget history: a watch from before now is told 410."""
         self._oldest = self.version
@@ -130,7 +164,7 @@ class FakeApiServer:
 
     # --- what it answers ---
 
-    def _refused(self, method: str, path: str) -> Response | None:
+    def _refused(self, method: str, path: str) -> Any:
         self.requests.append((method, path))
         head = (websocket if method == "EXEC" else request).headers
         if head.get("Authorization") != f"Bearer {self.token}":
@@ -143,13 +177,19 @@ class FakeApiServer:
                 and (is_watch or not fault.only_watches)
             ):
                 fault.times -= 1
-                return _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
+                failure = _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
+                failure.is_late = fault.is_late
+                return failure
         return None
 
     async def handle(self, namespace: str, plural: str, name: str | None) -> Any:
         """A request for objects."""
-        if (refused := self._refused(request.method, request.path)) is not None:
-            return refused
+        refused = self._refused(request.method, request.path)
+        if refused is not None and getattr(refused, "is_late", False):
+            await self._serve(namespace, plural, name)
+        return refused or await self._serve(namespace, plural, name)
+
+    async def _serve(self, namespace: str, plural: str, name: str | None) -> Any:
         match request.method, name:
             case "GET", None if request.args.get("watch"):
                 return self._watch(namespace, plural)
@@ -163,9 +203,21 @@ class FakeApiServer:
         if request.method == "GET":
             return known
         if request.method == "DELETE":
-            self.drop(plural, str(name), namespace)
-            return known
+            return await self._delete(namespace, plural, known)
         return _failure(405, "not here")
+
+    async def _delete(self, namespace: str, plural: str, known: Object) -> Any:
+        options = await request.get_json(force=True, silent=True) or {}
+        only = options.get("preconditions", {}).get("uid")
+        name = known["metadata"]["name"]
+        if only is not None and only != known["metadata"]["uid"]:
+            return _failure(409, f"uid in precondition: {only}")
+        if self.lingers:
+            stamp = {"deletionTimestamp": "2026-01-01T00:00:00Z"}
+            self.put(plural, {**known, "metadata": {**known["metadata"], **stamp}}, namespace)
+        else:
+            self.drop(plural, name, namespace)
+        return known
 
     def _list(self, namespace: str, plural: str) -> Object:
         selector = request.args.get("labelSelector", "")
@@ -232,8 +284,25 @@ class FakeApiServer:
         finally:
             self.watches_open -= 1
 
+    async def review(self) -> Any:
+        """A SelfSubjectAccessReview."""
+        if (refused := self._refused("POST", request.path)) is not None:
+            return refused
+        body = await request.get_json()
+        asked = body["spec"]["resourceAttributes"]
+        resource = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        allowed = (asked["verb"], resource) not in self.refused_rights
+        return {**body, "status": {"allowed": allowed}}, 201
+
     async def exec(self, namespace: str, name: str) -> Any:
-        """A WebSocket that asks for an exec."""
+        """A WebSocket that asks for an exec. One that is refused ends its connection: hypercorn
+        0.18 does not see the next upgrade on it."""
+        refused = await self._exec(namespace, name)
+        if refused is not None:
+            refused.headers["Connection"] = "close"
+        return refused
+
+    async def _exec(self, namespace: str, name: str) -> Response | None:
         if (refused := self._refused("EXEC", websocket.path)) is not None:
             return refused
         pod = self._objects.get(("pods", namespace, name))
@@ -298,10 +367,10 @@ def _matches(body: Object, selector: str) -> bool:
 
 @asynccontextmanager
 async def api_server(
-    env: dict[str, str], *, ping_s: float | None = None
+    env: dict[str, str], *, ping_s: float | None = None, tls: Tls | None = None
 ) -> AsyncIterator[FakeApiServer]:
     """Serve one; `ping_s`: how often it pings the other side of an exec."""
-    fake = FakeApiServer(execs=PodExec(env=env))
+    fake = FakeApiServer(execs=PodExec(env=env), authority=tls and tls.authority)
     for name, uid in ((NAMESPACE, NAMESPACE_UID), ("kube-system", KUBE_SYSTEM_UID)):
         fake.put("namespaces", {"metadata": {"name": name, "uid": uid}}, namespace="")
     app = QuartTrio("fake")
@@ -314,10 +383,14 @@ async def api_server(
         partial(fake.handle, namespace="", plural="namespaces"),
         methods=["GET", "DELETE"],
     )
+    reviews = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+    app.add_url_rule(reviews, "review", fake.review, methods=["POST"])
     app.add_websocket(f"{objects.replace('<plural>', 'pods')}/<name>/exec", "exec", fake.exec)
     config = Config()
     config.bind = ["127.0.0.1:0"]
     config.errorlog = None
+    if tls is not None:
+        config.certfile = config.keyfile = tls.certificate
     config.websocket_ping_interval = ping_s
     config.graceful_timeout = 0
     try:

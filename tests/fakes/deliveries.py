@@ -9,6 +9,7 @@ import trio
 
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
+    QUICK_S,
     DeadReason,
     DeliveryLease,
     DeliveryStatus,
@@ -23,6 +24,7 @@ from rdev.ports.deliveries import SettleResult, TickResult
 class Endpoint:
     url: str
     secret: bytes
+    previous_secret: bytes | None = None
     is_ordered: bool = False
     is_open: bool = True
     is_trusted: bool = False
@@ -113,6 +115,9 @@ class FakeDeliveries:
     async def settle(self, settled: Sequence[Settled]) -> SettleResult:
         await trio.lowlevel.checkpoint()
         stale, disabled, too_long = set(), set(), set()
+        slow = {
+            one.owed.webhook for one in settled if one.outcome and one.outcome.latency_s > QUICK_S
+        }
         for one in settled:
             row = self._held(one.owed.lease)
             if row is None:
@@ -131,7 +136,7 @@ class FakeDeliveries:
                 continue
             row.log.append(one)
             is_good = one.verdict.status is DeliveryStatus.DELIVERED
-            endpoint.is_trusted = is_good
+            endpoint.is_trusted = is_good and row.webhook not in slow
             if is_good:
                 endpoint.failing_since_s = None
             elif endpoint.failing_since_s is None:
@@ -194,7 +199,8 @@ class FakeDeliveries:
         waits_s = [
             now_s - row.created_s
             for row in self.rows.values()
-            if row.status in ("pending", "sending")
+            if row.status == "sending"
+            or (row.status == "pending" and self.endpoints[row.webhook].is_open)
         ]
         return max(waits_s, default=0.0)
 
@@ -248,7 +254,9 @@ class FakeDeliveries:
             is_allowed=True,
             url=endpoint.url,
             payload=row.payload,
-            secrets=(endpoint.secret,),
+            secrets=(endpoint.secret,)
+            if endpoint.previous_secret is None
+            else (endpoint.secret, endpoint.previous_secret),
         )
 
     def _held(self, lease: DeliveryLease) -> Row | None:

@@ -6,9 +6,11 @@ from dataclasses import replace
 from rdev.domain.audit import Actor
 from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId
 from rdev.domain.lanes import Lane
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus
+from rdev.ports.projects import ProjectMade
 from tests.fakes.store import LaneRow, StoreState, is_queued, is_running
 
 
@@ -19,9 +21,18 @@ class FakeProjects:
         self._state = state
 
     async def insert(
-        self, definition: ProjectDefinition, actor: Actor, *, executor: str, reach: str
-    ) -> tuple[Project, bool]:
+        self,
+        definition: ProjectDefinition,
+        actor: Actor,
+        *,
+        executor: str,
+        reach: str,
+        is_settled: bool = True,
+        idempotency: Idempotency | None = None,
+    ) -> ProjectMade:
         await self._state.step()
+        if idempotency is not None and (earlier := self._earlier(idempotency)) is not None:
+            return earlier
         found = self._state.projects.get(definition.id)
         if found is None:
             project = Project(
@@ -38,12 +49,18 @@ class FakeProjects:
             for lane_class in LaneClass:
                 lane = Lane(project=project.id, lane_class=lane_class)
                 self._state.lanes[lane] = LaneRow(reach=reach, cap=LANE_CAP[lane_class])
+            if idempotency is not None:
+                self._state.keys.keep(idempotency, definition.id)
             self._state.reply()
-            return project, True
+            return ProjectMade(project=project, is_new=True)
         if found.definition != definition:
             message = f"project {definition.id!r} exists with another definition"
             raise RdevError(ErrorCode.CONFLICT, message)
-        return self._counted(found), False
+        return ProjectMade(project=self._counted(found), is_new=False)
+
+    async def replay(self, idempotency: Idempotency) -> ProjectMade | None:
+        await self._state.step()
+        return self._earlier(idempotency)
 
     async def get(self, project: ProjectId) -> Project | None:
         await self._state.step()
@@ -57,6 +74,15 @@ class FakeProjects:
         seen = self._state.projects.keys() & set(self._state.projects if within is None else within)
         ids = sorted(id_ for id_ in seen if after is None or id_ > after)
         return [self._counted(self._state.projects[id_]) for id_ in ids[:limit]]
+
+    def _earlier(self, idempotency: Idempotency) -> ProjectMade | None:
+        made = self._state.keys.find(idempotency)
+        if made is None:
+            return None
+        found = self._state.projects.get(ProjectId(made))
+        if found is None:
+            raise RdevError(ErrorCode.GONE, f"project {made!r} is no longer stored")
+        return ProjectMade(project=self._counted(found), is_new=False, is_replay=True)
 
     def _counted(self, project: Project) -> Project:
         rows = [r for r in self._state.rows.values() if r.command.project == project.id]

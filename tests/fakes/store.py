@@ -52,6 +52,7 @@ class Row:
     has_spec: bool = True
     cancel_requested: bool = False
     lease_id: int | None = None
+    left_lease: int | None = None
     lease_until: float = 0.0
     holder: str | None = None
     instance: str | None = None
@@ -162,6 +163,7 @@ class StoreState:
     def lease(self, row: Row, holder: str, lease_s: float) -> None:
         """Put a command under a fresh lease."""
         self.last_lease_id += 1
+        row.left_lease = row.lease_id
         row.lease_id = self.last_lease_id
         row.lease_until = trio.current_time() + lease_s
         row.holder = holder
@@ -221,6 +223,8 @@ def claimed_of(row: Row, *, take_over: bool) -> Claimed:
         dropped_bytes=row.command.dropped_bytes,
         queue_wait_ms=row.command.queue_wait_ms or 0,
         cancel_requested=row.cancel_requested,
+        trace=row.new.trace,
+        taken_from=row.left_lease if take_over else None,
     )
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.app.server import Api, Server, open_api, open_server, until_async
+from tests.app.server import Api, Server, metric, open_api, open_server, until_async
 
 HONEST_DEADLINE_S = 20.0
 # As far as the machine's own limit lets a test and a server go; both are raised to the hard limit.
 IDLE_CONNECTIONS = 10_000
 SPARE_DESCRIPTORS = 500
+IN_FLIGHT_MAX = 100
 
 Attack = Callable[[Server], Awaitable[None]]
 
@@ -29,7 +30,8 @@ def server(quick_place: Path) -> Iterator[Server]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        with open_server(quick_place, RDEV_RATE_LIMIT_ADDRESS="off") as server:
+        more = {"RDEV_IN_FLIGHT_MAX": str(IN_FLIGHT_MAX)}
+        with open_server(quick_place, RDEV_RATE_LIMIT_ADDRESS="off", **more) as server:
             yield server
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -37,8 +39,14 @@ def server(quick_place: Path) -> Iterator[Server]:
 
 @pytest.fixture
 async def api(server: Server) -> AsyncIterator[Api]:
+    """An honest client with a key of its own."""
     async with open_api(server) as api:
         await api.project()
+        rate = {"requests": 1_000_000, "window_s": 60}
+        body = {"name": "honest", "scopes": ["projects:read"], "rate_limit": rate}
+        made = await api.post("/keys", body)
+        assert made.status_code == 201, made.text
+        api.http.headers["Authorization"] = f"Bearer {made.json()['data']['key']}"
         yield api
 
 
@@ -85,18 +93,29 @@ async def slow_heads(server: Server) -> None:
 
 
 async def slow_bodies(server: Server) -> None:
-    """A head that promises a body, a byte of it, and the client gives up. Fewer than the places
-    for requests under way (`RDEV_IN_FLIGHT_MAX`): who holds a key and all of them holds up all."""
+    """A head that promises a body, a byte of it, and the client gives up. Twice as many as there
+    are places for requests in work (`RDEV_IN_FLIGHT_MAX`), in waves of what one key may have."""
+    refused = 0
 
     async def one() -> None:
+        nonlocal refused
         async with connection(server) as stream:
             await stream.send_all(head(server, "Content-Length: 1000") + b"{")
-            with trio.move_on_after(3):
-                await stream.receive_some(65_536)
+            with trio.move_on_after(20):
+                answer = await stream.receive_some(65_536)
+                assert answer.startswith(b"HTTP/1.1 503 "), answer[:200]
+                refused += 1
 
     async with trio.open_nursery() as nursery:
-        for _ in range(150):
-            nursery.start_soon(one)
+        for begun in range(50, 2 * IN_FLIGHT_MAX + 1, 50):
+            for _ in range(50):
+                nursery.start_soon(one)
+            await until_async(
+                lambda begun=begun: metric(server, "rdev_http_reading") + refused == begun,
+                "the wave waits",
+            )
+        assert refused == IN_FLIGHT_MAX
+        nursery.cancel_scope.cancel()
 
 
 async def large_bodies(server: Server) -> None:

@@ -24,7 +24,7 @@ from rdev.domain.deliveries import (
 from rdev.domain.ids import KeyId, ProjectId, key_uuid
 from rdev.domain.keys import ADMIN_KEY_ID
 from rdev.domain.sending import Outcome, SendFault
-from rdev.domain.webhooks import EventType, NewWebhook, WebhookId, webhook_id
+from rdev.domain.webhooks import EventType, NewWebhook, SigningKey, WebhookId, webhook_id
 from rdev.ports.deliveries import DeliveryQueue
 from rdev.ports.webhooks import DeliveryLog, WebhookStore
 from tests.fakes.store import ACTOR
@@ -67,6 +67,7 @@ class Hooks:
         owner: KeyId = ADMIN_KEY_ID,
         url: str = "https://hooks.example.com/",
         secret: bytes = b"sealed",
+        public_key: str | None = None,
     ) -> WebhookId:
         new = NewWebhook(
             id=webhook_id(uuid_utils.compat.uuid7()),
@@ -77,7 +78,7 @@ class Hooks:
             is_ordered=is_ordered,
             is_enabled=True,
             owner=owner,
-            secret=secret,
+            key=SigningKey(sealed=secret, public_key=public_key),
         )
         return (await self.webhooks.insert(new, ACTOR)).webhook.id
 

@@ -14,6 +14,7 @@ from rdev.domain.webhooks import (
     EventType,
     NewWebhook,
     SecretRotation,
+    SigningKey,
     WebhookChange,
     WebhookId,
     webhook_id,
@@ -64,7 +65,7 @@ async def test_what_changes_an_endpoint_is_entered_once_and_no_secret_of_it(
     webhook = await hooks.endpoint(url=URL, secret=b"canary-secret")
     await change(hooks, webhook)
     await hooks.webhooks.rotate(
-        SecretRotation(webhook=webhook, secret=b"canary-fresh", grace_s=5), ACTOR
+        SecretRotation(webhook=webhook, key=SigningKey(sealed=b"canary-fresh"), grace_s=5), ACTOR
     )
     for _ in range(2):
         await hooks.webhooks.delete(webhook, ACTOR)
@@ -75,14 +76,14 @@ async def test_what_changes_an_endpoint_is_entered_once_and_no_secret_of_it(
         for what in ("created", "changed", "rotated", "deleted")
     ]
     assert found[0][4]["origin"] == "https://hooks.example.com:8443"
-    assert found[2][4] == {"grace_s": 5}
+    assert found[2][4] == {"grace_s": 5, "signature_scheme": "v1"}
     assert "canary" not in str(found)
 
 
 async def test_what_changes_nothing_is_not_entered(hooks: Hooks, pools: Pools) -> None:
     unknown = webhook_id(uuid_utils.compat.uuid7())
     await change(hooks, unknown)
-    rotation = SecretRotation(webhook=unknown, secret=b"x", grace_s=5)
+    rotation = SecretRotation(webhook=unknown, key=SigningKey(sealed=b"x"), grace_s=5)
     assert await hooks.webhooks.rotate(rotation, ACTOR) is None
     assert await hooks.log.ping(unknown, {}, ACTOR, idempotency=None) is None
     nothing = Redelivery(
@@ -102,7 +103,7 @@ def new_webhook(key: Idempotency) -> NewWebhook:
         is_ordered=False,
         is_enabled=True,
         owner=ADMIN_KEY_ID,
-        secret=b"sealed",
+        key=SigningKey(sealed=b"sealed"),
         idempotency=key,
     )
 
@@ -115,7 +116,10 @@ async def test_replays_make_nothing_and_are_not_entered(hooks: Hooks, pools: Poo
     webhook = made[0].webhook.id
     rotated = [
         await hooks.webhooks.rotate(
-            SecretRotation(webhook=webhook, secret=b"x", grace_s=5, idempotency=key("turn")), ACTOR
+            SecretRotation(
+                webhook=webhook, key=SigningKey(sealed=b"x"), grace_s=5, idempotency=key("turn")
+            ),
+            ACTOR,
         )
         for _ in range(2)
     ]

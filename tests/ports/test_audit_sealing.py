@@ -97,6 +97,22 @@ async def test_two_servers_that_seal_at_once_seal_each_entry_once(pools, audit, 
     assert await is_valid(audit)
 
 
+async def test_a_sealer_that_dies_half_way_has_sealed_nothing_and_holds_up_nobody(
+    audit, owner, migrated_dsn
+):
+    owner.execute(_WRITE, (10,))
+    dying = psycopg.connect(migrated_dsn)
+    assert dying.execute("select sealed from seal_audit(4)").fetchone() == (4,)
+    assert await audit.seal(limit=100) is None
+    owner.execute("select pg_terminate_backend(%s, 30000)", (dying.info.backend_pid,))
+    with pytest.raises(errors.AdminShutdown):
+        dying.commit()
+    dying.close()
+    assert owner.execute("select count(*) from audit_seals").fetchone() == (0,)
+    assert await count_of(audit) == 10
+    assert await is_valid(audit)
+
+
 async def test_what_begins_while_a_sealer_waits_does_not_overtake_what_still_runs(
     audit, owner, migrated_dsn
 ):

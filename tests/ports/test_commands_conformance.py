@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import trio
@@ -21,12 +22,14 @@ from rdev.domain.execution import Offsets
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
 from rdev.domain.stream import Source, final_lines, queued_line, status_line
+from rdev.domain.traces import TraceContext
 from rdev.ports.commands import Claims
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk, lines
 
 WORK = Lane(project=PROJECT, lane_class=LaneClass.WORK)
 AGENT = Lane(project=PROJECT, lane_class=LaneClass.AGENT)
+TRACE = TraceContext(trace_id="4b" * 16, span_id="ab" * 8, is_sampled=True, state="a=1,b=2")
 UNKNOWN = CommandId("cmd_" + "f" * 32)
 
 
@@ -51,6 +54,21 @@ async def test_an_accepted_command_is_queued_with_its_first_event(world: World) 
     [chunk] = await world.log(new.id)
     assert (chunk.first_seq, chunk.last_seq, chunk.source) == (1, 1, Source.LIFE)
     assert chunk.payload == queued_line(queue_position=1)
+
+
+async def test_the_trace_of_a_command_is_told_to_whoever_has_it(world: World) -> None:
+    """Stored with the command; of a take-over the former lease is told too."""
+    await world.project()
+    new, without = replace(world.new(), trace=TRACE), world.new()
+    for one in (new, without):
+        await world.commands.insert(one)
+    await world.lanes.repair(reach=REACH)
+    claimed = {one.lease.command: one for one in await world.claim()}
+    assert claimed[new.id].trace == TRACE
+    assert claimed[without.id].trace is None
+    assert claimed[new.id].taken_from is None
+    taken = await world.taken_over(claimed[new.id])
+    assert (taken.trace, taken.taken_from) == (TRACE, claimed[new.id].lease.id)
 
 
 async def test_a_command_of_an_unknown_project_is_not_found(world: World) -> None:

@@ -1,9 +1,11 @@
 """Deliveries on PostgreSQL: what is owed, claims, fences, order, and what stops an endpoint."""
 
 import json
+from dataclasses import replace
 from uuid import UUID
 
 import pytest
+import trio
 import uuid_utils.compat
 
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
@@ -17,9 +19,10 @@ from rdev.domain.deliveries import (
     Verdict,
     delivery_id,
 )
+from rdev.domain.traces import TraceContext
 from rdev.domain.webhooks import DisabledReason, EventType, WebhookChange
 from tests.fakes.store import ACTOR
-from tests.ports.conftest import Pools
+from tests.ports.conftest import Pools, postgres_world
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
 
 
@@ -418,17 +421,99 @@ async def test_old_deliveries_go_with_their_attempts_and_messages(
 ) -> None:
     webhook = await hooks.endpoint()
     await hooks.happen("command.queued", "command.started")
-    (owed,) = await hooks.claim()
-    await hooks.queue.settle([accepted(owed)])
-    counts = "select (select count(*) from deliveries), (select count(*) from delivery_attempts)"
-    counts += ", (select count(*) from webhook_messages)"
+    for _ in range(2):
+        (owed,) = await hooks.claim()
+        await hooks.queue.settle([accepted(owed)])
     upkeep = PostgresUpkeep(pool=pools.housekeeping, holder="one")
-    async with upkeep.store_turn() as store, pools.requests.connection() as connection:
+    async with upkeep.store_turn() as store:
         assert store is not None
         assert await store.forget_deliveries(older_s=60, limit=10) == 0
         # So old that everything was made before.
         assert await store.forget_deliveries(older_s=-60, limit=1) == 1
         assert await store.forget_deliveries(older_s=-60, limit=10) == 1
         assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 2
-        assert await (await connection.execute(counts)).fetchone() == (0, 0, 0)
+    assert await counted(pools) == (0, 0, 0)
     assert await hooks.deliveries(webhook) == []
+
+
+async def test_a_delivery_has_the_trace_of_the_command_it_tells_of(
+    hooks: Hooks, pools: Pools
+) -> None:
+    world = postgres_world(pools)
+    await world.project()
+    webhook = await hooks.endpoint(is_ordered=True)
+    trace = TraceContext(trace_id="4b" * 16, span_id="ab" * 8, is_sampled=True, state="a=1")
+    traced, silent = replace(world.new(), trace=trace), world.new()
+    for new in (traced, silent):
+        await world.commands.insert(new)
+    # One that is no longer stored, and a message of no command.
+    await hooks.happen("command.lost")
+    await hooks.log.ping(webhook, {}, ACTOR, idempotency=None)
+
+    found = []
+    for _ in range(4):
+        (owed,) = await hooks.claim()
+        found.append(owed.trace)
+        await hooks.queue.settle([accepted(owed)])
+    assert found == [trace, None, None, None]
+
+
+async def test_what_is_still_to_be_sent_is_never_put_away_and_can_be_sent(
+    hooks: Hooks, pools: Pools
+) -> None:
+    """It waits: of an endpoint that is disabled for longer than anything is kept."""
+    webhook = await hooks.endpoint()
+    await hooks.happen("command.queued", "command.started")
+    (sending,) = await hooks.claim()
+    upkeep = PostgresUpkeep(pool=pools.housekeeping, holder="one")
+    async with upkeep.store_turn() as store:
+        assert store is not None
+        assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 0
+        assert await counted(pools) == (2, 0, 2)
+        await hooks.queue.settle([accepted(sending)])
+        assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 1
+        (owed,) = await hooks.claim()
+        assert owed.event != sending.event
+        await hooks.queue.settle([refused(owed)])
+        assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 0
+        await hooks.webhooks.delete(webhook, ACTOR)
+        assert await store.forget_deliveries(older_s=-2 * 86_400, limit=10) == 1
+    assert await counted(pools) == (0, 0, 0)
+
+
+async def counted(pools: Pools) -> tuple[int, ...] | None:
+    """Deliveries, attempts and messages there are."""
+    counts = "select (select count(*) from deliveries), (select count(*) from delivery_attempts)"
+    counts += ", (select count(*) from webhook_messages)"
+    async with pools.requests.connection() as connection:
+        return await (await connection.execute(counts)).fetchone()
+
+
+async def test_a_trace_is_found_that_was_stored_after_the_claim_had_begun(
+    pools: Pools,
+) -> None:
+    """The claim of a delivery sees what came since its statement began; so must this."""
+    world = postgres_world(pools)
+    await world.project()
+    trace = TraceContext(trace_id="4b" * 16, span_id="ab" * 8, is_sampled=True)
+    new = replace(world.new(), trace=trace)
+    payload = json.dumps({"data": {"command_id": new.id}})
+    ask = "select message_trace(%s) from (select pg_advisory_lock(7) offset 0) turn"
+    waits = "select count(*) from pg_locks where locktype = 'advisory' and not granted"
+    found = []
+
+    async def claim() -> None:
+        async with pools.housekeeping.connection() as connection:
+            found.append(await (await connection.execute(ask, (payload,))).fetchone())
+            await connection.execute("select pg_advisory_unlock(7)")
+
+    async with pools.appends.connection() as connection:
+        await connection.execute("select pg_advisory_lock(7)")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(claim)
+            with trio.fail_after(60):
+                while (await (await connection.execute(waits)).fetchone()) == (0,):
+                    await trio.sleep(0.01)
+            await world.commands.insert(new)
+            await connection.execute("select pg_advisory_unlock(7)")
+    assert found == [(trace.traceparent,)]

@@ -1,11 +1,12 @@
 """The `DeliveryQueue` port, on the fake and on PostgreSQL."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
+    QUICK_S,
     DeadReason,
     DeliveryStatus,
     Owed,
@@ -100,6 +101,25 @@ async def test_one_at_a_time_until_something_was_accepted_then_as_many_as_the_ca
     assert all(owed.is_trusted for owed in several)
     await world.queue.settle([refused(several[0], again_in_s=60)])
     assert await claim(world) == []
+
+
+async def test_whoever_accepts_slowly_gets_one_at_a_time_and_is_not_failing(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 12)
+    (first,) = await claim(world)
+    await world.queue.settle([accepted(first)])
+    several = await claim(world)
+    slow = replace(accepted(several[0]), outcome=replace(outcome(), latency_s=QUICK_S + 1))
+    await world.queue.settle([slow, *map(accepted, several[1:])])
+    (one,) = await claim(world)
+    assert not one.is_trusted
+    await world.age(DISABLE_AFTER_S + 60)
+    (late,) = await claim(world) or [one]
+    assert (await world.queue.settle([refused(late)])).failing_too_long == set()
+    await world.age(60)
+    (again,) = await claim(world)
+    await world.queue.settle([accepted(again)])
+    assert len(await claim(world)) == LANE_CAP
 
 
 async def test_the_limits_of_a_claim_hold(world: World) -> None:
@@ -212,3 +232,12 @@ async def test_the_oldest_that_is_owed_is_told_by_its_age(world: World) -> None:
     assert 3600 <= await world.queue.oldest_undelivered_s() < 3700
     await world.queue.settle([accepted(one), accepted(other)])
     assert await world.queue.oldest_undelivered_s() == 0
+
+
+async def test_what_waits_for_an_endpoint_that_is_disabled_is_nobodys_lag(world: World) -> None:
+    webhook = await world.endpoint()
+    await world.owe(webhook, 1)
+    await world.age(3600)
+    assert await world.queue.oldest_undelivered_s() >= 3600
+    await world.queue.disable(webhook, DisabledReason.FAILING)
+    assert await world.queue.oldest_undelivered_s() < 3600

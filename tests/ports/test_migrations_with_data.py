@@ -7,7 +7,8 @@ from rdev.adapters.postgres import migrate
 from rdev.adapters.postgres.connection import open_connection
 from rdev.domain.commands import Outcome, Retry, Status
 from rdev.domain.execution import KillReport
-from tests.ports.conftest import REACH, Pools, World, again_chunk, append_to, last_chunk
+from tests.fakes.store import ACTOR
+from tests.ports.conftest import PROJECT, REACH, Pools, World, again_chunk, append_to, last_chunk
 from tests.ports.test_lane_interleavings import inside
 
 
@@ -23,7 +24,7 @@ async def back_and_forth(pools: Pools, version: str) -> None:
     await trio.to_thread.run_sync(run)
 
 
-@pytest.mark.parametrize("version", ["0012", "0006", "0005", "0004", "0003", "0002"])
+@pytest.mark.parametrize("version", ["0016", "0012", "0006", "0005", "0004", "0003", "0002"])
 async def test_what_was_queued_is_served_after_a_way_back_and_forth(
     real: World, pools: Pools, version: str
 ) -> None:
@@ -63,3 +64,48 @@ async def test_what_a_kill_had_left_before_closes_its_project(real: World, pools
         assert await world.claim() == []
         row = await (await connection.execute("select status from projects")).fetchone()
         assert row == ("failed",)
+
+
+async def test_a_column_that_comes_while_a_server_serves_disturbs_nobody(
+    real: World, pools: Pools
+) -> None:
+    """The release before serves on while the next one's migration runs. Often enough that every
+    statement is prepared, on connections that stay open."""
+    await real.project()
+
+    async def use() -> None:
+        for _ in range(8):
+            (new, cancelled) = (real.new(), real.new())
+            await real.commands.insert(new)
+            await real.lanes.repair(reach=REACH)
+            (claimed,) = await real.claim()
+            claimed = await real.taken_over(claimed)
+            assert (await real.leases.heartbeat([claimed.lease])).stale == frozenset()
+            outcome = Outcome(status=Status.SUCCEEDED)
+            await real.output.append([append_to(claimed, last_chunk(outcome), outcome=outcome)])
+            await real.commands.insert(cancelled)
+            assert await real.commands.request_cancel(cancelled.id, ACTOR) is not None
+            assert await real.commands.get(new.id) is not None
+            await real.commands.list_for_project(
+                PROJECT, status=None, kind=None, before=None, limit=2
+            )
+
+    await use()
+    async with pools.requests.connection() as connection:
+        await connection.execute("alter table commands add column later text")
+    await use()
+
+
+async def test_the_column_of_traces_is_added_in_an_instant(real: World, pools: Pools) -> None:
+    """A table that is not written anew keeps its file."""
+    await real.project()
+    await real.queued()
+
+    async def file() -> tuple[object, ...] | None:
+        async with pools.requests.connection() as connection:
+            found = await connection.execute("select pg_relation_filenode('commands')")
+            return await found.fetchone()
+
+    before = await file()
+    await back_and_forth(pools, "0016")
+    assert await file() == before

@@ -1,5 +1,6 @@
 """Every sentence of `ports/projects.py` and `ports/upkeep.py`."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -7,8 +8,10 @@ import trio
 
 from rdev.adapters.postgres.upkeep import PostgresStoreDuties
 from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.idempotency import IDEMPOTENCY_S, Idempotency
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition, ProjectStatus
+from rdev.ports.projects import ProjectMade
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World
 
@@ -16,8 +19,9 @@ DEFINITION = ProjectDefinition(id=PROJECT, image="debian", env={"A": "b"})
 
 
 async def test_a_project_is_stored_and_found(world: World) -> None:
-    project, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
-    assert is_new
+    made = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    project = made.project
+    assert made.is_new
     assert (project.id, project.name, project.definition) == (PROJECT, PROJECT, DEFINITION)
     assert (project.executor, project.reach, project.image) == ("local", REACH, "debian")
     assert (project.status, project.queued, project.running) == (ProjectStatus.READY, 0, 0)
@@ -25,19 +29,103 @@ async def test_a_project_is_stored_and_found(world: World) -> None:
 
 
 async def test_the_same_definition_again_gives_the_same_project(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
-    again, is_new = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
-    assert (again, is_new) == (first, False)
+    first = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    again = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    assert again == ProjectMade(project=first.project, is_new=False)
 
 
 async def test_another_definition_of_the_same_id_is_a_conflict(world: World) -> None:
-    first, _ = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    first = await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
     with pytest.raises(RdevError) as caught:
         await world.projects.insert(
             ProjectDefinition(id=PROJECT), ACTOR, executor="local", reach=REACH
         )
     assert caught.value.code is ErrorCode.CONFLICT
-    assert await world.projects.get(PROJECT) == first
+    assert await world.projects.get(PROJECT) == first.project
+
+
+KEY = Idempotency(key_id="key_admin", key="once", digest=b"one request")
+
+
+async def keyed(
+    world: World, name: str = PROJECT, key: Idempotency = KEY, **more: str
+) -> ProjectMade:
+    definition = ProjectDefinition(id=ProjectId(name), **more)
+    return await world.projects.insert(
+        definition, ACTOR, executor="local", reach=REACH, idempotency=key
+    )
+
+
+async def test_a_repeat_with_its_key_tells_what_was_made(world: World) -> None:
+    assert await world.projects.replay(KEY) is None
+    made = await keyed(world)
+    assert (made.is_new, made.is_replay) == (True, False)
+    await world.queued()
+    now = await world.projects.get(PROJECT)
+    assert now is not None
+    assert now.queued == 1
+    told = ProjectMade(project=now, is_new=False, is_replay=True)
+    assert await world.projects.replay(KEY) == told
+    assert await keyed(world) == told
+
+
+async def test_a_key_that_stands_for_another_request_is_a_mismatch(world: World) -> None:
+    await keyed(world)
+    other = replace(KEY, digest=b"another")
+    for attempt in (keyed(world, "fresh", other), world.projects.replay(other)):
+        with pytest.raises(RdevError) as caught:
+            await attempt
+        assert caught.value.code is ErrorCode.IDEMPOTENCY_MISMATCH
+    assert await world.projects.get(ProjectId("fresh")) is None
+    assert (await keyed(world, "fresh", replace(other, key_id="key_other"))).is_new
+
+
+async def test_a_key_is_kept_only_with_the_project_it_made(world: World) -> None:
+    """What was there already was not made by this request, nor what was refused."""
+    await world.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)
+    with pytest.raises(RdevError) as caught:
+        await keyed(world, image="another")
+    assert caught.value.code is ErrorCode.CONFLICT
+    assert await world.projects.replay(KEY) is None
+    again = await world.projects.insert(
+        DEFINITION, ACTOR, executor="local", reach=REACH, idempotency=KEY
+    )
+    assert (again.is_new, again.is_replay) == (False, False)
+    assert await world.projects.replay(KEY) is None
+    assert (await keyed(world, "fresh")).is_new
+
+
+async def test_a_key_of_a_project_is_forgotten_with_time(world: World) -> None:
+    await keyed(world)
+    await world.age(IDEMPOTENCY_S - 60)
+    assert (await keyed(world)).is_replay
+    await world.age(61)
+    assert await world.projects.replay(KEY) is None
+    assert not (await keyed(world)).is_replay
+
+
+async def test_the_key_of_a_project_that_is_gone_is_gone(real: World, pools: Pools) -> None:
+    await keyed(real)
+    async with pools.requests.connection() as connection:
+        await connection.execute("delete from lanes where project = %s", (PROJECT,))
+        await connection.execute("delete from projects where id = %s", (PROJECT,))
+    with pytest.raises(RdevError) as caught:
+        await keyed(real)
+    assert caught.value.code is ErrorCode.GONE
+
+
+async def test_of_racing_requests_with_one_key_one_makes_the_project(real: World) -> None:
+    made: list[ProjectMade] = []
+
+    async def insert() -> None:
+        made.append(await keyed(real))
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(insert)
+    assert sorted((one.is_new, one.is_replay) for one in made) == [(False, True)] * 9 + [
+        (True, False)
+    ]
 
 
 async def test_an_unknown_project_is_none(world: World) -> None:
@@ -87,7 +175,7 @@ async def test_of_racing_requests_for_one_project_one_makes_it(real: World) -> N
 
     async def insert() -> None:
         made.append(
-            (await real.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH))[1]
+            (await real.projects.insert(DEFINITION, ACTOR, executor="local", reach=REACH)).is_new
         )
 
     async with trio.open_nursery() as nursery:

@@ -6,6 +6,8 @@ import pytest
 import trio
 import uuid_utils.compat
 
+from rdev.adapters.postgres.pool import open_pool
+from rdev.adapters.postgres.webhooks import PostgresWebhooks
 from rdev.domain.deliveries import DeadReason, DeliveryStatus, Settled, Verdict
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
@@ -15,14 +17,18 @@ from rdev.domain.webhooks import (
     DisabledReason,
     EventType,
     NewWebhook,
+    SecretRotation,
+    SigningKey,
     Webhook,
     WebhookChange,
     WebhookId,
     webhook_id,
 )
+from rdev.ports.webhooks import WebhookStore
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, outcome, postgres_hooks, refused
+from tests.ports.test_migrations_with_data import back_and_forth
 
 ROUNDS = 30
 
@@ -160,6 +166,40 @@ async def test_there_are_so_many_endpoints_and_no_more(hooks: Hooks, pools: Pool
     assert not (await hooks.webhooks.insert(new_webhook(None), ACTOR)).is_replay
 
 
+async def test_however_many_are_made_at_once_there_are_never_too_many(
+    hooks: Hooks, pools: Pools
+) -> None:
+    """Of two servers, each with connections of its own; one place is left, then none."""
+    left = 3
+    async with pools.requests.connection() as connection:
+        await connection.execute(
+            "insert into webhook_lanes (webhook_id, cap) select gen_random_uuid(), 1"
+            " from generate_series(1, %s)",
+            (WEBHOOKS_MAX - left,),
+        )
+    ended: list[ErrorCode | None] = []
+
+    async def make(store: WebhookStore, number: int) -> None:
+        key = Idempotency(key_id=ADMIN_KEY_ID, key=f"{number}", digest=b"d" * 32)
+        try:
+            await store.insert(new_webhook(key if number % 2 else None), ACTOR)
+            ended.append(None)
+        except RdevError as error:
+            ended.append(error.code)
+
+    async with open_pool(pools.settings, wait_s=60.0) as others:
+        servers = [hooks.webhooks, PostgresWebhooks(pool=others)]
+        with trio.fail_after(120):
+            async with trio.open_nursery() as nursery:
+                for number in range(24):
+                    nursery.start_soon(make, servers[number % 2], number)
+    assert ended.count(None) == left
+    assert ended.count(ErrorCode.TOO_MANY_REQUESTS) == 24 - left
+    async with pools.requests.connection() as connection:
+        row = await (await connection.execute("select count(*) from webhook_lanes")).fetchone()
+    assert row == (WEBHOOKS_MAX,)
+
+
 def new_webhook(key: Idempotency | None) -> NewWebhook:
     return NewWebhook(
         id=webhook_id(uuid_utils.compat.uuid7()),
@@ -170,6 +210,38 @@ def new_webhook(key: Idempotency | None) -> NewWebhook:
         is_ordered=False,
         is_enabled=True,
         owner=ADMIN_KEY_ID,
-        secret=b"sealed",
+        key=SigningKey(sealed=b"sealed"),
         idempotency=key,
     )
+
+
+async def test_a_build_without_v1a_stops_such_endpoints_and_keeps_what_they_are_owed(
+    hooks: Hooks, pools: Pools
+) -> None:
+    """Back and forth over 0015: one of v1a, one in whose grace v1a signs, and one that has none."""
+    pair = SigningKey(sealed=b"pair", public_key="whpk_1")
+    of_pair, turned, plain = [
+        await hooks.endpoint(projects=frozenset({project}), public_key=public_key)
+        for project, public_key in (("a", "whpk_0"), ("b", "whpk_0"), ("c", None))
+    ]
+    for webhook, key in ((turned, SigningKey(sealed=b"secret")), (plain, SigningKey(sealed=b"s"))):
+        rotation = SecretRotation(webhook=webhook, key=key, grace_s=1_000)
+        await hooks.webhooks.rotate(rotation, ACTOR)
+    for project in "abc":
+        await hooks.happen("command.queued", project=project)
+    await back_and_forth(pools, "0015")
+
+    # (Connections of the pool have prepared what the tables were.)
+    async with open_pool(pools.settings, wait_s=60.0) as pool:
+        after = postgres_hooks(pool)
+        claimed = {owed.webhook: owed.secrets for owed in await after.claim()}
+        assert claimed == {turned: (b"secret",), plain: (b"s", b"sealed")}
+        stopped = await stored(after, of_pair)
+        assert not stopped.is_enabled
+        assert len(await after.waiting(of_pair)) == 1
+        rotation = SecretRotation(webhook=of_pair, key=pair, grace_s=0)
+        await after.webhooks.rotate(rotation, ACTOR)
+        seen = await stored(after, of_pair)
+        await after.webhooks.change(of_pair, replace(change_of(seen), is_enabled=True), ACTOR)
+        (owed,) = await after.claim()
+        assert (owed.webhook, owed.secrets) == (of_pair, (b"pair",))

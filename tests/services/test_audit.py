@@ -107,6 +107,21 @@ async def test_a_database_that_is_away_is_waited_for(autojump_clock, nursery):
     keeper.stop()
 
 
+async def test_the_lag_grows_for_as_long_as_nobody_can_look(autojump_clock, nursery):
+    log = Log()
+    keeper = keeper_of(log)
+    await nursery.start(keeper.run)
+    await trio.sleep(10 * EVERY_S)
+    assert keeper.statistics().lag_s == 0
+    log.is_away = True
+    await trio.sleep(100 * EVERY_S)
+    assert 95 * EVERY_S < keeper.statistics().lag_s <= 100 * EVERY_S
+    log.is_away = False
+    await trio.sleep(2 * EVERY_S)
+    assert keeper.statistics().lag_s == 0
+    keeper.stop()
+
+
 async def test_a_checkpoint_is_kept_each_minute_in_which_something_was_sealed(
     autojump_clock, nursery
 ):

@@ -20,11 +20,13 @@ from rdev.domain.projects import ProjectDefinition
 from rdev.domain.requests import Common
 from rdev.domain.stream import Source
 from rdev.ports.commands import Accepted, CancelResult
+from rdev.ports.projects import ProjectMade
 from rdev.services.commands import Commands
 from rdev.services.projects import Projects
 from rdev.services.shield import COMMIT_SHIELD_S
 from tests.fakes.commands import FakeCommands
 from tests.fakes.depths import FakeDepths
+from tests.fakes.lives import standing_lives
 from tests.fakes.projects import FakeProjects
 from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import PROJECT, Place, Server, gate_of, make_project
@@ -263,14 +265,16 @@ async def test_a_project_is_made_in_its_place_first(server: Server) -> None:
         store=FakeProjects(server.state),
         executor=server.place,
         executor_name="fake",
+        lives=standing_lives(server.place),
         tell_replicas=told.append,
     )
     definition = ProjectDefinition(id=ProjectId("fresh"))
-    project, is_new = await projects.create(definition, ACTOR)
-    assert is_new
+    made = await projects.create(definition, ACTOR)
+    project = made.project
+    assert made.is_new
     assert (project.executor, project.reach) == ("fake", server.place.reach)
     assert "fresh" in server.place._projects
-    assert await projects.create(definition, ACTOR) == (project, False)
+    assert await projects.create(definition, ACTOR) == ProjectMade(project=project, is_new=False)
     assert await projects.get("fresh") == project
     found = await projects.list_all(within=None, after=None, limit=10)
     assert [one.id for one in found] == ["demo", "fresh"]

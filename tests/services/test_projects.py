@@ -8,6 +8,7 @@ from rdev.domain.ids import ProjectId
 from rdev.domain.projects import ProjectDefinition
 from rdev.services.cached import TTL_S
 from rdev.services.projects import Projects
+from tests.fakes.lives import standing_lives
 from tests.fakes.projects import FakeProjects
 from tests.fakes.store import ACTOR, StoreState
 from tests.services.scripted import Server
@@ -26,6 +27,7 @@ def pair(server: Server) -> tuple[Projects, Projects]:
             store=FakeProjects(state),
             executor=server.place,
             executor_name="fake",
+            lives=standing_lives(server.place),
             tell_replicas=tell,
         )
         for tell in (told, lambda _: None)

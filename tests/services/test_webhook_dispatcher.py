@@ -8,11 +8,12 @@ from datetime import UTC, datetime
 import pytest
 import trio
 
+from rdev.adapters.webhooks.ed25519 import parse_public
 from rdev.domain.deliveries import DISABLE_AFTER_S, SCHEDULE_S, DeadReason
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
-from rdev.domain.signing import Secret, verify
-from rdev.domain.webhooks import DisabledReason
+from rdev.domain.signing import Secret, SignatureScheme, parse_secret, verify
+from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.telemetry import Silence
 from rdev.services.webhook_dispatcher import (
     OVERFLOW_EVERY_S,
@@ -23,24 +24,13 @@ from rdev.services.webhook_dispatcher import (
     came_to,
 )
 from tests.fakes.deliveries import FakeDeliveries, Row
+from tests.fakes.webhooks import ClearBox
 from tests.services.scripted import backoff
 
 SECRET = Secret(key=bytes(range(32)))
 TOTAL_S = 15.0
 GOOD, HOLE = "https://good{}.example/", "https://hole{}.example/"
 Script = Callable[[OutgoingRequest], Awaitable[Outcome]]
-
-
-class ClearBox:
-    """Keeps nothing from anybody."""
-
-    def seal(self, secret: bytes, *, of: str) -> bytes:
-        return secret
-
-    def open(self, sealed: bytes, *, of: str) -> bytes:
-        if not sealed:
-            raise RdevError(ErrorCode.INTERNAL_ERROR, f"the secret of {of} is another's")
-        return sealed
 
 
 def outcome(status: int | None, *, retry_after: str | None = None, took_s: float = 0.0) -> Outcome:
@@ -214,6 +204,56 @@ async def test_half_of_the_endpoints_being_black_holes_delays_nobody_else(
     # 16 receivers of 10 ms each on at least 8 permits.
     assert max(waits) <= 0.1
     assert max(stage.most[f"hole{number}.example"] for number in range(16)) == 1
+
+
+async def test_half_of_the_endpoints_accepting_slowly_delays_nobody_else(
+    nursery: trio.Nursery,
+) -> None:
+    """They accept everything, each time after nearly all the time there is."""
+
+    async def slow(request: OutgoingRequest) -> Outcome:
+        if "hole" in request.target.host:
+            await trio.sleep(TOTAL_S - 1)
+            return outcome(200, took_s=TOTAL_S - 1)
+        return await respond(request)
+
+    stage = Stage(script=slow, limits=DispatcherLimits(in_flight_max=16))
+    good = [stage.endpoint(GOOD.format(number)) for number in range(16)]
+    holes = [stage.endpoint(HOLE.format(number)) for number in range(16)]
+    await nursery.start(stage.dispatcher.run)
+    first = [row for webhook in good for row in stage.queue.owe(webhook)]
+    await stage.until(lambda: all(row.status == "delivered" for row in first), within_s=120)
+    for hole in holes:
+        stage.queue.owe(hole, 100)
+    waits = []
+    for _ in range(60):
+        rows = [row for webhook in good for row in stage.queue.owe(webhook)]
+        owed_s = trio.current_time()
+        stage.dispatcher.wake()
+        await trio.sleep(1)
+        waits += [stage.times(row)[0] - owed_s for row in rows if stage.times(row)]
+        assert all(stage.times(row) for row in rows)
+    assert max(waits) <= 0.1
+    assert max(stage.most[f"hole{number}.example"] for number in range(16)) == 1
+
+
+async def test_what_is_signed_with_v1a_verifies_and_so_does_the_key_before(
+    nursery: trio.Nursery,
+) -> None:
+    stage, box = Stage(), ClearBox()
+    pair = box.make(SignatureScheme.V1A, of=WebhookId("whk_1"))
+    secret = box.make(SignatureScheme.V1, of=WebhookId("whk_1"))
+    webhook = stage.queue.endpoint(GOOD.format(0), secret=pair.key.sealed)
+    stage.queue.endpoints[webhook].previous_secret = secret.key.sealed
+    (row,) = stage.queue.owe(webhook)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: row.status == "delivered")
+    ((_, request),) = stage.sent
+    assert pair.key.public_key is not None
+    assert secret.secret is not None
+    now_s = 1_700_000_000 + trio.current_time()
+    for held in (parse_public(pair.key.public_key), parse_secret(secret.secret)):
+        assert verify(request.headers, request.body, [held], now_s=now_s) == row.event
 
 
 async def test_a_hole_costs_one_permit_and_after_some_timeouts_none(nursery: trio.Nursery) -> None:
@@ -426,6 +466,20 @@ async def test_a_secret_that_cannot_be_opened_fails_the_delivery_and_nothing_els
     await stage.until(lambda: fine.status == "delivered")
     await stage.until(lambda: sealed.failures == 1)
     assert len(stage.sent) == 1
+
+
+async def test_a_key_in_its_grace_that_cannot_be_opened_keeps_nothing_back(
+    nursery: trio.Nursery,
+) -> None:
+    """After another RDEV_SECRET_FILE a rotation mends the endpoint at once, not in a day."""
+    stage = Stage()
+    webhook = stage.endpoint()
+    stage.queue.endpoints[webhook].previous_secret = b""
+    (row,) = stage.queue.owe(webhook)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: row.status == "delivered")
+    ((_, request),) = stage.sent
+    assert request.headers["webhook-signature"].count("v1,") == 1
 
 
 async def test_the_database_going_away_loses_no_outcome(nursery: trio.Nursery) -> None:

@@ -10,18 +10,20 @@ import base64
 import binascii
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import msgspec
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from rdev.domain.audit_chain import Place
+from rdev.domain.audit_chain import Checkpoint, Place
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.purposes import derived_key
 
 PURPOSE = "audit-checkpoint"
 _PREFIX = "rdev_ac_"
 _VERSION = "rdev-audit-1"
+_BEGIN = b'{"seq":'
 PUBLIC_BYTES = 32
 
 
@@ -82,22 +84,36 @@ class Reader:
             raise RdevError(ErrorCode.BAD_REQUEST, message)
         self._key = Ed25519PublicKey.from_public_bytes(raw)
 
-    def places(self, lines: Iterable[bytes]) -> Iterator[Place]:
-        """The places that the lines keep; a last line that was torn off is passed over.
+    def checkpoints(self, lines: Iterable[bytes]) -> Iterator[Checkpoint]:
+        """What the lines keep; one that a crash tore off, at the end or with others behind it, is
+        passed over.
 
         Errors: ForgedLine.
         """
         for number, text in enumerate(lines, start=1):
-            if not text.strip() or not text.endswith(b"\n"):
+            if not text.strip() or not text.endswith(b"\n") or _is_torn(text):
                 continue
-            yield self._place(number, text)
+            yield self._checkpoint(number, text)
 
-    def _place(self, number: int, text: bytes) -> Place:
+    def _checkpoint(self, number: int, text: bytes) -> Checkpoint:
         seq = 0
         try:
             line = msgspec.json.decode(text, type=_Line)
             seq = line.seq
             self._key.verify(base64.b64decode(line.signature, validate=True), line.signed)
-            return Place(seq=line.seq, hash=bytes.fromhex(line.hash))
+            place = Place(seq=line.seq, hash=bytes.fromhex(line.hash))
+            return Checkpoint(place=place, at=datetime.fromisoformat(line.at).astimezone(UTC))
         except (msgspec.MsgspecError, InvalidSignature, ValueError) as error:
             raise ForgedLine(number=number, seq=seq) from error
+
+
+def _is_torn(text: bytes) -> bool:
+    """Whether it is the beginning of a line. It says nothing; who can make one of a line could as
+    well take the line away."""
+    if not text.startswith(_BEGIN) and not _BEGIN.startswith(text.rstrip()):
+        return False
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return not text.rstrip().endswith(b"}")
+    return False

@@ -1,5 +1,6 @@
 """Where checkpoints go: a file that is only ever appended to, or a URL that takes each by POST."""
 
+import errno
 import os
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +62,10 @@ def _append(path: Path, line: bytes) -> None:
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" + line if torn else line)
+        whole = b"\n" + line if torn else line
+        if os.write(descriptor, whole) != len(whole):
+            # What was left of the disk; the next append ends the torn line.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

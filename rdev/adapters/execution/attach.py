@@ -23,7 +23,9 @@ _READ_BYTES: Final = 65_536
 _BACKOFF_FIRST_S: Final = 0.02
 _BACKOFF_MOST_S: Final = 2.0
 
-_BROKEN: Final = (TransportError, ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
+_TOLD_MOST_S: Final = 5.0  # of a pause that the place asks for
+
+_BROKEN: Final = (ProtocolError, trio.BrokenResourceError, trio.ClosedResourceError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +34,36 @@ class Patience:
 
     `heartbeat_s`: how often the project is asked for a sign; it also bounds how late the death of a
     supervisor is seen. `silence_s`: an exec that says nothing for so long is broken (a half-open
-    connection). `unreachable_s`: how long connecting may fail before the command is lost.
+    connection). `unreachable_s`: how long connecting may fail before the command is lost. `away_s`:
+    the same for the time in which no place at all can be reached, which says nothing of this one.
     """
 
     heartbeat_s: float = 5.0
     silence_s: float = 20.0
     unreachable_s: float = 30.0
+    away_s: float = 3_600.0
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Tries in a row that brought no sign of life, since when, and for how long of it no place
+    could be reached."""
+
+    since_s: float
+    away_s: float = 0.0
+    failed_s: float = 0.0
+    tries: int = 0
+
+    def are_too_many(self, patience: Patience, *, is_away: bool) -> bool:
+        """After one more that failed."""
+        now_s = trio.current_time()
+        took_s, self.since_s = now_s - self.since_s, now_s
+        if is_away:
+            self.away_s += took_s
+        else:
+            self.failed_s += took_s
+            self.tries += 1
+        return self.failed_s >= patience.unreachable_s or self.away_s >= patience.away_s
 
 
 # Opens the exec that attaches at these offsets, and what is sent to it first.
@@ -48,9 +74,20 @@ class ScriptAttachment:
     """Implements `Attachment`; an async context manager around the observation."""
 
     def __init__(
-        self, open_exec: Open, payload: Sequence[bytes], offsets: Offsets, patience: Patience
+        self,
+        open_exec: Open,
+        payload: Sequence[bytes],
+        offsets: Offsets,
+        patience: Patience,
+        *,
+        is_away: Callable[[], bool] = lambda: False,
+        again: Callable[[], None] = lambda: None,
     ) -> None:
-        """`payload` is sent in order on each connect; nothing is opened before the block."""
+        """`payload` is sent in order on each connect; nothing is opened before the block. `is_away`
+        says whether no place at all can be reached now; `again` is told of each connect but the
+        first."""
+        self._is_away = is_away
+        self._again = again
         self._open = open_exec
         self._payload = payload
         self._at = {Stream.STDOUT: offsets.stdout, Stream.STDERR: offsets.stderr}
@@ -84,25 +121,27 @@ class ScriptAttachment:
 
     async def _pump(self) -> None:
         """One exec after the other until the end is delivered."""
-        pause_s, failing_since, tries = _BACKOFF_FIRST_S, trio.current_time(), 0
+        pause_s, failures = _BACKOFF_FIRST_S, _Failures(since_s=trio.current_time())
         while True:
-            before = self._signs
+            before, told_s = self._signs, 0.0
             try:
                 if await self._observe_once():
                     return
+            except TransportError as error:
+                told_s = min(error.retry_after_s, _TOLD_MOST_S)
             except _BROKEN:
                 pass  # the end of an exec says nothing about the command: ask again
             finally:
                 self._stdin = None
-            tries += 1
             if self._signs != before:
-                pause_s, failing_since, tries = _BACKOFF_FIRST_S, trio.current_time(), 0
-            elif trio.current_time() - failing_since >= self._patience.unreachable_s:
+                pause_s, failures = _BACKOFF_FIRST_S, _Failures(since_s=trio.current_time())
+            elif failures.are_too_many(self._patience, is_away=self._is_away()):
                 reason = LostReason.UNREACHABLE
-                await self._send.send(Lost(reason=reason, may_still_run=True, tries=tries))
+                await self._send.send(Lost(reason=reason, may_still_run=True, tries=failures.tries))
                 return
-            await trio.sleep(pause_s * random.uniform(0.5, 1))
+            await trio.sleep(told_s + pause_s * random.uniform(0.5, 1))
             pause_s = min(pause_s * 2, _BACKOFF_MOST_S)
+            self._again()
 
     async def _observe_once(self) -> bool:
         """Follow one exec; whether the end was delivered. Errors: those of a broken exec."""

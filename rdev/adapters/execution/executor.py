@@ -14,9 +14,14 @@ import trio
 from rdev.adapters.execution import script
 from rdev.adapters.execution.attach import Patience, ScriptAttachment
 from rdev.adapters.execution.frames import ProtocolError, parse_kill
-from rdev.adapters.execution.transport import Streams, Transport, TransportError
+from rdev.adapters.execution.transport import (
+    NeverRanError,
+    Streams,
+    Transport,
+    TransportError,
+)
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import KillReport, Offsets, Spec
+from rdev.domain.execution import KillReport, Offsets, Spec, UnfitProjectError
 from rdev.domain.ids import AttemptId, CommandId, ProjectId, attempt_ids, command_of
 from rdev.ports.execution import Attachment
 
@@ -67,8 +72,11 @@ class ScriptExecutor:
         transport: Transport,
         place: Callable[[ProjectId], Place],
         settings: ScriptSettings,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Opens nothing."""
+        """Opens nothing. `is_away`: whether no project at all can be reached now."""
+        self._is_away = is_away
+        self._reconnects = 0
         self._reach = reach
         self._transport = transport
         self._place = place
@@ -89,7 +97,7 @@ class ScriptExecutor:
         place = self._place(project)
         answer = await self._ask(project, "prepare", place.home, place.commands)
         if answer != "ready":
-            raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, f"project cannot run commands: {answer}")
+            raise UnfitProjectError(answer)
 
     async def instance(self, project: ProjectId) -> str:
         """See `Executor.instance`."""
@@ -123,8 +131,18 @@ class ScriptExecutor:
             return self._transport.run(project, script.argv(settings.shell, settings.path, *words))
 
         parts = (script.payload(become), *([spec.stdin] if spec and spec.stdin else []))
-        async with ScriptAttachment(open_exec, parts, offsets, settings.patience) as attachment:
+        async with ScriptAttachment(
+            open_exec,
+            parts,
+            offsets,
+            settings.patience,
+            is_away=self._is_away,
+            again=self._count_again,
+        ) as attachment:
             yield attachment
+
+    def _count_again(self) -> None:
+        self._reconnects += 1
 
     async def kill(self, project: ProjectId, attempt: AttemptId, *, grace_s: int) -> KillReport:
         """See `Executor.kill`."""
@@ -167,13 +185,16 @@ class ScriptExecutor:
         stdin: bytes = b"",
         within_s: float = _VERB_S,
     ) -> str:
-        """Run a verb; its answer without the mark. Errors: SERVICE_UNAVAILABLE."""
+        """Run a verb; its answer without the mark. Errors: SERVICE_UNAVAILABLE, as
+        UnfitProjectError where the place has no shell."""
         argv = script.argv(self._settings.shell, self._settings.path, verb, *words)
         try:
             with trio.fail_after(within_s):
                 async with self._transport.run(project, argv) as streams:
                     await streams.stdin.send_all(script.payload(stdin=stdin))
                     return await _read_answer(streams)
+        except NeverRanError as error:
+            raise UnfitProjectError(str(error)) from error
         except (TransportError, ProtocolError, trio.BrokenResourceError) as error:
             raise _unavailable(f"project cannot be reached: {error}") from error
         except trio.TooSlowError as error:

@@ -5,9 +5,12 @@ status proves nothing about a command. So only bytes count here, and reasons for
 Bounds: `execs_max` execs of one pod at once through this server; one message of stdin.
 """
 
+import re
 import weakref
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
@@ -24,8 +27,8 @@ from rdev.adapters.execution.channels import (
     stdin_message,
 )
 from rdev.adapters.execution.executor import Place, ScriptExecutor, ScriptSettings
-from rdev.adapters.execution.transport import Streams, TransportError
-from rdev.domain.errors import RdevError
+from rdev.adapters.execution.transport import NeverRanError, Streams, TransportError
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Exit, Lost, LostReason, Offsets, Piece, Spec
 from rdev.domain.ids import AttemptId, ProjectId
 from rdev.ports.execution import Attachment
@@ -35,6 +38,11 @@ from rdev.ports.execution import Attachment
 _EXECS_MAX: Final = 16
 _SLOT_S: Final = 10.0  # for one of them to become free
 _STDIN_BYTES: Final = 32_768  # of one message; servers take at least 64 KiB
+# What runtimes say of a program that is not there (runc, crun, gVisor), and the exit codes that
+# shells, and runtimes that say nothing, give for it.
+_IS_MISSING: Final = re.compile(r'executable file|exec: ".*no such file', re.IGNORECASE)
+_NOT_FOUND: Final = frozenset({126, 127})
+_PREPARED_MAX: Final = 10_000
 
 
 class ExecSocket(Protocol):
@@ -55,6 +63,18 @@ class ExecSocket(Protocol):
         Errors: BrokenResourceError. Cancellation: nothing is lost.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecStatistics:
+    """Execs `open` now. Since the start: `opened`; `failed` to open; not tried because the pod was
+    `full`; `reconnects` of those who observe a command."""
+
+    open: int
+    opened: int
+    failed: int
+    full: int
+    reconnects: int
 
 
 # Starts an argv in a project's pod with stdin and stdout; RdevError on entry where that fails.
@@ -104,7 +124,7 @@ class _Stdout(trio.abc.ReceiveStream):
         self._socket = socket
         self._channels = Demultiplexer()
         self._left = b""
-        self._has_ended = False
+        self._has_ended = self._has_spoken = False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Bytes of stdout; empty when the exec is over and all of it was read.
@@ -129,10 +149,13 @@ class _Stdout(trio.abc.ReceiveStream):
         if part is not None:
             # Output may come behind the status: each channel is copied by itself. Read on.
             self._left = self._channels.feed(part)
+            self._has_spoken |= bool(self._left)
             _check_ran(self._channels.status)
             return
         if self._channels.status is None:
             raise trio.BrokenResourceError("the exec ended without a status")
+        if self._channels.status.exit_code in _NOT_FOUND and not self._has_spoken:
+            raise NeverRanError("the image has no shell, or not what it needs")
         self._has_ended = True
 
     async def aclose(self) -> None:
@@ -142,7 +165,10 @@ class _Stdout(trio.abc.ReceiveStream):
 
 def _check_ran(status: ExecStatus | None) -> None:
     if status is not None and status.exit_code is None:
-        raise trio.BrokenResourceError(status.message or status.reason or "the exec failed")
+        words = status.message or status.reason or "the exec failed"
+        if _IS_MISSING.search(words) is not None:
+            raise NeverRanError(words)
+        raise trio.BrokenResourceError(words)
 
 
 class KubernetesTransport:
@@ -156,6 +182,7 @@ class KubernetesTransport:
         self._open = open_exec
         self._execs_max = execs_max
         self._slot_s = slot_s
+        self.open_now = self.opened = self.failed = self.full = 0
         # One for each project with an exec now: whoever uses it holds it.
         self._slots: weakref.WeakValueDictionary[ProjectId, trio.Semaphore] = (
             weakref.WeakValueDictionary()
@@ -170,16 +197,26 @@ class KubernetesTransport:
         with trio.move_on_after(self._slot_s) as waiting:
             await slots.acquire()
         if waiting.cancelled_caught:
+            self.full += 1
             raise TransportError(f"{self._execs_max} execs are open in the pod")
         try:
             async with AsyncExitStack() as stack:
                 try:
                     socket = await stack.enter_async_context(self._open(project, argv))
                 except RdevError as error:
-                    raise TransportError(error.message) from error
+                    self.failed += 1
+                    raise TransportError(
+                        error.message, retry_after_s=error.retry_after_s or 0.0
+                    ) from error
+                self.opened += 1
+                self.open_now += 1
+                stack.callback(self._closed)
                 yield Streams(_Stdin(socket), _Stdout(socket))
         finally:
             slots.release()
+
+    def _closed(self) -> None:
+        self.open_now -= 1
 
 
 class KubernetesExecutor(ScriptExecutor):
@@ -197,6 +234,7 @@ class KubernetesExecutor(ScriptExecutor):
         shell: str = "sh",
         journal_max_bytes: int = 1 << 30,
         patience: Patience | None = None,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
         """`cluster` gives what no other cluster has; SERVICE_UNAVAILABLE while that is not known.
         What `base_env` does not say, PATH included, is as the container has it."""
@@ -211,8 +249,43 @@ class KubernetesExecutor(ScriptExecutor):
                 journal_max_bytes=journal_max_bytes,
                 patience=patience or Patience(),
             ),
+            is_away=is_away,
         )
+        self._execs = transport
         self._reason_of = reason_of
+        # The instance in which each project was prepared last; the least recently used go.
+        self._prepared: OrderedDict[ProjectId, str] = OrderedDict()
+
+    def statistics(self) -> ExecStatistics:
+        """What is now, and what was since the start."""
+        return ExecStatistics(
+            open=self._execs.open_now,
+            opened=self._execs.opened,
+            failed=self._execs.failed,
+            full=self._execs.full,
+            reconnects=self._reconnects,
+        )
+
+    async def instance(self, project: ProjectId) -> str:
+        """See `Executor.instance`. A pod that is new to us is prepared first, whoever made it.
+        Errors: also UnfitProjectError."""
+        found = await self._instance_if_any(project)
+        if found is None or self._prepared.get(project) != found:
+            await self.prepare(project)
+            found = found or await super().instance(project)
+            self._prepared[project] = found
+            if len(self._prepared) > _PREPARED_MAX:
+                self._prepared.popitem(last=False)
+        self._prepared.move_to_end(project)
+        return found
+
+    async def _instance_if_any(self, project: ProjectId) -> str | None:
+        try:
+            return await super().instance(project)
+        except RdevError as error:
+            if error.code is not ErrorCode.NOT_FOUND:
+                raise
+            return None
 
     @asynccontextmanager
     async def attach(

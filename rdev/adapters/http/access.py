@@ -45,6 +45,7 @@ class Access:
 
 _READ = (Scope.PROJECTS_READ, Scope.PROJECTS_EXECUTE)
 _EXECUTE = (Scope.PROJECTS_EXECUTE,)
+_WRITE = Access(scopes=(Scope.PROJECTS_WRITE,), project=Where.PATH)
 # Of webhooks a key sees those whose projects it sees all.
 _HOOKS_READ = Access(scopes=(Scope.WEBHOOKS_READ,), project=Where.SEEN)
 _HOOKS_WRITE = Access(scopes=(Scope.WEBHOOKS_WRITE,), project=Where.SEEN)
@@ -56,6 +57,9 @@ ACCESS: Mapping[Route, Access] = MappingProxyType(
         ("GET", "/projects"): Access(scopes=(Scope.PROJECTS_READ,), project=Where.SEEN),
         ("POST", "/projects"): Access(scopes=(Scope.PROJECTS_WRITE,), project=Where.BODY),
         ("GET", "/projects/{project}"): Access(scopes=(Scope.PROJECTS_READ,), project=Where.PATH),
+        ("POST", "/projects/{project}/start"): _WRITE,
+        ("POST", "/projects/{project}/stop"): _WRITE,
+        ("DELETE", "/projects/{project}"): _WRITE,
         ("POST", "/projects/{project}/shell"): Access(scopes=_EXECUTE, project=Where.PATH),
         ("POST", "/projects/{project}/git"): Access(scopes=_EXECUTE, project=Where.PATH),
         ("POST", "/projects/{project}/claude"): Access(scopes=_EXECUTE, project=Where.PATH),

@@ -36,8 +36,8 @@ from rdev.adapters.http.exchange import (
     begin,
     exchange,
     log_fields,
+    offered_trace,
     request_id_of,
-    trace_id_of,
 )
 from rdev.adapters.http.gate import Gate, Hook, credential_of, template_of
 from rdev.adapters.http.guards import BodyLimit, refuse
@@ -50,6 +50,8 @@ from rdev.domain.audit import Denial
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.authentication import Authenticate, CheckTicket, ProjectOf
 from rdev.ports.telemetry import Telemetry, log_context
+from rdev.ports.tracing import Passed, Span, Tracing, Untraced, current_trace
+from rdev.services.limiter import network_of
 
 _log = logging.getLogger("rdev.http")
 # For the one line per request alone, with the monitoring guide's fields and a level of its own.
@@ -94,6 +96,7 @@ def build_app(
     rate_limits: RateLimits | None = None,
     check_ticket: CheckTicket | None = None,
     denied: Callable[[Denial], None] = lambda _: None,
+    tracing: Tracing | None = None,
 ) -> "Shell":
     """The ASGI app of the server.
 
@@ -134,6 +137,7 @@ def build_app(
         trusted_proxies=trusted_proxies,
         limits=limits,
         rate_limits=rate_limits,
+        tracing=tracing or Untraced(),
     )
 
 
@@ -150,6 +154,7 @@ class Shell:
         trusted_proxies: Sequence[Network],
         limits: HttpLimits,
         rate_limits: RateLimits | None,
+        tracing: Tracing,
     ) -> None:
         """Wraps the routes; opens nothing."""
         self.admission = Admission(
@@ -162,6 +167,7 @@ class Shell:
         self._new_request_id = new_request_id
         self._trusted_proxies = trusted_proxies
         self._rate_limits = rate_limits
+        self._tracing = tracing
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -226,22 +232,32 @@ class Shell:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         peer = scope["client"][0] if scope["client"] else None
         client = client_address(peer, scope["headers"], self._trusted_proxies)
+        client_ip = client or peer or LOCAL_PEER
         this = Exchange(
             request_id=request_id_of(headers.get(b"x-request-id"), self._new_request_id),
-            trace_id=trace_id_of(headers.get(b"traceparent")),
-            client_ip=client or peer or LOCAL_PEER,
+            span=self._span(scope, client_ip),
+            client_ip=client_ip,
             has_doubtful_client=client is None,
             method=scope["method"],
             path=scope["path"],
             started_at_s=trio.current_time(),
-            slot=self.admission.slot(),
+            slot=self.admission.slot(network_of(client or peer or LOCAL_PEER)),
             scope=scope,
             now=self._now,
             credential=credential_of(headers),
         )
         begin(this)
+        current_trace.set(this.span.context)
         log_context.set(log_fields(this))
         return this
+
+    def _span(self, scope: HTTPScope, client_ip: str) -> Span:
+        """The request in its trace. Nobody wants to follow the probes."""
+        offered = offered_trace(scope["headers"])
+        if scope["path"] in probes.PATHS:
+            return Passed(offered)
+        method, scheme, path = scope["method"], scope["scheme"], scope["path"]
+        return self._tracing.request(method, scheme, path, client_ip, offered)
 
     def _refusal(self, this: Exchange) -> RdevError | None:
         """Why the request may not come in, or None. The probes always may."""
@@ -384,6 +400,9 @@ def _count(this: Exchange, telemetry: Telemetry) -> None:
         this.latency_s = trio.current_time() - this.started_at_s
     assert this.status is not None
     telemetry.request_finished(this.method_label, this.route, this.status, this.latency_s)
+    # With the head: what is held on purpose would be open for hours.
+    this.span.tell(route=this.route, status_code=this.status, request_id=this.request_id)
+    this.span.end(str(this.status) if this.status >= HTTPStatus.INTERNAL_SERVER_ERROR else None)
 
 
 def _log_request(this: Exchange) -> None:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from quart import Blueprint, Response
 
 from rdev.adapters.http import schemas
-from rdev.adapters.http.describe import Answer, Described, Description, Parameter, whole
+from rdev.adapters.http.describe import Answer, Described, Description, moment, whole, word
 from rdev.adapters.http.envelope import stream, success
 from rdev.adapters.http.exchange import hold, principal
 from rdev.adapters.http.query import PAGE, cursor_of, limit_of, moment_of, whole_of, word_of
@@ -25,11 +25,11 @@ EXPORT_SEALS = 1_000
 _SEQ_MAX = 2**63 - 1
 
 _WANTED = (
-    Parameter(name="actor", about="only entries of this key", schema=schemas.TEXT),
-    Parameter(name="action", about="only these", schema=schemas.TEXT),
-    Parameter(name="project", about="only of this project", schema=schemas.TEXT),
-    Parameter(name="since", about="from this moment on (RFC 3339)", schema=schemas.TEXT),
-    Parameter(name="until", about="before this moment (RFC 3339)", schema=schemas.TEXT),
+    word("actor", "only entries of this key"),
+    word("action", "only these"),
+    word("project", "only of this project"),
+    moment("since", "from this moment on"),
+    moment("until", "before this moment"),
 )
 _AFTER_SEQ = whole("after", "behind this `seq`", least=0, most=_SEQ_MAX)
 

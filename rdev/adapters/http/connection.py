@@ -83,6 +83,7 @@ class Connection(TCPServer):
         self._on_left: Callable[[], None] | None = None
         self._joined: list[bytes] | None = None
         self._writing: trio.CancelScope | None = None
+        self._ending: set[trio.CancelScope] = set()
         self._idle = _IdleTimer(
             close=self._initiate_server_close,
             context=context,
@@ -94,6 +95,9 @@ class Connection(TCPServer):
     def abort(self) -> None:
         """Close the socket now; whoever reads or writes it sees it closed. Synchronous."""
         self._transport.socket.close()
+        for scope in self._ending:
+            if scope.deadline != inf:
+                scope.cancel()
 
     def hurry(self, within_s: float) -> None:
         """Somebody must go (the server stops, a key has ended): from now on each write has so long,
@@ -102,6 +106,9 @@ class Connection(TCPServer):
         if self._writing is not None:
             soon = trio.current_time() + self._write_timeout_s
             self._writing.deadline = min(self._writing.deadline, soon)
+        for scope in self._ending:
+            if scope.deadline != inf:
+                scope.deadline = min(scope.deadline, trio.current_time() + self._write_timeout_s)
 
     def take(self, on_left: Callable[[], None]) -> socket.socket:
         """Lend the socket object to the response under way, whose head and first bytes are out.
@@ -115,6 +122,21 @@ class Connection(TCPServer):
         if self._has_left:
             on_left()
         return self._plain
+
+    @contextmanager
+    def ending(self, *, waits: bool) -> Iterator[None]:
+        """Around the end of a response, shielded. Where it waits for the client's window (HTTP/2),
+        the client has the time of one piece; `hurry` shortens it, and `abort` ends it."""
+        deadline = trio.current_time() + self._write_timeout_s if waits else inf
+        # shielded: see where it is used; bounded as the docstring says
+        with trio.CancelScope(shield=True, deadline=deadline) as scope:
+            self._ending.add(scope)
+            try:
+                yield
+            finally:
+                self._ending.discard(scope)
+        if scope.cancelled_caught:
+            self.abort()
 
     @contextmanager
     def patience(self) -> Iterator[trio.CancelScope]:
@@ -262,8 +284,9 @@ class _Response:
             # shielded: at the end of a response hypercorn delivers `http.disconnect`, on which
             # quart-trio cancels the request while it is inside this very send. Without the shield
             # the connection is neither recycled nor closed: keep-alive never times out,
-            # `Connection: close` and HTTP/1.0 get no end. Bounded by the write timeout.
-            with trio.CancelScope(shield=True):
+            # `Connection: close` and HTTP/1.0 get no end. Bounded by the write timeout, and by
+            # `ending` where it waits for the client's window.
+            with self._connection.ending(waits=not self._is_joined):
                 await self._pass(message)
         else:
             await self._pass(message)

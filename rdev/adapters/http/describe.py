@@ -12,23 +12,32 @@ from typing import Final
 
 from rdev.adapters.http.access import Route
 from rdev.domain.errors import ErrorCode
-from rdev.domain.rules import Json
+from rdev.domain.rules import CONTROLS, Json
 
 Schema = Mapping[str, object]
 
 JSON: Final = "application/json"
 
+# In characters.
+WORD_MAX = 200
+# The days around a moment must be moments too.
+YEAR_MIN, YEAR_MAX = 1970, 9_998
+MOMENT: Final = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """A query parameter (or, `where` says so, a header) and its bounds. `schema` is that of its
-    text read as JSON."""
+    text read as JSON; `code` is what a wrong one is answered with."""
 
     name: str
     about: str
     schema: Schema
     required: bool = False
     where: str = "query"
+    code: ErrorCode = ErrorCode.BAD_REQUEST
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +92,19 @@ def number(name: str, about: str, *, least: float, most: float) -> Parameter:
     return Parameter(name=name, about=about, schema=schema)
 
 
-def matching(name: str, about: str, pattern: re.Pattern[str], *, required: bool) -> Parameter:
+def matching(name: str, about: str, pattern: re.Pattern[str]) -> Parameter:
     """A parameter that is a text of a form."""
     schema = {"type": "string", "pattern": f"^(?:{pattern.pattern})$"}
-    return Parameter(name=name, about=about, schema=schema, required=required)
+    return Parameter(name=name, about=about, schema=schema)
+
+
+def word(name: str, about: str) -> Parameter:
+    """A parameter that something stored is held against: a line (see rules.py)."""
+    schema = {"type": "string", "maxLength": WORD_MAX, "pattern": f"^[^{CONTROLS}]*$"}
+    return Parameter(name=name, about=about, schema=schema)
+
+
+def moment(name: str, about: str) -> Parameter:
+    """A parameter that is a moment with its zone."""
+    about = f"{about} (RFC 3339, with its zone, {YEAR_MIN}–{YEAR_MAX})"
+    return matching(name, about, MOMENT)

@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 from http import HTTPStatus
 
 import msgspec
+import trio
 from quart import Response, request
 
 from rdev.adapters.http.exchange import exchange, hold
+from rdev.adapters.http.limits import given_up
 from rdev.adapters.http.wire import plain, stamp
 from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
 
@@ -65,13 +67,14 @@ async def read_json() -> dict[str, object]:
     Errors: UNSUPPORTED_MEDIA_TYPE where it is not declared as JSON; BAD_REQUEST where it is not
     UTF-8, not JSON (NaN, lone surrogates and numbers out of range are not), nested too deep, not
     an object, or has a name twice in one object. PAYLOAD_TOO_LARGE comes from the body limit.
+    SERVICE_UNAVAILABLE where too many bodies are on their way, most of them this caller's.
     Blocks: until the body is there; 408 after the body timeout.
     """
     kind = request.mimetype
     if kind != _JSON and not kind.endswith("+json"):
         message = f"the body must be {_JSON}, not {kind or 'undeclared'}"
         raise RdevError(ErrorCode.UNSUPPORTED_MEDIA_TYPE, message)
-    body = await request.get_data(as_text=False)
+    body = await _body()
     try:
         # msgspec is strict about bytes and numbers but lets the last of two equal names win; the
         # standard library sees both.
@@ -88,6 +91,18 @@ async def read_json() -> dict[str, object]:
     if not isinstance(value, dict):
         raise _malformed("the body must be a JSON object")
     return value
+
+
+async def _body() -> bytes:
+    """The body. While it is on its way, the request takes no place among those in work."""
+    this = exchange()
+    with trio.CancelScope() as wait:
+        if this.is_body_pending:
+            this.slot.read(give_up=wait.cancel)
+        body = await request.get_data(cache=True, as_text=False, parse_form_data=False)
+        this.slot.enter()
+        return body
+    raise given_up()
 
 
 def _object(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:

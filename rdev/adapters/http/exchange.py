@@ -5,7 +5,7 @@ client's address and to say that they hold the request on purpose (`hold`).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,17 +18,14 @@ from rdev.adapters.http.limits import Slot
 from rdev.domain.audit import Actor
 from rdev.domain.keys import Principal
 from rdev.domain.tickets import Ticket
+from rdev.domain.traces import TraceContext, parse_trace
+from rdev.ports.tracing import Span
 
 # Label of requests that no route answers: unknown paths must not make new time series.
 UNKNOWN_ROUTE: Final = "unknown"
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-# W3C Trace Context, section 3.2: version ff and ids of zeros are invalid; later versions append.
-_TRACEPARENT = re.compile(
-    r"(?!ff)(?P<version>[0-9a-f]{2})-(?P<trace>(?!0{32})[0-9a-f]{32})"
-    r"-(?P<parent>(?!0{16})[0-9a-f]{16})-[0-9a-f]{2}(?P<more>-.*)?"
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +33,7 @@ class Exchange:
     """What is known of one request. Times are `trio.current_time()`, in seconds."""
 
     request_id: str
-    trace_id: str | None
+    span: Span = field(repr=False)
     client_ip: str
     method: str
     path: str
@@ -51,6 +48,8 @@ class Exchange:
     principal: Principal | None = None
     # Whether the request tried to say who it is, and the ticket by which it came in.
     has_credential: bool = False
+    # Whether there is a body whose end has not come.
+    is_body_pending: bool = False
     ticket: Ticket | None = None
     status: int | None = None
     latency_s: float | None = None
@@ -113,19 +112,23 @@ def request_id_of(offered: str | None, new_request_id: Callable[[], str]) -> str
     return new_request_id()
 
 
-def trace_id_of(traceparent: str | None) -> str | None:
-    """The trace the client is in, or None when the header is absent or invalid.
+def offered_trace(headers: Iterable[tuple[bytes, bytes]]) -> TraceContext | None:
+    """The place in a trace that the client tells, or None where it tells none, or several.
 
-    Source: W3C Trace Context, section 3.2.
+    Source: W3C Trace Context, sections 3.2 and 3.3.1.4 (one list over all `tracestate` headers).
     """
-    found = _TRACEPARENT.fullmatch(traceparent or "")
-    if found is None or (found["version"] == "00" and found["more"] is not None):
-        return None
-    return found["trace"]
+    parents, states = [], []
+    for name, value in headers:
+        if name == b"traceparent":
+            parents.append(value.decode("latin-1"))
+        elif name == b"tracestate":
+            states.append(value.decode("latin-1"))
+    return parse_trace(parents[0], ",".join(states)) if len(parents) == 1 else None
 
 
 def log_fields(started: Exchange) -> Mapping[str, str]:
     """What every log line of the request carries."""
-    if started.trace_id is None:
+    trace = started.span.context
+    if trace is None:
         return {"request_id": started.request_id}
-    return {"request_id": started.request_id, "trace_id": started.trace_id}
+    return {"request_id": started.request_id, "trace_id": trace.trace_id}

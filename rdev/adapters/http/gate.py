@@ -72,6 +72,7 @@ class Gate:
         this.principal = principal = await self._checked(this, fields)
         if self._rate_limits is not None:
             await self._rate_limits.admit(this, principal)
+        this.slot.belong_to(principal.key_id)
         if this.method != "OPTIONS":
             method = "GET" if this.method == "HEAD" else this.method
             await admit(principal, self._access[method, route], fields, self._project_of)

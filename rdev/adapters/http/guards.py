@@ -64,6 +64,7 @@ class BodyLimit:
         if not has_body:
             await self._app(scope, receive, send)
             return
+        exchange().is_body_pending = True
         body = _CountedBody(receive, send, self._limit_bytes)
         if length is None or length <= self._limit_bytes:
             with body.within_limit:
@@ -100,6 +101,7 @@ class _CountedBody:
         self._send = send
         self._limit_bytes = limit_bytes
         self._seen_bytes = 0
+        self._exchange = exchange()
         self._ended = trio.Event()
 
     async def receive(self) -> ASGIReceiveEvent:
@@ -113,7 +115,8 @@ class _CountedBody:
     async def send(self, message: ASGISendEvent) -> None:
         """Pass the answer on; its end waits a little for the end of the body (see `_LINGER_S`).
 
-        The whole answer has left by then. The app goes on receiving meanwhile.
+        The whole answer has left by then, so that the wait takes nobody's place. The app goes on
+        receiving meanwhile.
         """
         self.is_answered = True
         is_end = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -121,6 +124,7 @@ class _CountedBody:
             if message["type"] == "http.response.body" and message["body"]:
                 rest = message["body"]
                 await self._send({"type": "http.response.body", "body": rest, "more_body": True})
+            self._exchange.slot.release()
             with trio.move_on_after(_LINGER_S):
                 await self._ended.wait()
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -128,7 +132,9 @@ class _CountedBody:
             await self._send(message)
 
     async def discard_rest(self) -> None:
-        """Read on without keeping anything, until the body or the patience ends."""
+        """Read on without keeping anything and in nobody's place, until the body or the patience
+        ends."""
+        self._exchange.slot.release()
         most_bytes = self._limit_bytes * (_LINGER_LIMITS + 1)
         with trio.move_on_after(_LINGER_S):
             while not self._ended.is_set() and self._seen_bytes < most_bytes:
@@ -139,8 +145,7 @@ class _CountedBody:
         message = await self._receive()
         if message["type"] == "http.request":
             self._seen_bytes += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                self._ended.set()
-        else:
+        if message["type"] != "http.request" or not message.get("more_body", False):
             self._ended.set()
+            self._exchange.is_body_pending = False
         return message

@@ -27,7 +27,7 @@ from rdev.adapters.http.describe import JSON, Answer, Described, Description, Pa
 from rdev.adapters.http.problems import CONTENT_TYPE, STATUS
 from rdev.adapters.http.schemas import ref
 from rdev.domain.errors import ErrorCode
-from rdev.domain.rules import BodyRules, Rule, RuleKind, rules_of
+from rdev.domain.rules import CONTROLS, BodyRules, Characters, Rule, RuleKind, rules_of
 
 DESCRIBED: Final[Described] = {
     **projects.DESCRIBED,
@@ -342,4 +342,6 @@ def _text_schema(rule: Rule, *, least: int) -> Schema:
         schema |= {"maxLength": rule.max_bytes, "x-max-bytes": rule.max_bytes}
     if rule.pattern is not None:
         schema["pattern"] = f"^(?:{rule.pattern.pattern})$"
+    elif rule.characters is Characters.LINE:
+        schema["pattern"] = f"^[^{CONTROLS}]*$"
     return schema

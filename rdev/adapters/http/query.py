@@ -8,8 +8,16 @@ from typing import TypeVar
 
 from quart import request
 
-from rdev.adapters.http.describe import Parameter, whole
+from rdev.adapters.http.describe import (
+    MOMENT,
+    WORD_MAX,
+    YEAR_MAX,
+    YEAR_MIN,
+    Parameter,
+    whole,
+)
 from rdev.domain.errors import Fault, bad_request
+from rdev.domain.rules import Characters, text_fault
 
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 200
@@ -18,17 +26,11 @@ _DIGITS_MAX = 20
 # Narrower than `float`, which also takes "1_0", "nan" and digits of other scripts.
 _NUMBER = re.compile(r"[0-9]{1,20}(\.[0-9]{1,20})?")
 
-_MOMENT = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
-_WORD_MAX = 200
-_YEAR_MIN, _YEAR_MAX = 1970, 9_998
-
 LIMIT = whole("limit", f"items of a page; {LIMIT_DEFAULT} by default", least=1, most=LIMIT_MAX)
 CURSOR = Parameter(
     name="cursor",
     about="`meta.next_cursor` of an earlier page; absent: the first",
-    schema={"type": "string"},
+    schema={"type": "string", "minLength": 1},
 )
 PAGE = (LIMIT, CURSOR)
 
@@ -65,8 +67,12 @@ def whole_of(name: str, *, least: int, most: int) -> int | None:
 def word_of(name: str) -> str | None:
     """A text that something stored is held against, or None where it is absent."""
     text = text_of(name)
-    if text is not None and (len(text) > _WORD_MAX or not text.isprintable()):
-        raise _wrong(name, f"must be at most {_WORD_MAX} printable characters")
+    if text is None:
+        return None
+    if len(text) > WORD_MAX:
+        raise _wrong(name, f"must have at most {WORD_MAX} characters")
+    if (message := text_fault(text, Characters.LINE)) is not None:
+        raise _wrong(name, message)
     return text
 
 
@@ -78,12 +84,11 @@ def moment_of(name: str) -> datetime | None:
     # A `+` that the client did not encode has become a space.
     text = text.replace(" ", "+")
     try:
-        found = datetime.fromisoformat(text) if _MOMENT.fullmatch(text) else None
+        found = datetime.fromisoformat(text) if MOMENT.fullmatch(text) else None
         in_utc = None if found is None else found.astimezone(UTC)
     except (ValueError, OverflowError):
         in_utc = None
-    # A day is looked back and on from it.
-    if in_utc is None or not _YEAR_MIN <= in_utc.year <= _YEAR_MAX:
+    if in_utc is None or not YEAR_MIN <= in_utc.year <= YEAR_MAX:
         raise _wrong(name, "must be a moment with its zone, as in 2026-11-22T18:00:00Z")
     return in_utc
 

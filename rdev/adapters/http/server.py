@@ -24,6 +24,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ASGIFramework
 from hypercorn.utils import repr_socket_addr
 
+from rdev.adapters.http import frames  # noqa: F401  (its guards are in place from here on)
 from rdev.adapters.http.connection import Connection, Stream
 from rdev.adapters.http.heads import Refusal, without_words
 from rdev.domain.errors import ErrorCode, RdevError
@@ -242,6 +243,8 @@ class _Config(Config):
         # client a round trip and, with bad timing, a request.
         self.keep_alive_max_requests = 1_000_000
         self.include_server_header = False
+        # The same head on both versions of HTTP.
+        self.h2_max_header_list_size = self.h11_max_incomplete_size
         if tls is not None:
             self.certfile, self.keyfile = tls.cert_file, tls.key_file
         self._second = -1

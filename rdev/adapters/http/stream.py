@@ -5,12 +5,13 @@ client. Unsubscribing is synchronous, whichever way the request ends.
 """
 
 from dataclasses import replace
+from typing import Final
 
 import msgspec
 import trio
 
 from rdev.adapters.http import schemas
-from rdev.adapters.http.describe import Answer, Described, Description, Parameter
+from rdev.adapters.http.describe import Answer, Described, Description, Parameter, Schema
 from rdev.adapters.http.exchange import exchange, hold
 from rdev.adapters.http.feed import Feeds
 from rdev.adapters.http.following import RETRY_MS, Followers, last_id
@@ -42,14 +43,32 @@ def stream_routes(
     ]
 
 
-_AFTER_ID = Parameter(name="after", about="resume behind this id", schema=schemas.TEXT)
-_LAST_EVENT_ID = Parameter(
-    name="Last-Event-ID", about="the same, and it wins", schema=schemas.TEXT, where="header"
+_SEQ: Final[Schema] = {"type": "string", "pattern": f"^[0-9]{{1,{_SEQ_DIGITS_MAX}}}$"}
+_ID: Final[Schema] = {"type": "string", "pattern": "^(?:0|[A-Za-z0-9_-]{22})$"}
+
+
+def _since(schema: Schema, about: str) -> tuple[Parameter, Parameter]:
+    """Where to resume, in the query and in the header."""
+    return (
+        Parameter(name="after", about=f"resume behind this id{about}", schema=schema),
+        Parameter(
+            name="Last-Event-ID", about="the same, and it wins", schema=schema, where="header"
+        ),
+    )
+
+
+_EITHER: Final[Schema] = {"anyOf": [_SEQ, _ID]}
+_TOKEN = Parameter(
+    name="token",
+    about="a stream token, in place of a key",
+    schema=schemas.TEXT,
+    code=ErrorCode.UNAUTHORIZED,
 )
-_SINCE = (
-    _AFTER_ID,
-    Parameter(name="token", about="a stream token, in place of a key", schema=schemas.TEXT),
-    _LAST_EVENT_ID,
+_STREAM_ID = Parameter(
+    name="stream_id",
+    about="the command",
+    schema=schemas.an_id("cmd_"),
+    code=ErrorCode.NOT_FOUND,
 )
 _STREAM = {
     200: Answer(
@@ -66,7 +85,7 @@ DESCRIBED: Described = {
     ("GET", "/commands/{command}/events"): Description(
         summary="The stream of a command",
         tag="streams",
-        parameters=_SINCE,
+        parameters=(*_since(_SEQ, ""), _TOKEN),
         answers=_STREAM,
         errors=(ErrorCode.GONE,),
     ),
@@ -75,8 +94,9 @@ DESCRIBED: Described = {
         tag="streams",
         about="With `stream_id` that command's stream; without it the life of all its commands.",
         parameters=(
-            Parameter(name="stream_id", about="the command", schema=schemas.an_id("cmd_")),
-            *_SINCE,
+            _STREAM_ID,
+            *_since(_EITHER, ": a sequence number of the command's, an id of the feed's"),
+            _TOKEN,
         ),
         answers={
             200: replace(_STREAM[200], events=schemas.STREAM_AND_FEED_EVENTS),
@@ -88,7 +108,7 @@ DESCRIBED: Described = {
         summary="The feed of all commands that the key sees",
         tag="streams",
         about="No output lines. Ids are opaque and good for 7 days; `0` is the oldest stored.",
-        parameters=(_AFTER_ID, _LAST_EVENT_ID),
+        parameters=_since(_ID, ""),
         answers={
             200: Answer(
                 about="the events from now on, or from behind the id, without an end",

@@ -53,7 +53,8 @@ def webhook_routes(webhooks: Webhooks) -> Blueprint:
     @routes.patch("/webhooks/<webhook>")
     async def change_webhook(webhook: str) -> Response:
         wanted = parse_webhook_change(await read_json())
-        return success(_shown(await webhooks.change(principal(), webhook, wanted, actor())))
+        made = await webhooks.change(principal(), webhook, wanted, actor())
+        return success(_shown(made.webhook) | {"secret": made.secret})
 
     @routes.delete("/webhooks/<webhook>")
     async def delete_webhook(webhook: str) -> Response:
@@ -128,7 +129,7 @@ async def _optional_json() -> dict[str, object]:
 
 
 def _once(made: ShownWebhook) -> Response:
-    """An endpoint with its secret; null in a replay."""
+    """An endpoint with its secret; null in a replay, and with scheme v1a."""
     return created(
         _shown(made.webhook) | {"secret": made.secret},
         location=f"/webhooks/{made.webhook.id}",
@@ -151,6 +152,9 @@ def _shown(webhook: Webhook) -> dict[str, object]:
         "disabled_at": webhook.disabled_at,
         "failing_since": webhook.failing_since,
         "overflowed": webhook.overflowed,
+        "signature_scheme": webhook.scheme,
+        "public_key": webhook.public_key,
+        "previous_public_key": webhook.previous_public_key,
         "previous_secret_until": webhook.previous_until,
         "key_id": webhook.owner,
         "created_at": webhook.created_at,

@@ -19,6 +19,7 @@ from rdev.adapters.http.schemas import (
 )
 from rdev.domain.deliveries import DeadReason, DeliveryStatus
 from rdev.domain.errors import ErrorCode
+from rdev.domain.signing import SignatureScheme
 from rdev.domain.webhook_requests import (
     parse_nothing,
     parse_redeliver,
@@ -40,6 +41,9 @@ _MEMBERS: Final = {
     "disabled_at": maybe(MOMENT),
     "failing_since": maybe(MOMENT),
     "overflowed": COUNT,
+    "signature_scheme": one_of(SignatureScheme),
+    "public_key": maybe(TEXT),
+    "previous_public_key": maybe(TEXT),
     "previous_secret_until": maybe(MOMENT),
     "key_id": TEXT,
     "created_at": MOMENT,
@@ -79,9 +83,10 @@ _ATTEMPT: Final = record(
 _DETAIL: Final = record(
     {**_DELIVERY_MEMBERS, "payload": maybe(TEXT), "attempts": several(_ATTEMPT)}
 )
+_WITH_SECRET: Final = record({**_MEMBERS, "secret": maybe(TEXT)})
 _SHOWN_ONCE: Final = Answer(
-    about="made; `secret` is shown here once",
-    schema=record({**_MEMBERS, "secret": maybe(TEXT)}),
+    about="made; `secret` is shown here once, null with `v1a`",
+    schema=_WITH_SECRET,
     headers=("Location", "Idempotent-Replayed"),
 )
 _STATUS: Final = Parameter(
@@ -113,19 +118,24 @@ DESCRIBED: Described = {
     ("PATCH", "/webhooks/{webhook}"): Description(
         summary="Change an endpoint",
         tag="webhooks",
-        about="Who enables it, or changes its URL, events or projects, is who it speaks for.",
+        about="Who enables it, or changes its URL, events or projects, is who it speaks for."
+        " Another `signature_scheme` is a rotation: the key before signs for a day more.",
         body=parse_webhook_change,
         example={"enabled": True},
-        answers={200: Answer(about="the endpoint", schema=_WEBHOOK)},
+        answers={
+            200: Answer(
+                about="the endpoint; `secret` where it now signs with `v1`", schema=_WITH_SECRET
+            )
+        },
         errors=(ErrorCode.CONFLICT,),
     ),
     ("DELETE", "/webhooks/{webhook}"): Description(
         summary="End an endpoint", tag="webhooks", answers={204: Answer(about="it is gone")}
     ),
     ("POST", "/webhooks/{webhook}/rotate-secret"): Description(
-        summary="Give an endpoint another secret",
+        summary="Give an endpoint another secret, or pair of keys",
         tag="webhooks",
-        about="Both secrets sign until the grace is over.",
+        about="Of the same scheme; both sign until the grace is over.",
         body=parse_rotation,
         example={"grace_s": 3600},
         answers={201: _SHOWN_ONCE},

@@ -20,6 +20,8 @@ from lightkube.core.exceptions import ConfigError
 
 from rdev.adapters.kubernetes.credentials import AuthorizedTransport, credentials_of
 from rdev.adapters.kubernetes.errors import unreachable
+from rdev.adapters.kubernetes.guard import Contact, GuardedTransport, HeraldTransport
+from rdev.ports.breaker import CallBreaker, Unbroken
 
 _TIMEOUTS: Final = httpx2.Timeout(connect=5.0, read=15.0, write=15.0, pool=5.0)
 
@@ -35,11 +37,15 @@ _KEEP_ALIVE: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiServer:
-    """An open connection. `objects` is for what lightkube does, `http` for what it does not."""
+    """An open connection. `objects` is for what lightkube does, `http` for what it does not; both
+    are behind the breaker. `signs` is not: for watches and checks, which have a pace of their own.
+    """
 
     namespace: str
     objects: AsyncClient
     http: httpx2.AsyncClient
+    signs: httpx2.AsyncClient
+    contact: Contact
 
 
 def read_config(kubeconfig: Path | None) -> SingleConfig:
@@ -61,11 +67,13 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
 
 
 @asynccontextmanager
-async def connect(config: SingleConfig, namespace: str | None = None) -> AsyncIterator[ApiServer]:
+async def connect(
+    config: SingleConfig, namespace: str | None = None, breaker: CallBreaker | None = None
+) -> AsyncIterator[ApiServer]:
     """Make the clients; nothing is sent before the first request. Leaving closes all connections.
 
-    `namespace`: where the projects are, else the context's. Errors: SERVICE_UNAVAILABLE for
-    credentials that are not supported or a CA file that cannot be read.
+    `namespace`: where the projects are, else the context's. `breaker`: see `guard.py`. Errors:
+    SERVICE_UNAVAILABLE for credentials that are not supported or a CA file that cannot be read.
     """
     user = config.user or User()
     try:
@@ -78,11 +86,22 @@ async def connect(config: SingleConfig, namespace: str | None = None) -> AsyncIt
         # An exec holds its connection as long as its command runs: the bound is the execs' own.
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=10),
     )
-    transport = AuthorizedTransport(pool, credentials_of(user))
+    authorized = AuthorizedTransport(pool, credentials_of(user))
+    contact, guard = Contact(), breaker or Unbroken()
+    transport = GuardedTransport(authorized, guard, contact)
     place = namespace or config.namespace
-    async with httpx2.AsyncClient(
-        base_url=config.cluster.server, transport=transport, timeout=_TIMEOUTS, trust_env=False
-    ) as http:
+    async with (
+        authorized,
+        httpx2.AsyncClient(
+            base_url=config.cluster.server, transport=transport, timeout=_TIMEOUTS, trust_env=False
+        ) as http,
+        httpx2.AsyncClient(
+            base_url=config.cluster.server,
+            transport=HeraldTransport(authorized, guard, contact),
+            timeout=_TIMEOUTS,
+            trust_env=False,
+        ) as signs,
+    ):
         # The transport does what lightkube would do with the user; the certificates are loaded.
         known = config._replace(user=User())
         objects = AsyncClient(
@@ -92,4 +111,4 @@ async def connect(config: SingleConfig, namespace: str | None = None) -> AsyncIt
             transport=transport,
             trust_env=False,
         )
-        yield ApiServer(namespace=place, objects=objects, http=http)
+        yield ApiServer(namespace=place, objects=objects, http=http, signs=signs, contact=contact)

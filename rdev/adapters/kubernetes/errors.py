@@ -66,8 +66,15 @@ def translated() -> Iterator[None]:
     except httpx2.HTTPStatusError as error:  # lightkube's ApiError is one
         raise refusal_of(error.response) from error
     except (httpx2.HTTPError, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-        reason = str(error) or type(error).__name__
-        raise unreachable(reason) from error
+        raise unreachable(_words(error)) from error
+
+
+def _words(error: BaseException) -> str:
+    """What it says, or else what it came of: a certificate that is not believed lies four deep."""
+    cause: BaseException | None = error
+    while cause is not None and not str(cause):
+        cause = cause.__cause__ or cause.__context__
+    return str(cause)[:_MESSAGE_CHARACTERS] if cause is not None else type(error).__name__
 
 
 def unreachable(reason: str) -> RdevError:

@@ -11,7 +11,9 @@ import msgspec
 from rdev.domain.pods import CONTAINER_ANNOTATION, Container, ContainerState, Pod, project_of
 
 
-class _Metadata(msgspec.Struct, rename="camel"):
+class Metadata(msgspec.Struct, rename="camel"):
+    """What an object is, whatever it is."""
+
     name: str = ""
     uid: str = ""
     resource_version: str = ""
@@ -68,7 +70,7 @@ class PodObject(msgspec.Struct):
     """A pod, or what a watch sends in its place: of a bookmark only the version, of an error the
     `code`."""
 
-    metadata: _Metadata = msgspec.field(default_factory=_Metadata)
+    metadata: Metadata = msgspec.field(default_factory=Metadata)
     spec: _Spec | None = None
     status: _Status | str | None = None  # a text in the place of an error
     code: int | None = None
@@ -162,3 +164,9 @@ def _container(status: _ContainerStatus) -> Container:
         reason=reason,
         last_reason=last.reason if last is not None else "",
     )
+
+
+class Named(msgspec.Struct):
+    """Of any object what all have."""
+
+    metadata: Metadata

@@ -62,7 +62,7 @@ class PodWatch:
     ) -> None:
         """Opens nothing."""
         self._api = api
-        self._changed = changed
+        self._changed = [changed]
         self._path = f"/api/v1/namespaces/{api.namespace}/pods"
         self._prefix = prefix
         self._selector = f"{prefix}/project=true"
@@ -73,6 +73,7 @@ class PodWatch:
         self._stopping = trio.CancelScope()
         self._backoff = Backoff(random=random.random, first_s=0.1, most_s=10.0)
         self._is_current = False
+        self._heard_at_s = float("-inf")
         self._lists = self._changes = self._failures = 0
 
     @property
@@ -80,10 +81,19 @@ class PodWatch:
         """See `Subsystem.name`."""
         return "pods"
 
+    def tell(self, changed: Callable[[ProjectId], None]) -> None:
+        """Call this one too. Before `run`."""
+        self._changed.append(changed)
+
     @property
     def is_current(self) -> bool:
         """Whether a watch is open now: what is known is at most a moment old."""
         return self._is_current
+
+    @property
+    def silent_s(self) -> float:
+        """For how long nothing was heard: 0 while it is current."""
+        return 0.0 if self._is_current else trio.current_time() - self._heard_at_s
 
     def pod_of(self, project: ProjectId) -> Pod | None:
         """The project's pod, as it was last heard of."""
@@ -92,6 +102,14 @@ class PodWatch:
     def projects(self) -> Mapping[ProjectId, Pod]:
         """All projects with their pods."""
         return self._chosen
+
+    def pods_of(self, project: ProjectId) -> list[Pod]:
+        """All pods that say they are this project's."""
+        return [pod for pod in self._pods.values() if pod.project == project]
+
+    def starting(self) -> list[ProjectId]:
+        """Projects whose pods run nothing yet: it is too early to reach them."""
+        return [project for project, pod in self._chosen.items() if pod.phase == "Pending"]
 
     def target_of(self, project: ProjectId) -> PodTarget | None:
         """Where the project's commands run."""
@@ -123,7 +141,6 @@ class PodWatch:
                 try:
                     await self.run_once()
                 except RdevError as error:
-                    self._is_current = False
                     self._failures += 1
                     wait_s = self._backoff.next_s()
                     await trio.sleep(max(wait_s, min(error.retry_after_s or 0, 60)))
@@ -147,6 +164,7 @@ class PodWatch:
                     await trio.sleep(self._backoff.next_s())  # who hangs up at once is not pressed
         finally:
             self._is_current = False
+            self._heard_at_s = trio.current_time()
 
     async def _list(self) -> str:
         """Take all pods anew; the version they are of."""
@@ -154,7 +172,7 @@ class PodWatch:
         params = {"labelSelector": self._selector, "limit": str(_PAGE)}
         while True:
             with translated():
-                got = await self._api.http.get(self._path, params=params)
+                got = await self._api.signs.get(self._path, params=params)
                 if got.status_code != 200:
                     raise refusal_of(got)
                 page = msgspec.json.decode(got.content, type=PodList)
@@ -182,7 +200,7 @@ class PodWatch:
         }
         patience = httpx2.Timeout(15.0, read=self._watch_s + self._margin_s)
         with translated():
-            async with self._api.http.stream(
+            async with self._api.signs.stream(
                 "GET", self._path, params=params, timeout=patience
             ) as got:
                 if got.status_code == _EXPIRED:
@@ -215,7 +233,8 @@ class PodWatch:
     def _tell(self, pods: Sequence[Pod | None]) -> None:
         self._chosen = choose(self._pods.values())
         for project in dict.fromkeys(pod.project for pod in pods if pod is not None):
-            self._changed(project)
+            for changed in self._changed:
+                changed(project)
 
 
 @asynccontextmanager

@@ -96,46 +96,37 @@ left join (
 where s.seq > %(after)s and s.seq <= %(last)s
 """
 
-# `audit_entries_order` serves it. Where a restored database goes on, the order begins anew: there
-# the stretch is empty, and nothing is said of it.
+# Between which places the entries of some seals stand: from the first of all (or where the order
+# began anew in between, in another cluster) everything below the last one, whatever its number. A
+# last one that another cluster has numbered bounds nothing: the sealer looks below it by itself.
 _STRETCH = """
-with ends as (
-    select f.xid as first_xid, f.id as first_id, l.xid as last_xid, l.id as last_id
-    from audit_seals fs
-    join audit_entries f on f.day = fs.day and f.id = fs.entry
-    join audit_seals ls on ls.seq = %(last)s
-    join audit_entries l on l.day = ls.day and l.id = ls.entry
-    where fs.seq >= %(first)s
-    order by fs.seq
-    limit 1
-)
+select case when %(first)s <= (select min(seq) + 1 from audit_seals)
+                 or (f.xid, f.id) > (l.xid, l.id) then '0' else f.xid::text end,
+       f.id, l.xid::text, l.id, l.xid < pg_snapshot_xmax(pg_current_snapshot())
+from audit_seals fs
+join audit_entries f on f.day = fs.day and f.id = fs.entry
+join audit_seals ls on ls.seq <= %(last)s
+join audit_entries l on l.day = ls.day and l.id = ls.entry
+where fs.seq >= %(first)s
+order by fs.seq, ls.seq desc
+limit 1
 """
-_COUNT = (
-    _STRETCH
-    + """
-select count(*) > %(last)s - %(first)s + 1
-from ends, audit_entries e
-where (e.xid, e.id) >= (first_xid, first_id) and (e.xid, e.id) <= (last_xid, last_id)
+# `audit_entries_order` gives the stretch.
+_STRANGER = """
+select e.xid::text, e.id
+from audit_entries e
+where (e.xid, e.id) >= (%(first_xid)s::xid8, %(first_id)s)
+  and (e.xid, e.id) <= (%(last_xid)s::xid8, %(last_id)s)
+  and not exists (select from audit_seals s where s.entry = e.id and s.day = e.day)
+order by e.xid, e.id
+limit 1
 """
-)
-_STRANGER = (
-    _STRETCH  # noqa: S608  (put together from constants)
-    + """
-, stranger as (
-    select e.xid, e.id
-    from ends, audit_entries e
-    where (e.xid, e.id) >= (first_xid, first_id) and (e.xid, e.id) <= (last_xid, last_id)
-      and not exists (select from audit_seals s where s.entry = e.id and s.day = e.day)
-    order by e.xid, e.id
-    limit 1
-)
+_BEHIND = """
 select min(s.seq)
-from stranger x
-join audit_entries e on (e.xid, e.id) > (x.xid, x.id)
+from audit_entries e
 join audit_seals s on s.entry = e.id and s.day = e.day
-where s.seq between %(first)s and %(last)s
+where (e.xid, e.id) > (%(xid)s::xid8, %(id)s) and s.seq between %(first)s and %(last)s
 """
-)
 # What is not sealed and stands in a day before the last seal's has been put there.
 _LATE = """
 select exists (
@@ -240,9 +231,13 @@ class PostgresAudit:
     async def strangers(self, first: Place, last: Place) -> int | None:
         """See `AuditChain.strangers`."""
         values = {"first": first.seq, "last": last.seq}
-        (has_more,) = await self._row(_COUNT, values)
-        if has_more:
-            (seq,) = await self._row(_STRANGER, values)
+        stretch = await self._maybe_row(_STRETCH, values)
+        if stretch is None or not stretch[4]:
+            return None
+        names = ("first_xid", "first_id", "last_xid", "last_id")
+        found = await self._maybe_row(_STRANGER, dict(zip(names, stretch[:4], strict=True)))
+        if found is not None:
+            (seq,) = await self._row(_BEHIND, values | {"xid": found[0], "id": found[1]})
             return last.seq if seq is None else int(seq)
         (is_late,) = await self._row(_LATE, values)
         return last.seq + 1 if is_late else None
@@ -272,11 +267,14 @@ class PostgresAudit:
         return None if seq is None else int(seq)
 
     async def _row(self, statement: str, parameters: Parameters) -> TupleRow:
-        with translate_errors():
-            async with self._pool.connection() as connection:
-                row = await (await connection.execute(statement, parameters)).fetchone()
+        row = await self._maybe_row(statement, parameters)
         assert row is not None
         return row
+
+    async def _maybe_row(self, statement: str, parameters: Parameters) -> TupleRow | None:
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                return await (await connection.execute(statement, parameters)).fetchone()
 
     async def _one(self, statement: str, parameters: Parameters) -> DictRow | None:
         rows = await self._all(statement, parameters)

@@ -32,7 +32,16 @@ from rdev.domain.lanes import AGE_STEP_S
 from rdev.domain.stream import final_lines
 from rdev.ports.commands import POSITION_MAX, Accepted, CancelResult
 
-# The row comes from the project's, so a command of an unknown project is never stored.
+# What `to_command` takes, by name. Never `*`: a column that comes while this server serves would
+# fail what it has prepared ("cached plan must not change result type"), until it connects again.
+_COLUMNS = """
+    id, project, kind, status, level, attempt, exit_code, signal, reason, created_at, started_at,
+    finished_at, duration_ms, out_offset, err_offset, dropped_bytes, argv, key_id, session_id,
+    usage, kill, last_seq, attempt_seq
+"""
+
+# The row comes from the project's, so a command of an unknown project, or of one that is being
+# deleted, is never stored.
 #
 # `kept` has a row where the idempotency key is the request's own: it is new, or what it stood for
 # is too old. Of two that race, the second waits at the primary key for the end of the first, at
@@ -40,7 +49,7 @@ from rdev.ports.commands import POSITION_MAX, Accepted, CancelResult
 #
 # The position counts over `commands_queued`, and only so far: with 10,000 queued the whole count
 # took 8 ms, this takes less than 1. Two racing inserts may tell the same one: it is a hint.
-_INSERT = """
+_INSERT = f"""
 with bounded as materialized (
     select set_config('lock_timeout', %(idempotency_wait)s, true)
     where %(idempotency_key)s::text is not null
@@ -49,20 +58,20 @@ with bounded as materialized (
     select %(idempotency_key_id)s, %(idempotency_key)s, %(idempotency_digest)s,
            %(idempotency_made)s
     from bounded, projects p
-    where p.id = %(project)s
+    where p.id = %(project)s and p.wanted <> 'deleted'
     on conflict (key_id, key) do update
     set digest = excluded.digest, made = excluded.made, made_at = now()
     where k.made_at <= now() - make_interval(secs => %(idempotency_s)s)
     returning made
 ), made as (
     insert into commands (id, project, kind, lane_class, status, level, reach, retry, key_id,
-                          request_id, argv, spec, expires_at, rank, last_seq)
+                          request_id, argv, spec, expires_at, rank, last_seq, trace)
     select %(id)s, p.id, %(kind)s, %(lane_class)s, 'queued', %(level)s, p.reach, %(retry)s,
            %(key_id)s, %(request_id)s, %(argv)s, %(spec)s,
            now() + make_interval(secs => %(expires_in_s)s),
-           extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1
+           extract(epoch from clock_timestamp()) - %(level)s * %(age_step_s)s, 1, %(trace)s
     from projects p
-    where p.id = %(project)s
+    where p.id = %(project)s and p.wanted <> 'deleted'
       and (%(idempotency_key)s::text is null or exists (select from kept))
     returning *
 ), placed as (
@@ -81,7 +90,7 @@ with bounded as materialized (
 ), event as (
     insert into output (day, command_id, first_seq, last_seq, source, raw_bytes, payload)
     select day, id, 1, 1, 0, 0, convert_to(format(
-        's{"status":"queued","attempt":0,"queue_position":%%s}', queue_position), 'UTF8')
+        's{{"status":"queued","attempt":0,"queue_position":%%s}}', queue_position), 'UTF8')
     from placed
 ), change as (
     insert into events (xid, type, project, command_id, kind, status, attempt, seq)
@@ -94,21 +103,21 @@ with bounded as materialized (
            command_name(id), project, %(detail)s
     from made
 )
-select * from placed
-"""
+select {_COLUMNS}, queue_position from placed
+"""  # noqa: S608  # a constant of ours
 
-_GET = "select * from commands where id = %s"
+_GET = f"select {_COLUMNS} from commands where id = %s"  # noqa: S608
 
 # `commands_of_project` serves it; ids sort by creation.
-_LIST = """
-select * from commands
+_LIST = f"""
+select {_COLUMNS} from commands
 where project = %(project)s
   and (%(before)s::uuid is null or id < %(before)s)
   and (%(status)s::text is null or status = %(status)s)
   and (%(kind)s::text is null or kind = %(kind)s)
 order by id desc
 limit %(limit)s
-"""
+"""  # noqa: S608
 
 _POSITION = """
 select count(*) as queue_position
@@ -294,6 +303,7 @@ def _insert_parameters(new: NewCommand) -> dict[str, object]:
         ),
         **_actor_parameters(new.actor),
         "spec": encode_spec(new.spec),
+        "trace": None if new.trace is None else new.trace.stored,
         "expires_in_s": new.expires_in_s,
         "position_max": POSITION_MAX,
         **key_parameters(new.idempotency, made=new.id),

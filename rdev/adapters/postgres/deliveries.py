@@ -18,6 +18,7 @@ from rdev.domain.audit import Action
 from rdev.domain.deliveries import (
     DISABLE_AFTER_S,
     EVENT_PREFIX,
+    QUICK_S,
     DeadReason,
     DeliveryLease,
     DeliveryStatus,
@@ -25,6 +26,7 @@ from rdev.domain.deliveries import (
     Settled,
 )
 from rdev.domain.sending import Outcome
+from rdev.domain.traces import parse_stored
 from rdev.domain.webhooks import DisabledReason, WebhookId, webhook_id, webhook_uuid
 from rdev.ports.deliveries import SettleResult, TickResult
 
@@ -34,13 +36,14 @@ _INTERRUPTED = "the server that made the attempt ended; whether it arrived is un
 
 _CLAIM = """
 select id, lease_id, webhook_id, event_id, attempt, failures, is_ordered, is_trusted,
-       is_allowed, url, payload, secret, previous_secret
+       is_allowed, url, payload, secret, previous_secret, message_trace(payload)
 from claim_deliveries(%s, %s, %s, %s)
 """
 
 # One row of `given` for each attempt. Only what is still under that very lease is updated, and all
-# that follows is drawn from what was updated. Success wins where one endpoint had both. The rows of
-# lanes change with the first failure and the first success after it, not with every attempt.
+# that follows is drawn from what was updated. Success wins where one endpoint had both, but no
+# endpoint is trusted of whose attempts one was slow, accepted or not. The rows of lanes change with
+# the first failure and the first success after it, not with every attempt.
 # (`status || ''`: by the primary key, where the planner would read all that is under way.)
 _SETTLE = """
 with given as (
@@ -75,13 +78,14 @@ with given as (
     where sent
 ), judged as (
     select webhook_id, bool_or(status = 'delivered') as is_good,
+           bool_or(status = 'delivered') and bool_and(ago_s <= %(quick_s)s) as is_quick,
            max(again_in_s) filter (where is_ordered and status = 'pending') as hold_s
     from settled
     where sent
     group by webhook_id
 ), moved as (
     update webhook_lanes l
-    set is_trusted = j.is_good,
+    set is_trusted = j.is_quick,
         failing_since = case when j.is_good then null
                              else coalesce(l.failing_since, clock_timestamp()) end,
         held_until = case when j.is_good then '-infinity'
@@ -90,7 +94,7 @@ with given as (
                                '-infinity')) end
     from judged j
     where l.webhook_id = j.webhook_id
-      and (l.is_trusted <> j.is_good or (l.failing_since is null) <> j.is_good
+      and (l.is_trusted <> j.is_quick or (l.failing_since is null) <> j.is_good
            or j.hold_s is not null)
 )
 select s.id, s.webhook_id,
@@ -185,10 +189,13 @@ with stopped as materialized (
 
 _COUNT_ENABLED = "select count(*) from webhooks where is_enabled"
 
-# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed.
+# By `deliveries_pending` and `deliveries_sending`, so its cost is in what is owed. What waits for
+# an endpoint to be enabled is nobody's lag; what is left of one that was deleted is owed no more.
 _OLDEST = """
 select coalesce(greatest(0, extract(epoch from clock_timestamp() - least(
-    (select min(created_at) from deliveries where status = 'pending'),
+    (select min(created_at) from deliveries
+     where status = 'pending'
+       and webhook_id in (select webhook_id from webhook_lanes where is_open)),
     (select min(created_at) from deliveries where status = 'sending')
 ))), 0)::float8
 """
@@ -364,6 +371,7 @@ def _to_owed(
     payload: str,
     secret: bytes,
     previous: bytes | None,
+    trace: str | None,
 ) -> Owed:
     return Owed(
         lease=DeliveryLease(delivery=id, id=lease_id),
@@ -377,6 +385,7 @@ def _to_owed(
         url=url,
         payload=payload.encode(),
         secrets=(bytes(secret),) if previous is None else (bytes(secret), bytes(previous)),
+        trace=parse_stored(trace),
     )
 
 
@@ -407,6 +416,7 @@ def _settle_parameters(settled: Sequence[Settled]) -> dict[str, object]:
         "bodies": [b"" if outcome is None else outcome.body for outcome in outcomes],
         "truncated": [outcome is not None and outcome.truncated for outcome in outcomes],
         "disable_s": DISABLE_AFTER_S,
+        "quick_s": QUICK_S,
     }
 
 

@@ -23,7 +23,6 @@ from rdev.domain.deliveries import (
     delivery_uuid,
     is_delivery_id,
 )
-from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import ProjectId
 from rdev.domain.webhooks import EventType, WebhookId, webhook_id, webhook_uuid
@@ -75,10 +74,11 @@ with made as (
 {_AGAIN}
     from webhooks w
     where d.id = %(id)s and d.status <> 'sending' and w.id = d.webhook_id
+      and exists (select from webhook_messages m where m.id = d.event_id)
     returning d.id
 )
 {ENTRY} from made
-"""
+"""  # noqa: S608  (constants of ours)
 
 # From the first id of that moment on: ids begin with their milliseconds.
 _REDELIVER_SINCE = f"""
@@ -92,6 +92,7 @@ with chosen as (
 {_AGAIN}
 from chosen c, webhooks w
 where d.id = c.id and w.id = d.webhook_id and d.status = any(%(statuses)s)
+  and exists (select from webhook_messages m where m.id = d.event_id)
 """  # noqa: S608  (constants of ours)
 
 _PING = """
@@ -180,27 +181,31 @@ class PostgresDeliveryLog:
             "data": Jsonb(dict(data)),
             "webhook": webhook_uuid(webhook),
         }
+        # Before all else: what has become of the endpoint since is no matter of a repeat.
+        if (earlier := await self._pinged(idempotency)) is not None:
+            return earlier
         with translate_key_in_use(), translate_errors():
             async with self._pool.connection() as connection, connection.transaction():
                 row = await (await connection.execute(_PING, parameters)).fetchone()
-                if row is None:
-                    return None
-                made = delivery_id(row[0])
-                is_own = await keep(connection, idempotency, made=made)
-                if is_own:
-                    detail = {"delivery_id": made}
-                    entry = entry_parameters(actor, Action.WEBHOOK_TESTED, webhook, detail=detail)
-                    await connection.execute(ENTRY, entry)
-                else:
-                    # What was owed just now is not; the key's own delivery stands for it.
-                    await connection.execute("delete from deliveries where id = %s", (row[0],))
+                is_own = row is not None
+                if row is not None:
+                    made = delivery_id(row[0])
+                    is_own = await keep(connection, idempotency, made=made)
+                    if is_own:
+                        await connection.execute(ENTRY, _tested(webhook, made, actor))
+                    else:
+                        # What was owed just now is not; the key's own delivery stands for it.
+                        await connection.execute("delete from deliveries where id = %s", (row[0],))
         if is_own:
             return PingMade(delivery=made)
-        assert idempotency is not None
-        earlier = await find_made(self._pool, idempotency)
+        # Another request with this key was there first; None: there is none, it is disabled.
+        return await self._pinged(idempotency)
+
+    async def _pinged(self, idempotency: Idempotency | None) -> PingMade | None:
+        """What the key stands for. Errors: IDEMPOTENCY_MISMATCH."""
+        earlier = None if idempotency is None else await find_made(self._pool, idempotency)
         if earlier is None or not is_delivery_id(earlier):
-            message = "what this Idempotency-Key stood for has just been forgotten"
-            raise RdevError(ErrorCode.CONFLICT, message, retry_after_s=1.0)
+            return None
         return PingMade(delivery=DeliveryId(earlier), is_replay=True)
 
     async def _all(self, statement: str, parameters: Parameters) -> list[DictRow]:
@@ -209,6 +214,11 @@ class PostgresDeliveryLog:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(statement, parameters)
                 return await cursor.fetchall()
+
+
+def _tested(webhook: WebhookId, made: DeliveryId, actor: Actor) -> dict[str, object]:
+    detail = {"delivery_id": made}
+    return entry_parameters(actor, Action.WEBHOOK_TESTED, webhook, detail=detail)
 
 
 def _redelivered(wanted: Redelivery, actor: Actor, count: int) -> dict[str, object]:

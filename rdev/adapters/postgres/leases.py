@@ -11,6 +11,7 @@ from rdev.adapters.postgres.pool import Pool, translate_errors
 from rdev.domain.commands import Claimed, Kind, Lease, Retry
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import ProjectId, command_id, command_uuid
+from rdev.domain.traces import parse_stored
 from rdev.ports.commands import Beat
 
 # What `to_claimed` takes, of a row `c`. Not the whole row: most of its columns are for readers.
@@ -19,13 +20,13 @@ CLAIMED_COLUMNS = """
     extract(epoch from clock_timestamp() - c.started_at)::float8,
     c.instance, c.out_offset, c.err_offset, c.last_seq, c.attempt_seq, c.dropped_bytes,
     trunc(extract(epoch from c.started_at - c.created_at) * 1000)::bigint,
-    c.cancel_requested_at is not null
+    c.cancel_requested_at is not null, c.trace
 """
 
 # Each command whose lease has run out once, whoever looks: the row's lock decides.
 _TAKE_OVER = f"""
 with expired as (
-    select id, holder as left_by from commands
+    select id, holder as left_by, lease_id as left_lease from commands
     where reach = %(reach)s and status = 'running' and lease_until < clock_timestamp()
       and project <> all (%(closed)s)
     order by id
@@ -39,14 +40,14 @@ with expired as (
         changed_xid = greatest(pg_current_xact_id(), c.changed_xid)
     from expired
     where c.id = expired.id
-    returning c.*, expired.left_by
+    returning c.*, expired.left_by, expired.left_lease
 ), entry as (
     insert into audit_entries (xid, actor, actor_name, action, target, project, detail)
     select changed_xid, 'server', holder, 'command.taken_over', command_name(id), project,
            jsonb_build_object('kind', kind, 'attempt', attempt, 'from', left_by)
     from taken
 )
-select {CLAIMED_COLUMNS} from taken c
+select {CLAIMED_COLUMNS}, c.left_lease from taken c
 """  # noqa: S608  # a constant of ours
 
 # Waits for rows that an append holds (milliseconds); id order, so two statements cannot deadlock.
@@ -200,10 +201,12 @@ def to_claimed(
     dropped_bytes: int,
     queue_wait_ms: int,
     cancel_requested: bool,
+    trace: str | None,
+    taken_from: int | None = None,
     *,
     take_over: bool,
 ) -> Claimed:
-    """The CLAIMED_COLUMNS of a command under a fresh lease."""
+    """The CLAIMED_COLUMNS of a command under a fresh lease, and of a take-over the former one."""
     return Claimed(
         lease=Lease(command=command_id(uuid), id=lease_id),
         project=ProjectId(project),
@@ -220,4 +223,6 @@ def to_claimed(
         dropped_bytes=dropped_bytes,
         queue_wait_ms=queue_wait_ms,
         cancel_requested=cancel_requested,
+        trace=parse_stored(trace),
+        taken_from=taken_from,
     )

@@ -137,17 +137,33 @@ with recursive reaches as (
 delete from commands where id in (select id from old)
 """
 
-# Ids begin with the milliseconds of their making, so their primary keys are in order of age. A
-# message goes a day after its deliveries: they were made in the same statement.
+# Ids begin with the milliseconds of their making, so their primary keys are in order of age. What
+# is still to be sent stays, with its message, however old it is, unless its endpoint is no more.
+# (The outer condition is asked again of a row that somebody else has just changed: it may have been
+# asked for anew.) A message goes a day after its deliveries, made in the same statement.
 _FORGET_DELIVERIES = """
 with bounds as materialized (
     select first_uuid7(at) as delivery, first_uuid7(at - interval '1 day') as message
     from (select clock_timestamp() - make_interval(secs => %(older_s)s) as at) old
+), owed as materialized (
+    select d.id, d.event_id
+    from deliveries d
+    join webhooks w on w.id = d.webhook_id and w.deleted_at is null
+    where d.id < (select delivery from bounds) and d.status = 'pending'
+    union all
+    select d.id, d.event_id
+    from deliveries d
+    where d.id < (select delivery from bounds) and d.status = 'sending'
 ), deliveries_gone as (
-    delete from deliveries
-    where id in (select d.id from deliveries d
-                 where d.id < (select delivery from bounds) and d.status <> 'sending'
-                 order by d.id limit %(limit)s)
+    delete from deliveries g
+    where g.id in (select d.id from deliveries d
+                   where d.id < (select delivery from bounds)
+                     and not exists (select from owed where owed.id = d.id)
+                   order by d.id limit %(limit)s)
+      and (g.status in ('delivered', 'dead')
+           or g.status = 'pending'
+              and not exists (select from webhooks w
+                              where w.id = g.webhook_id and w.deleted_at is null))
     returning id
 ), attempts_gone as (
     delete from delivery_attempts where delivery_id in (select id from deliveries_gone)
@@ -155,6 +171,7 @@ with bounds as materialized (
     delete from webhook_messages
     where id in (select m.id from webhook_messages m
                  where m.id < (select message from bounds)
+                   and not exists (select from owed where owed.event_id = m.id)
                  order by m.id limit %(limit)s)
     returning id
 ), webhooks_gone as (

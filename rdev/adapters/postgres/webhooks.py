@@ -17,11 +17,13 @@ from rdev.domain.ids import KeyId, ProjectId, key_id, key_uuid
 from rdev.domain.keys import ADMIN_KEY_ID
 from rdev.domain.webhooks import (
     LANE_CAP,
+    ROTATION_GRACE_S,
     WEBHOOKS_MAX,
     DisabledReason,
     EventType,
     NewWebhook,
     SecretRotation,
+    SigningKey,
     Webhook,
     WebhookChange,
     WebhookId,
@@ -36,7 +38,9 @@ _FULL_RETRY_S = 60.0
 
 _WEBHOOK = """
 select w.*, l.failing_since,
-       case when w.previous_until > clock_timestamp() then w.previous_until end as grace_until
+       case when w.previous_until > clock_timestamp() then w.previous_until end as grace_until,
+       case when w.previous_until > clock_timestamp() then w.previous_public_key end
+           as grace_public_key
 from webhooks w
 left join webhook_lanes l on l.webhook_id = w.id
 where w.deleted_at is null
@@ -53,14 +57,17 @@ limit %(limit)s
 """
 )
 
+# Whoever makes an endpoint counts alone, on all servers; the statement after this one sees what all
+# before it have made. Idempotency keys are kept before it, and nothing is waited for behind it.
+_COUNT_ALONE = "select pg_advisory_xact_lock(hashtextextended('rdev.webhooks', 0))"
 _COUNT = "select count(*) from webhook_lanes"
 
 _INSERT = """
 insert into webhooks (id, url, description, events, project_ids, is_ordered, owner, is_enabled,
-                      disabled_reason, disabled_at, secret)
+                      disabled_reason, disabled_at, secret, public_key)
 values (%(id)s, %(url)s, %(description)s, %(events)s, %(project_ids)s, %(is_ordered)s, %(owner)s,
         %(is_enabled)s, case when not %(is_enabled)s then 'requested' end,
-        case when not %(is_enabled)s then clock_timestamp() end, %(secret)s)
+        case when not %(is_enabled)s then clock_timestamp() end, %(secret)s, %(public_key)s)
 """
 _INSERT_LANE = "insert into webhook_lanes (webhook_id, is_open, cap) values (%s, %s, %s)"
 
@@ -93,7 +100,8 @@ where webhook_id = %(id)s and status = 'pending'
 
 _ROTATE = """
 update webhooks
-set previous_secret = secret, secret = %(secret)s, updated_at = clock_timestamp(),
+set previous_secret = secret, previous_public_key = public_key,
+    secret = %(secret)s, public_key = %(public_key)s, updated_at = clock_timestamp(),
     previous_until = clock_timestamp() + make_interval(secs => %(grace_s)s)
 where id = %(id)s and deleted_at is null
 """
@@ -170,6 +178,9 @@ class PostgresWebhooks:
                 # Lane before deliveries, as a claim.
                 await connection.execute(_CHANGE_LANE, parameters)
                 await connection.execute(_CHANGE_PENDING, parameters)
+                if change.key is not None:
+                    key = {"grace_s": ROTATION_GRACE_S, **_key(change.key)}
+                    await connection.execute(_ROTATE, parameters | key)
                 await connection.execute(ENTRY, _changed(webhook, change, actor))
         return await self.get(webhook)
 
@@ -177,8 +188,8 @@ class PostgresWebhooks:
         """See `WebhookStore.rotate`."""
         parameters = {
             "id": webhook_uuid(rotation.webhook),
-            "secret": rotation.secret,
             "grace_s": rotation.grace_s,
+            **_key(rotation.key),
         }
         with translate_key_in_use(), translate_errors():
             async with self._pool.connection() as connection, connection.transaction():
@@ -223,6 +234,7 @@ class PostgresWebhooks:
 
 
 async def _insert(connection: TrioConnection[TupleRow], new: NewWebhook) -> None:
+    await connection.execute(_COUNT_ALONE)
     row = await (await connection.execute(_COUNT)).fetchone()
     if row is not None and row[0] >= WEBHOOKS_MAX:
         message = f"there are {WEBHOOKS_MAX} webhooks already"
@@ -236,7 +248,7 @@ async def _insert(connection: TrioConnection[TupleRow], new: NewWebhook) -> None
         "is_ordered": new.is_ordered,
         "owner": _owner_uuid(new.owner),
         "is_enabled": new.is_enabled,
-        "secret": new.secret,
+        **_key(new.key),
     }
     await connection.execute(_INSERT, parameters)
     cap = _cap(is_ordered=new.is_ordered)
@@ -255,20 +267,26 @@ def _changed(webhook: WebhookId, change: WebhookChange, actor: Actor) -> dict[st
 
 
 def _rotated(rotation: SecretRotation, actor: Actor) -> dict[str, object]:
-    detail = {"grace_s": rotation.grace_s}
+    detail = {"grace_s": rotation.grace_s, "signature_scheme": rotation.key.scheme}
     return entry_parameters(actor, Action.WEBHOOK_ROTATED, rotation.webhook, detail=detail)
 
 
 def _detail(said: NewWebhook | WebhookChange) -> dict[str, object]:
     """What an entry tells of an endpoint. Of the URL only where it leads: paths hold secrets."""
     parts = urlsplit(said.url)
+    scheme = {} if said.key is None else {"signature_scheme": said.key.scheme}
     return {
         "origin": f"{parts.scheme}://{parts.netloc}",
         "events": [event.value for event in said.events],
         "project_ids": _sorted(said.project_ids),
         "ordered": said.is_ordered,
         "enabled": said.is_enabled,
+        **scheme,
     }
+
+
+def _key(key: SigningKey) -> dict[str, object]:
+    return {"secret": key.sealed, "public_key": key.public_key}
 
 
 def _cap(*, is_ordered: bool) -> int:
@@ -302,4 +320,6 @@ def _to_webhook(row: DictRow) -> Webhook:
         created_at=row["created_at"],
         updated_at=row["updated_at"],
         previous_until=row["grace_until"],
+        public_key=row["public_key"],
+        previous_public_key=row["grace_public_key"],
     )

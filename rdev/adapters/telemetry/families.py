@@ -29,6 +29,7 @@ _REQUEST_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 60)
 _COMMAND_BUCKETS_S = (0.1, 1, 10, 60, 300, 1800, 7200, 86_400)
 _WAIT_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 1800, 7200)
 _LAG_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.1, 5)
+_LOOP_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
 _ATTEMPT_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 600)
 
 # When each series was made doubles the number of counters and is asked for by no query of ours.
@@ -215,13 +216,19 @@ class WebhookMetrics:
 
 
 class UpkeepMetrics:
-    """What the housekeeper and the breakers tell."""
+    """What the housekeeper, the breakers and the event loop tell."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.housekeeping = Counter(
             "rdev_housekeeping_total",
             "Things that the housekeeper put away",
             ("duty",),
+            registry=registry,
+        )
+        self.loop_lag = Histogram(
+            "rdev_event_loop_lag_seconds",
+            "How late the event loop came to what was due, ten times a second",
+            buckets=_LOOP_BUCKETS_S,
             registry=registry,
         )
         self.breakers = Counter(

@@ -35,7 +35,8 @@ from rdev.domain.breaker import BreakerReason, BreakerState
 from rdev.domain.commands import Priority, Status
 from rdev.domain.depths import Depths
 from rdev.domain.ids import ProjectId
-from rdev.ports.telemetry import AuthFailure, log_context
+from rdev.ports.telemetry import AuthFailure
+from rdev.ports.tracing import current_trace
 
 # A histogram has a series per bucket, so it names fewer projects.
 _COUNTED_PROJECTS = 50
@@ -88,6 +89,14 @@ class PrometheusTelemetry:
         """As `watch`, of several parts of one kind: the label `<part>` names each."""
         self._show(_Statistics(part, each))
 
+    async def read(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
+        """All metrics as `encode` writes them; it is called in a thread. Blocks and cancellation as
+        of `render`."""
+        async with self._turn:
+            for watched in self._watched:
+                watched.take()
+            return await trio.to_thread.run_sync(encode, self.registry, abandon_on_cancel=True)
+
     async def render(self, accept: str) -> tuple[bytes, str]:
         """All metrics as OpenMetrics or Prometheus text, at most 1 s old, and the content type.
 
@@ -117,14 +126,12 @@ class PrometheusTelemetry:
         """See the port."""
         self._http.in_flight.labels(method, path).dec()
         labels = self._http.labels(method, path, status)
-        trace_id = (log_context.get() or {}).get("trace_id")
-        exemplar = None if trace_id is None else {"trace_id": trace_id}
         self._http.total.labels(*labels).inc()
-        self._http.duration.labels(*labels).observe(latency_s, exemplar)
+        self._http.duration.labels(*labels).observe(latency_s, _exemplar())
 
     def command_claimed(self, kind: str, wait_s: float) -> None:
         """See the port."""
-        self._commands.wait(kind).observe(wait_s)
+        self._commands.wait(kind).observe(wait_s, _exemplar())
 
     def command_started(self, project: ProjectId, kind: str) -> None:
         """See the port."""
@@ -139,7 +146,8 @@ class PrometheusTelemetry:
     ) -> None:
         """See the port."""
         self._commands.total(self._counted.label(project), kind, status).inc()
-        self._commands.duration(self._timed.label(project), kind, status).observe(duration_s)
+        duration = self._commands.duration(self._timed.label(project), kind, status)
+        duration.observe(duration_s, _exemplar())
 
     def kill_unconfirmed(self, kind: str) -> None:
         """See the port."""
@@ -152,6 +160,10 @@ class PrometheusTelemetry:
             depth, oldest_s = (found.queued, found.oldest_wait_s) if found else _UNKNOWN
             self._depths.depth.labels(priority).set(depth)
             self._depths.oldest.labels(priority).set(oldest_s)
+
+    def loop_was_late(self, late_s: float) -> None:
+        """See the port."""
+        self._upkeep.loop_lag.observe(late_s)
 
     @contextmanager
     def stream(self, project: ProjectId) -> Iterator[None]:
@@ -203,7 +215,7 @@ class PrometheusTelemetry:
     def webhook_attempted(self, outcome: str, latency_s: float) -> None:
         """See the port."""
         self._webhooks.attempts.labels(outcome).inc()
-        self._webhooks.duration.observe(latency_s)
+        self._webhooks.duration.observe(latency_s, _exemplar())
 
     def webhook_dead(self, reason: str, count: int = 1) -> None:
         """See the port."""
@@ -220,6 +232,12 @@ class PrometheusTelemetry:
     def _show(self, watched: "_Statistics") -> None:
         self._watched.append(watched)
         self.registry.register(watched)
+
+
+def _exemplar() -> dict[str, str] | None:
+    """The trace that this task works for, where somebody records it."""
+    trace = current_trace.get()
+    return {"trace_id": trace.trace_id} if trace is not None and trace.is_sampled else None
 
 
 class _Statistics:

@@ -1,5 +1,6 @@
 """Checkpoints: what a line says, who signed it, and where it is kept."""
 
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from rdev.domain.errors import ErrorCode, RdevError
 
 AT = datetime(2026, 11, 22, 18, tzinfo=UTC)
 SIGNER = Signer(b"s" * 32, server="one")
+STAMP = "2026-11-22T18:00:00.000Z"
 PLACE = Place(seq=7, hash=bytes(range(32)))
 
 
 def places(lines: list[bytes], signer: Signer = SIGNER) -> list[Place]:
-    return list(Reader(signer.public_key).places(lines))
+    return [kept.place for kept in Reader(signer.public_key).checkpoints(lines)]
 
 
 def test_what_was_signed_is_read_again():
@@ -52,8 +54,19 @@ def test_a_line_that_is_none_is_forged(text: bytes):
 
 
 def test_a_last_line_that_was_torn_is_passed_over():
-    line = SIGNER.line(PLACE, "x")
+    line = SIGNER.line(PLACE, STAMP)
     assert places([line, line[:-9]]) == [PLACE]
+
+
+def test_a_line_that_a_crash_tore_off_spoils_none_behind_it():
+    line = SIGNER.line(PLACE, STAMP)
+    for length in range(1, len(line) - 2):
+        assert places([line[:length] + b"\n", line]) == [PLACE], length
+
+
+def test_a_line_says_when_it_was_kept():
+    (kept,) = Reader(SIGNER.public_key).checkpoints([SIGNER.line(PLACE, STAMP)])
+    assert kept.at == AT
 
 
 def test_what_is_no_public_key_is_refused():
@@ -71,8 +84,22 @@ async def test_a_file_is_appended_to(tmp_path: Path):
     await sink.keep(Place(seq=8, hash=PLACE.hash), at=AT)
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) == 3
-    assert [place.seq for place in places([lines[0], lines[2]])] == [7, 8]
+    assert [place.seq for place in places(lines)] == [7, 8]
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_line_that_was_written_in_part_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "checkpoints"
+    sink = FileSink(path, signer=SIGNER)
+    with monkeypatch.context() as patch:
+        write = os.write
+        patch.setattr(os, "write", lambda file, data: write(file, data[:40]))
+        with pytest.raises(RdevError, match="No space left"):
+            await sink.keep(PLACE, at=AT)
+    await sink.keep(PLACE, at=AT)
+    assert places(path.read_bytes().splitlines(keepends=True)) == [PLACE]
 
 
 async def test_a_file_that_cannot_be_written_is_said(tmp_path: Path):

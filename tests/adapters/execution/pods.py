@@ -33,6 +33,7 @@ class Cluster:
     executor: KubernetesExecutor
     transport: KubernetesTransport
     reason: LostReason | None = None  # what the cluster knows of the pod's end
+    is_away: bool = False  # whether it is known that no pod can be reached
 
 
 def pod(name: str = POD, project: str = PROJECT) -> dict[str, object]:
@@ -85,6 +86,7 @@ async def cluster(
                 base_env=env,
                 place=place,
                 patience=patience,
+                is_away=lambda: found[0].is_away,
             )
             found.append(Cluster(api=api, proxy=proxy, executor=executor, transport=transport))
             yield found[0]

@@ -11,7 +11,7 @@ from rdev.adapters.execution.kubernetes import KubernetesTransport, explain
 from rdev.adapters.execution.transport import Streams, TransportError
 from rdev.adapters.kubernetes.websocket import Silence
 from rdev.domain.errors import ErrorCode, RdevError
-from rdev.domain.execution import Lost, LostReason, Offsets
+from rdev.domain.execution import Lost, LostReason, Offsets, UnfitProjectError
 from tests.adapters.execution.observing import (
     DEADLINE_S,
     PROJECT,
@@ -130,6 +130,28 @@ async def test_an_image_without_a_tool_is_named_once(projects: Path, tmp_path: P
         assert len(made.api.execs.seen) == 1
 
 
+async def test_a_pod_that_nobody_prepared_is_prepared_once(projects: Path) -> None:
+    async with cluster(projects) as made:
+        instance = await made.executor.instance(PROJECT)
+        asked = len(made.api.execs.seen)
+        assert await made.executor.instance(PROJECT) == instance
+        assert len(made.api.execs.seen) == asked + 1
+        assert (projects / PROJECT).is_dir()
+
+
+@pytest.mark.parametrize("has_shell", [True, False])
+async def test_nothing_runs_where_the_shell_or_its_tools_are_missing(
+    projects: Path, tmp_path: Path, has_shell: bool
+) -> None:
+    (tmp_path / "empty").mkdir()
+    if has_shell:
+        (tmp_path / "empty" / "sh").symlink_to("/bin/sh")
+    async with cluster(projects, str(tmp_path / "empty")) as made:
+        with pytest.raises(UnfitProjectError) as caught:
+            await made.executor.instance(PROJECT)
+    assert ("shell" if has_shell else 'exec: "sh"') in caught.value.lacks
+
+
 @pytest.mark.parametrize("fault", [StatusFault.ABSENT, StatusFault.NOISE])
 async def test_an_end_without_a_status_is_no_end(pods: Cluster, fault: StatusFault) -> None:
     pods.api.execs.status_fault = fault
@@ -209,12 +231,91 @@ async def test_a_refused_exec_says_why_and_is_asked_for_again(pods: Cluster, sta
     assert (seen.out, fault.times) == (b"done\n", 0)
 
 
+async def test_an_api_server_that_says_when_is_not_asked_before(pods: Cluster) -> None:
+    instance = await pods.executor.instance(PROJECT)
+    wait = Fault(429, method="EXEC", path_end="/exec", retry_after_s=1)
+    pods.api.faults.append(wait)
+    asked: list[float] = []
+    async with trio.open_nursery() as nursery:
+
+        async def note() -> None:
+            known = sum(path.endswith("/exec") for _, path in pods.api.requests)
+            while len(asked) < 2:
+                now = sum(path.endswith("/exec") for _, path in pods.api.requests)
+                asked.extend([trio.current_time()] * (now - known))
+                known = now
+                await trio.sleep(0.005)
+
+        nursery.start_soon(note)
+        seen = await observe(pods.executor, new_command(), sh("echo done"), instance=instance)
+    assert (seen.out, wait.times) == (b"done\n", 0)
+    assert asked[1] - asked[0] > 0.9
+
+
 async def test_a_proxys_page_instead_of_an_exec_is_an_error(pods: Cluster) -> None:
     page = Fault(502, method="EXEC", path_end="/exec", body="<html>Bad Gateway</html>")
     pods.api.faults.append(page)
     with pytest.raises(TransportError, match="502"):
         async with pods.transport.run(PROJECT, ["true"]):
             pass
+
+
+async def test_while_no_pod_can_be_reached_none_is_given_up(projects: Path) -> None:
+    quick = Patience(heartbeat_s=0.1, silence_s=5, unreachable_s=0.3)
+    gate = projects / "gate"
+    async with cluster(projects, patience=quick) as made, trio.open_nursery() as nursery:
+        await made.executor.prepare(PROJECT)
+        command, instance = new_command(), await made.executor.instance(PROJECT)
+        async with made.executor.attach(
+            PROJECT,
+            command,
+            spec=sh(f"echo ready; until [ -e {gate} ]; do sleep 0.05; done"),
+            instance=instance,
+            offsets=START,
+        ) as attachment:
+            await read_until(attachment, b"ready\n")
+            made.is_away, made.proxy.is_refusing = True, True
+            made.proxy.cut_all()
+            seen: list[object] = []
+
+            async def read() -> None:
+                seen.append(await read_to_end(attachment, Offsets(stdout=6)))
+
+            nursery.start_soon(read)
+            failed = made.executor.statistics().failed
+            ends = trio.current_time() + 4 * quick.unreachable_s
+            await until(lambda: trio.current_time() > ends, "time passes")
+            assert made.executor.statistics().failed > failed
+            assert seen == []
+            gate.touch()
+            made.is_away = made.proxy.is_refusing = False
+            await until(lambda: bool(seen), "its end is read")
+        assert seen[0].exit.exit_code == 0  # type: ignore[attr-defined]
+        assert made.executor.statistics().reconnects > 1
+
+
+async def test_a_cluster_that_is_away_for_too_long_is_given_up(projects: Path) -> None:
+    quick = Patience(heartbeat_s=0.1, silence_s=5, unreachable_s=60, away_s=0.3)
+    async with cluster(projects, patience=quick) as made:
+        await made.executor.prepare(PROJECT)
+        instance = await made.executor.instance(PROJECT)
+        made.is_away, made.proxy.is_refusing = True, True
+        seen = await observe(made.executor, new_command(), sh("true"), instance=instance)
+        assert seen.end == Lost(reason=LostReason.UNREACHABLE, may_still_run=True)
+        assert isinstance(seen.end, Lost)
+        assert seen.end.tries == 0  # no fault of the project's
+
+
+async def test_execs_are_counted(projects: Path) -> None:
+    async with cluster(projects) as made:
+        async with made.transport.run(PROJECT, ["cat"]):
+            assert made.executor.statistics().open == 1
+        made.api.drop("pods", POD)
+        with pytest.raises(TransportError):
+            async with made.transport.run(PROJECT, ["cat"]):
+                pass
+        found = made.executor.statistics()
+        assert (found.open, found.opened, found.failed, found.full) == (0, 1, 1, 0)
 
 
 async def test_a_pod_that_is_gone_is_out_of_reach(projects: Path) -> None:

@@ -9,7 +9,7 @@ from quart import Blueprint, request
 
 from rdev.adapters.http.app import HttpLimits
 from rdev.adapters.http.envelope import accepted, created, no_content, read_json, success
-from rdev.adapters.http.exchange import exchange, hold, principal, trace_id_of
+from rdev.adapters.http.exchange import exchange, hold, offered_trace, principal
 from rdev.domain.errors import ErrorCode, Fault, RdevError
 from rdev.ports.telemetry import AuthFailure, log_context
 
@@ -308,26 +308,16 @@ async def test_the_trace_of_the_client_is_in_the_context_of_the_logs(serve):
     assert reply.json()["data"] == {"request_id": "req-1", "trace_id": trace}
 
 
-@pytest.mark.parametrize(
-    "traceparent",
-    [
-        None,
-        "",
-        "00-" + "0" * 32 + "-00f067aa0ba902b7-01",
-        "00-4bf92f3577b34da6a3ce929d0e0e4736-" + "0" * 16 + "-01",
-        "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-        "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
-        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
-    ],
-)
-def test_an_invalid_traceparent_is_no_trace(traceparent):
-    assert trace_id_of(traceparent) is None
+async def test_two_traceparents_are_none_and_two_tracestates_are_one_list() -> None:
+    parent, trace = b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", b"traceparent"
+    states = [(b"tracestate", b"a=1"), (b"x-other", b"c=3"), (b"tracestate", b"b=2")]
 
+    found = offered_trace([(trace, parent), *states])
 
-def test_a_later_version_of_traceparent_may_say_more():
-    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
-
-    assert trace_id_of(f"01-{trace}-00f067aa0ba902b7-01-more") == trace
+    assert found is not None
+    assert found.state == "a=1,b=2"
+    assert offered_trace([(trace, parent), (trace, parent)]) is None
+    assert offered_trace(states) is None
 
 
 async def test_the_address_behind_a_trusted_proxy_is_the_clients(serve):
@@ -395,7 +385,7 @@ async def test_requests_over_the_limit_are_refused_but_never_the_probes(serve, e
     site = await serve(blocking, limits=HttpLimits(max_in_flight=1))
     async with trio.open_nursery() as clients:
         clients.start_soon(site.request, "GET", "/block")
-        await eventually(lambda: site.shell.admission.in_flight == 1)
+        await eventually(lambda: site.shell.admission.work.taken == 1)
 
         over = await site.request("GET", "/block")
         probe = await site.request("GET", "/health", key=None)
@@ -406,7 +396,7 @@ async def test_requests_over_the_limit_are_refused_but_never_the_probes(serve, e
     assert over.json()["error"]["code"] == "SERVICE_UNAVAILABLE"
     assert probe.body == b"alive"
     assert site.telemetry.refused == ["in_flight"]
-    await eventually(lambda: site.shell.admission.in_flight == 0)
+    await eventually(lambda: site.shell.admission.work.taken == 0)
 
 
 async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventually):
@@ -425,7 +415,7 @@ async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventu
     before_s = trio.current_time()
     async with trio.open_nursery() as clients:
         clients.start_soon(site.request, "GET", "/hold")
-        await eventually(lambda: site.shell.admission.held == 1)
+        await eventually(lambda: site.shell.admission.held.taken == 1)
 
         over = await site.request("GET", "/hold")
         work = await site.request("GET", "/things/a")
@@ -433,7 +423,9 @@ async def test_held_requests_leave_the_requests_in_work_their_room(serve, eventu
 
     assert (over.status, work.status) == (503, 200)
     assert site.telemetry.refused == ["held"]
-    await eventually(lambda: (site.shell.admission.held, site.shell.admission.in_flight) == (0, 0))
+    await eventually(
+        lambda: (site.shell.admission.held.taken, site.shell.admission.work.taken) == (0, 0)
+    )
     # The held one is the last to finish; its latency ended where the holding began.
     assert site.telemetry.finished[-1] == ("GET", "/hold", 200)
     assert site.telemetry.latencies_s[-1] <= held_at_s[0] - before_s

@@ -182,10 +182,10 @@ async def test_a_client_that_leaves_a_silent_stream_ends_its_generator(serve, ev
     async with site.connect() as wire:
         await wire.send(GET.replace(b"quick", b"silent") + b"\r\n")
         await told["began"].wait()
-        assert (site.shell.admission.held, site.shell.admission.in_flight) == (1, 0)
+        assert (site.shell.admission.held.taken, site.shell.admission.work.taken) == (1, 0)
     await told["ended"].wait()
 
-    await eventually(lambda: site.server.open_connections == site.shell.admission.held == 0)
+    await eventually(lambda: site.server.open_connections == site.shell.admission.held.taken == 0)
 
 
 async def test_a_client_that_is_reset_ends_its_generator(serve):
@@ -210,7 +210,7 @@ async def test_a_client_that_leaves_cancels_its_request_and_is_counted(serve, ev
     await told["ended"].wait()
 
     await eventually(lambda: site.telemetry.finished == [("GET", "/slow", 499)])
-    assert site.shell.admission.in_flight == 0
+    assert site.shell.admission.work.taken == 0
 
 
 async def test_shutdown_with_idle_connections_is_immediate(serve):

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import trio
@@ -14,7 +14,11 @@ from rdev.domain.breaker import BreakerReason, BreakerState
 from rdev.domain.commands import Kind, Priority, Status
 from rdev.domain.depths import Depth, Depths, ProjectDepth
 from rdev.domain.sse import EventName
-from rdev.ports.telemetry import AuthFailure, Silence, log_context
+from rdev.domain.traces import TraceContext
+from rdev.ports.telemetry import AuthFailure, Silence
+from rdev.ports.tracing import within
+
+TRACE = TraceContext(trace_id="4bf92f3577b34da6a3ce929d0e0e4736", span_id="ab" * 8, is_sampled=True)
 
 # Every series of the guide: its name and its labels.
 GUIDE = {
@@ -115,10 +119,10 @@ async def test_projects_beyond_the_bound_share_one_label():
 
 def test_silence_has_every_verb_of_the_ports():
     verbs = {name for name in vars(PrometheusTelemetry) if not name.startswith("_")}
-    verbs -= {"render", "watch", "watch_each"}
+    verbs -= {"read", "render", "watch", "watch_each"}
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
-    assert len(verbs) == 16 + 2 + 1 + 1
+    assert len(verbs) == 17 + 2 + 1 + 1
 
 
 async def test_a_breakers_changes_are_counted_with_their_reason() -> None:
@@ -204,14 +208,21 @@ async def test_a_scrape_that_is_given_up_does_not_spoil_the_next() -> None:
 
 async def test_open_metrics_carry_the_trace_of_a_request_as_an_exemplar() -> None:
     telemetry = PrometheusTelemetry()
-    log_context.set({"request_id": "r", "trace_id": "4bf92f3577b34da6a3ce929d0e0e4736"})
     telemetry.request_started("GET", "/x")
-    telemetry.request_finished("GET", "/x", 200, 1.5)
+    with within(replace(TRACE, trace_id="ff" * 16, is_sampled=False)):
+        telemetry.request_finished("GET", "/x", 200, 1.5)
+    with within(TRACE):
+        telemetry.request_finished("GET", "/x", 200, 1.5)
+        telemetry.command_claimed("shell", 0.25)
+        telemetry.command_finished("p", "shell", Status.SUCCEEDED, 3.5)
+        telemetry.webhook_attempted("accepted", 0.75)
 
     body, _ = await telemetry.render("application/openmetrics-text; version=1.0.0")
     plain, _ = await telemetry.render("text/plain")
 
-    assert b'# {trace_id="4bf92f3577b34da6a3ce929d0e0e4736"} 1.5' in body
+    for value in (b"1.5", b"0.25", b"3.5", b"0.75"):
+        assert b'# {trace_id="4bf92f3577b34da6a3ce929d0e0e4736"} ' + value in body
+    assert b"ffff" not in body, "nobody recorded that one"
     assert b"4bf92f" not in plain
 
 

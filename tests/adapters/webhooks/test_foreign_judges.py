@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from rdev.adapters.webhooks.ed25519 import PrivateKey
 from rdev.domain.signing import Secret, sign
@@ -61,3 +62,15 @@ def test_the_published_javascript_library_refuses_what_rdev_refuses(node_folder)
         "Message timestamp too old",
         *["No matching signature found"] * 3,
     ]
+
+
+def test_the_published_python_library_knows_no_v1a_and_passes_it_over() -> None:
+    """As the JavaScript one (judge.mjs judges v1a by node). Of a public key it makes a secret, of
+    which nothing verifies."""
+    key, body = PrivateKey(bytes(range(32))), BODIES[2]
+    both = request(None, [key, SECRETS[1]], body)
+    Webhook(SECRETS[1].text).verify(body, both["headers"])
+    for held in (SECRETS[1].text, key.public.text, key.text):
+        alone = request(None, [key], body)
+        with pytest.raises(WebhookVerificationError, match="No matching signature"):
+            Webhook(held).verify(body, alone["headers"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from rdev.adapters.webhooks.ed25519 import PrivateKey
 from rdev.domain.sending import OutgoingRequest
 from rdev.domain.signing import Secret, sign
 from rdev.domain.webhook_targets import parse_target
@@ -21,20 +22,22 @@ SECRET = Secret(key=bytes(range(32)))
 DEADLINE_S = 60
 
 
-def sample(language):
-    (code,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+def sample(language, word):
+    """The page's program in which this word stands."""
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    (code,) = (code for code in found if word in code)
     return code
 
 
 @pytest.fixture
 def in_python(tmp_path):
-    (tmp_path / "receiver.py").write_text(sample("python"))
+    (tmp_path / "receiver.py").write_text(sample("python", "class Receiver"))
     return [sys.executable, str(tmp_path / "receiver.py")]
 
 
 @pytest.fixture
 def in_javascript(node_folder):
-    (node_folder / "receiver.mjs").write_text(sample("js"))
+    (node_folder / "receiver.mjs").write_text(sample("js", "createServer("))
     return [shutil.which("node"), str(node_folder / "receiver.mjs")]
 
 
@@ -97,3 +100,17 @@ def test_the_example_on_the_page_has_the_headers_that_are_signed() -> None:
 
     for header in sign("evt_1", 1, b"", [SECRET]):
         assert f"\n{header}: " in example
+
+
+def test_the_function_of_the_documentation_judges_v1a() -> None:
+    words: dict[str, object] = {}
+    exec(sample("python", "def is_signed"), words)
+    is_signed, body = words["is_signed"], b'{"type": "ping"}'
+    old, new, foreign = (PrivateKey(bytes([n]) * 32) for n in (1, 2, 3))
+    headers = sign("evt_1", 1_800_000_000, body, [SECRET, new, old])
+    for key in (old, new):
+        assert is_signed(key.public.text, headers, body)
+        assert not is_signed(key.public.text, headers, body + b" ")
+        assert not is_signed(key.public.text, headers | {"webhook-id": "evt_2"}, body)
+    assert not is_signed(foreign.public.text, headers, body)
+    assert not is_signed(new.public.text, sign("evt_1", 1_800_000_000, body, [SECRET]), body)

@@ -1,0 +1,210 @@
+"""What is asked of projects, in PostgreSQL. What the statements promise each other is in
+`sql/0017_project_life.sql`."""
+
+from collections.abc import Collection, Mapping
+from uuid import UUID
+
+import msgspec
+from psycopg.rows import DictRow, dict_row
+from psycopg.types.json import Jsonb
+
+from rdev.adapters.postgres.pool import Pool, translate_errors
+from rdev.adapters.postgres.projects import SELECT_PROJECTS, to_project
+from rdev.domain.audit import Action, Actor
+from rdev.domain.commands import LANE_CAP, LaneClass, Outcome, Status
+from rdev.domain.idempotency import Idempotency
+from rdev.domain.ids import CommandId, ProjectId, command_id
+from rdev.domain.projects import Project, ProjectDefinition, Wanted
+from rdev.domain.stream import final_lines
+from rdev.ports.project_life import Asked
+
+TROUBLE_CHARACTERS = 200
+DELETED = "project_deleted"
+
+_ACTIONS: Mapping[Wanted, Action] = {
+    Wanted.RUNNING: Action.PROJECT_STARTED,
+    Wanted.STOPPED: Action.PROJECT_STOPPED,
+    Wanted.DELETED: Action.PROJECT_DELETED,
+}
+
+_WANT = """
+select want_project(%(project)s, %(wanted)s, %(force)s, %(status)s, %(action)s,
+                    %(key_id)s, %(key_name)s, %(ip)s, %(request_id)s) as asked
+"""
+
+_ADOPT = """
+with made as (
+    insert into projects (id, executor, reach, definition, adopted)
+    values (%(id)s, %(executor)s, %(reach)s, %(definition)s, true)
+    on conflict (id) do nothing
+    returning id, reach
+), entry as (
+    insert into audit_entries (actor, actor_name, action, target, project, detail)
+    select 'server', %(holder)s, 'project.adopted', id, id,
+           jsonb_build_object('image', %(image)s::text)
+    from made
+)
+insert into lanes (project, lane_class, reach, cap)
+select made.id, cap.key, made.reach, cap.value::integer
+from made, jsonb_each_text(%(caps)s) as cap
+"""
+
+_MISSING = """
+select asked.id
+from unnest(%(ids)s::text[]) asked (id)
+where not exists (select from projects p where p.id = asked.id)
+order by asked.id
+"""
+
+# `projects_unsettled` serves it.
+_UNSETTLED = (
+    SELECT_PROJECTS
+    + """
+where p.reach = %(reach)s and not p.settled
+order by p.reach, p.id
+limit %(limit)s
+"""
+)
+
+_SETTLE = "select settle_project(%(id)s, %(uid)s, %(wanted_at)s) as settled"
+
+_NOTE = """
+update projects set trouble = %(trouble)s
+where id = %(id)s and uid = %(uid)s and wanted_at = %(wanted_at)s
+  and trouble is distinct from %(trouble)s
+"""
+
+_END_QUEUED = "select end_queued(%(project)s, %(reason)s, %(events)b, %(holder)s, %(limit)s) as id"
+_ASK_RUNNING = "select ask_running_to_end(%(project)s, %(holder)s) as id"
+_REMOVE = "select remove_project(%(id)s, %(uid)s, %(holder)s) as removed"
+
+_WITHDRAW = """
+with forgotten as (
+    delete from idempotency_keys
+    where key_id = %(key_id)s and key = %(key)s and made = %(id)s
+), entry as (
+    insert into audit_entries (actor, actor_name, action, target, project, detail)
+    select 'server', %(holder)s, 'project.deleted', id, id, '{"reason": "refused"}'
+    from projects
+    where id = %(id)s and uid = %(uid)s and wanted <> 'deleted'
+)
+update projects
+set wanted = 'deleted', wanted_at = clock_timestamp(), forced = true, settled = false
+where id = %(id)s and uid = %(uid)s and wanted <> 'deleted'
+"""
+
+# For the attempt 0; the statement says which it is.
+_DELETED_EVENTS = final_lines(
+    Outcome(status=Status.CANCELLED, reason=DELETED),
+    attempt=0,
+    truncated=False,
+    stdout_bytes=0,
+    stderr_bytes=0,
+)
+
+
+class PostgresProjectLife:
+    """The `ProjectLife` port."""
+
+    def __init__(self, *, pool: Pool, holder: str) -> None:
+        """`holder` names this server, in the audit log too."""
+        self._pool = pool
+        self._holder = holder
+
+    async def want(
+        self, project: ProjectId, wanted: Wanted, actor: Actor, *, force: bool, status: str
+    ) -> Asked:
+        """See `ProjectLife.want`."""
+        values = {
+            "project": project,
+            "wanted": wanted,
+            "force": force,
+            "status": status,
+            "action": _ACTIONS[wanted],
+            "key_id": actor.key_id,
+            "key_name": actor.key_name,
+            "ip": actor.ip,
+            "request_id": actor.request_id,
+        }
+        (row,) = await self._rows(_WANT, values)
+        return Asked(row["asked"])
+
+    async def adopt(self, project: ProjectId, *, executor: str, reach: str, image: str) -> bool:
+        """See `ProjectLife.adopt`."""
+        definition = ProjectDefinition(id=project)
+        values = {
+            "id": project,
+            "executor": executor,
+            "reach": reach,
+            "definition": Jsonb(msgspec.to_builtins(definition)),
+            "image": image,
+            "holder": self._holder,
+            "caps": Jsonb({lane: LANE_CAP[lane] for lane in LaneClass}),
+        }
+        return await self._change(_ADOPT, values) > 0
+
+    async def missing(self, projects: Collection[ProjectId]) -> list[ProjectId]:
+        """See `ProjectLife.missing`."""
+        return [ProjectId(row["id"]) for row in await self._rows(_MISSING, {"ids": list(projects)})]
+
+    async def unsettled(self, *, reach: str, limit: int) -> list[Project]:
+        """See `ProjectLife.unsettled`."""
+        rows = await self._rows(_UNSETTLED, {"reach": reach, "limit": limit})
+        return [to_project(row) for row in rows]
+
+    async def settle(self, project: Project) -> bool:
+        """See `ProjectLife.settle`."""
+        (row,) = await self._rows(_SETTLE, _key(project))
+        return bool(row["settled"])
+
+    async def note(self, project: Project, trouble: str) -> None:
+        """See `ProjectLife.note`."""
+        values = {**_key(project), "trouble": trouble[:TROUBLE_CHARACTERS]}
+        await self._change(_NOTE, values)
+
+    async def end_queued(self, project: ProjectId, *, limit: int) -> list[CommandId]:
+        """See `ProjectLife.end_queued`."""
+        values = {
+            "project": project,
+            "reason": DELETED,
+            "events": _DELETED_EVENTS,
+            "holder": self._holder,
+            "limit": limit,
+        }
+        return [command_id(row["id"]) for row in await self._rows(_END_QUEUED, values)]
+
+    async def ask_running_to_end(self, project: ProjectId) -> list[CommandId]:
+        """See `ProjectLife.ask_running_to_end`."""
+        rows = await self._rows(_ASK_RUNNING, {"project": project, "holder": self._holder})
+        return [command_id(row["id"]) for row in rows]
+
+    async def remove(self, project: Project) -> bool:
+        """See `ProjectLife.remove`."""
+        (row,) = await self._rows(_REMOVE, {**_key(project), "holder": self._holder})
+        return bool(row["removed"])
+
+    async def withdraw(self, project: Project, idempotency: Idempotency | None) -> None:
+        """See `ProjectLife.withdraw`."""
+        values = {
+            **_key(project),
+            "holder": self._holder,
+            "key_id": idempotency and idempotency.key_id,
+            "key": idempotency and idempotency.key,
+        }
+        await self._change(_WITHDRAW, values)
+
+    async def _rows(self, statement: str, values: Mapping[str, object]) -> list[DictRow]:
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                cursor = connection.cursor(row_factory=dict_row)
+                await cursor.execute(statement, values)
+                return await cursor.fetchall()
+
+    async def _change(self, statement: str, values: Mapping[str, object]) -> int:
+        with translate_errors():
+            async with self._pool.connection() as connection:
+                return (await connection.execute(statement, values)).rowcount
+
+
+def _key(project: Project) -> dict[str, object]:
+    return {"id": project.id, "uid": UUID(project.uid), "wanted_at": project.wanted_at}

@@ -1,0 +1,192 @@
+"""What `rdev doctor` looks at on this machine: files, limits, disk, certificates, tools, a server.
+
+Bounds: each look is a few system calls, one command in a folder of its own, or one request.
+"""
+
+import os
+import resource
+import shutil
+import ssl
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Final
+
+import httpx2
+import msgspec
+from cryptography import x509
+
+from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.postgres.embedded import running_embedded
+from rdev.config import Settings, unknown_variables
+from rdev.domain.findings import Finding, fail, ok, skipped, warn
+from rdev.domain.ids import ProjectId
+from rdev.execution_wiring import base_env
+
+_DISK_WARN_BYTES: Final = 2 << 30
+_DISK_FAIL_BYTES: Final = 200 << 20
+_CERTIFICATE_WARN_DAYS: Final = 14
+# Besides what settings bound: the database, webhooks, files of the server itself.
+_DESCRIPTORS_BESIDES: Final = 300
+_DESCRIPTORS_A_COMMAND: Final = 4
+_ASK_S: Final = 3.0
+
+
+class HostChecks:
+    """Findings about this machine, for one set of settings."""
+
+    def __init__(
+        self, settings: Settings, environment: Mapping[str, str], *, now: Callable[[], datetime]
+    ) -> None:
+        """Opens nothing."""
+        self._settings = settings
+        self._environment = environment
+        self._now = now
+
+    async def settings(self) -> Finding:
+        """All are known (their values were checked when they were read)."""
+        unknown = unknown_variables(self._environment)
+        if unknown:
+            seen = f"not of this version: {', '.join(sorted(unknown))}"
+            return warn(seen, "`rdev config show` lists the settings; look for a typing error")
+        return ok("all known and in their ranges")
+
+    async def secret(self) -> Finding:
+        """Replicas share what seals sessions, webhook secrets and checkpoints."""
+        if self._settings.secret_file is not None:
+            return ok(f"RDEV_SECRET_FILE: {self._settings.secret_file}")
+        if self._settings.is_embedded:
+            return ok("kept in the state folder; this server has its database to itself")
+        advice = "give all servers of this database the same RDEV_SECRET_FILE (32 random bytes)"
+        return warn("RDEV_SECRET_FILE is not set, and the database may have other servers", advice)
+
+    async def state_folder(self) -> Finding:
+        """It can be written, and others of this machine cannot read the key in it."""
+        folder = self._settings.state_dir
+        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not os.access(present, os.W_OK | os.X_OK):
+            return fail(f"{present} cannot be written", "let rdev's user write RDEV_STATE_DIR")
+        key = folder / "admin-key"
+        if key.exists() and key.stat().st_mode & 0o077:
+            return fail(f"{key} can be read by others", f"chmod 600 {key}")
+        return ok(f"{folder}" if present == folder else f"{folder} will be made in {present}")
+
+    async def disk(self) -> Finding:
+        """Room where the state and the projects are."""
+        least, where = min(
+            (shutil.disk_usage(place).free, place) for place in self._folders_on_disk()
+        )
+        seen = f"{least / (1 << 30):.1f} GiB free at {where}"
+        advice = "make room; RDEV_LOG_MAX_BYTES and RDEV_RETENTION_DAYS bound what rdev keeps"
+        if least < _DISK_FAIL_BYTES:
+            return fail(seen, advice)
+        return warn(seen, advice) if least < _DISK_WARN_BYTES else ok(seen)
+
+    async def open_files(self) -> Finding:
+        """Descriptors for all that the settings allow at once."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = (
+            self._settings.streams_max
+            + self._settings.in_flight_max
+            + self._settings.running_max * _DESCRIPTORS_A_COMMAND
+            + _DESCRIPTORS_BESIDES
+        )
+        seen = f"{soft} may be open; the settings allow what takes {needed}"
+        if soft >= needed:
+            return ok(seen)
+        return warn(seen, f"ulimit -n {needed} (at most {hard}), or lower RDEV_STREAMS_MAX")
+
+    async def tls(self) -> Finding:
+        """The certificate goes with its key, and is good for some time."""
+        certificate, key = self._settings.tls_cert_file, self._settings.tls_key_file
+        if certificate is None or key is None:
+            return skipped("no certificate is set: TLS ends before rdev, or nowhere")
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
+            ends = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+        except (OSError, ValueError) as error:  # ssl's errors are OSErrors
+            return fail(f"{certificate}, {key}: {error}", "give a PEM chain and its own key")
+        left_days = (ends - self._now()).total_seconds() / 86_400
+        seen = f"{certificate} is valid until {ends:%Y-%m-%d}"
+        if left_days <= 0:
+            return fail(seen, "renew it: no client accepts it")
+        return warn(seen, "renew it") if left_days < _CERTIFICATE_WARN_DAYS else ok(seen)
+
+    async def proxies(self) -> Finding:
+        """Whoever listens for others should know which of them are proxies."""
+        host = self._settings.bind.rpartition(":")[0].strip("[]")
+        if self._settings.trusted_proxies:
+            nets = ", ".join(map(str, self._settings.trusted_proxies))
+            return ok(f"addresses come from {nets}")
+        if host in {"127.0.0.1", "::1", "localhost"} or self._settings.tls_cert_file is not None:
+            return ok(f"listens on {self._settings.bind}; who connects is the client")
+        advice = "name your proxy in RDEV_TRUSTED_PROXIES: else all its clients are one address"
+        return warn(f"listens on {self._settings.bind} without TLS and trusts no proxy", advice)
+
+    async def supervisor(self) -> Finding:
+        """A local project has the tools that supervise commands."""
+        with tempfile.TemporaryDirectory(prefix="rdev-doctor-") as folder:
+            executor = LocalExecutor(
+                projects_dir=Path(folder), base_env=base_env(), machine_id="doctor"
+            )
+            await executor.prepare(ProjectId("doctor"))
+        return ok("this machine has what commands need (sh, setsid, dd, stat, mkfifo)")
+
+    async def server(self) -> Finding:
+        """A server that runs on this state folder says that it is ready."""
+        try:
+            address = (self._settings.state_dir / "address").read_text().strip()
+        except OSError:
+            return skipped(f"none has run in {self._settings.state_dir}")
+        scheme = "http" if self._settings.tls_cert_file is None else "https"
+        try:
+            async with httpx2.AsyncClient(verify=False, trust_env=False, timeout=_ASK_S) as client:
+                answer = await client.get(f"{scheme}://{address}/ready")
+        except httpx2.TransportError:
+            return skipped(f"none answers at {address}")
+        if answer.status_code == HTTPStatus.OK:
+            return ok(f"ready at {address}")
+        return fail(f"{address}: {_complaints(answer)}", "see the checks above, and its log")
+
+    def database_dsn(self) -> str | None:
+        """Where the database is; None for an embedded one that does not run."""
+        if self._settings.database_dsn is not None:
+            return self._settings.database_dsn.get_secret_value()
+        return running_embedded(self._settings.state_dir)
+
+    def _folders_on_disk(self) -> list[Path]:
+        wanted = [self._settings.state_dir]
+        if self._settings.executor == "local":
+            wanted.append(self._settings.projects_folder)
+        return [
+            next(
+                place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
+            )
+            for folder in wanted
+        ]
+
+
+class _CheckBody(msgspec.Struct):
+    status: str
+    message: str = ""
+
+
+class _ReadyBody(msgspec.Struct):
+    status: str
+    checks: dict[str, _CheckBody]
+
+
+def _complaints(answer: httpx2.Response) -> str:
+    try:
+        body = msgspec.json.decode(answer.content, type=_ReadyBody)
+    except msgspec.DecodeError:
+        return f"status {answer.status_code}"
+    bad = [f"{name}: {check.message}" for name, check in body.checks.items() if check.message]
+    return "; ".join(bad) or body.status
+
+
+def utc_now() -> datetime:
+    """The present moment."""
+    return datetime.now(UTC)  # noqa: TID251  (this is the `now` that is injected)

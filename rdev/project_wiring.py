@@ -1,0 +1,77 @@
+"""What projects are made of: their store, their places and the keeper; a part of `wiring.py`.
+
+It opens and starts nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from rdev.adapters.kubernetes.places import PodPlaces
+from rdev.adapters.kubernetes.template import read_template
+from rdev.adapters.postgres.pool import Pool
+from rdev.adapters.postgres.project_life import PostgresProjectLife
+from rdev.adapters.postgres.projects import PostgresProjects
+from rdev.config import Settings
+from rdev.domain.ids import CommandId, ProjectId
+from rdev.execution_wiring import ClusterParts, ExecutionParts
+from rdev.identity import Identity
+from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.projects import Lives, Projects
+from rdev.services.standing_places import StandingPlaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectNeeds:
+    """What the rest of the server lends; of the callables none waits."""
+
+    requests: Pool
+    announce: Callable[[CommandId], None]
+    ask_to_end: Callable[[CommandId], None]
+    tell_replicas: Callable[[ProjectId], None]
+    now: Callable[[], datetime]
+
+
+def build_projects(
+    settings: Settings, identity: Identity, execution: ExecutionParts, needs: ProjectNeeds
+) -> tuple[Projects, ProjectKeeper]:
+    """The use cases, and the subsystem that does what they ask for. Errors: BAD_REQUEST for a
+    template that no project can be made of."""
+    executor, cluster = execution.executor, execution.cluster
+    places = (
+        StandingPlaces(executor) if cluster is None else _pods(settings, cluster, now=needs.now)
+    )
+    life = PostgresProjectLife(pool=needs.requests, holder=identity.holder)
+
+    def ended(commands: Sequence[CommandId]) -> None:
+        for command in commands:
+            needs.announce(command)
+
+    def changed(project: ProjectId) -> None:
+        projects.heed([project])
+        needs.tell_replicas(project)
+
+    keeper = ProjectKeeper(
+        life=life,
+        places=places,
+        executor=settings.executor,
+        reach=lambda: executor.reach,
+        ended=ended,
+        ask_to_end=needs.ask_to_end,
+        changed=changed,
+    )
+    if cluster is not None:
+        cluster.pods.tell(lambda _: keeper.wake())
+    projects = Projects(
+        store=PostgresProjects(pool=needs.requests),
+        executor=executor,
+        executor_name=settings.executor,
+        lives=Lives(life=life, places=places, keeper=keeper),
+        tell_replicas=needs.tell_replicas,
+    )
+    return projects, keeper
+
+
+def _pods(settings: Settings, cluster: ClusterParts, *, now: Callable[[], datetime]) -> PodPlaces:
+    template = read_template(settings.project_template)
+    return PodPlaces(cluster.api, cluster.pods, template, now=now)

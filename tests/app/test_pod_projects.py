@@ -1,0 +1,162 @@
+"""Projects that rdev makes in a cluster: a real server, a fake API server."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.app.pods import FakeCluster, fake_cluster, serving
+from tests.app.server import Api, Server, open_api, rdev, until_async
+from tests.fakes.api_server import Fault
+
+CLAIMS = "persistentvolumeclaims"
+TEMPLATE = """
+kind: Pod
+metadata:
+  annotations: {{rdev.orchard9.ai/home: {0}/home, rdev.orchard9.ai/commands: {0}/commands}}
+spec:
+  containers: [{{name: project, image: busybox}}]
+---
+kind: PersistentVolumeClaim
+spec: {{resources: {{requests: {{storage: 1Gi}}}}}}
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
+    async with fake_cluster(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def server(quick_place: Path, cluster: FakeCluster, tmp_path: Path) -> AsyncIterator[Server]:
+    template = tmp_path / "template.yaml"
+    template.write_text(TEMPLATE.format(tmp_path / "made"))
+    async with serving(quick_place, cluster, RDEV_PROJECT_TEMPLATE=str(template)) as server:
+        yield server
+
+
+async def status_of(api: Api, project: str) -> tuple[str, str | None]:
+    got = await api.get(f"/projects/{project}")
+    if got.status_code == 404:
+        return "gone", None
+    data = got.json()["data"]
+    return data["status"], data["reason"]
+
+
+async def stands(api: Api, project: str, status: str) -> None:
+    """Wait until it does."""
+    with trio.fail_after(60):
+        while (await status_of(api, project))[0] != status:
+            await trio.sleep(0.05)
+
+
+async def test_a_project_is_made_runs_stops_starts_and_goes(
+    server: Server, cluster: FakeCluster
+) -> None:
+    fake = cluster.api
+    async with open_api(server) as api:
+        made = await api.post("/projects", {"id": "fresh", "image": "debian:12"})
+        assert made.status_code == 201, made.text
+        assert made.json()["data"]["status"] in ("pending", "ready")
+        assert "project-fresh" in fake.names("pods")
+        await stands(api, "fresh", "ready")
+        assert (
+            await api.post("/projects", {"id": "fresh", "image": "debian:12"})
+        ).status_code == 200
+        assert (await api.post("/projects", {"id": "fresh"})).status_code == 409
+        assert (await api.run("true", project="fresh"))["status"] == "succeeded"
+
+        running = await api.submit("sleep 1000", project="fresh")
+        await api.running(running)
+        refused = await api.http.post("/projects/fresh/stop")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "CONFLICT")
+        assert (await api.http.post("/projects/fresh/stop?force=true")).status_code == 202
+        assert (await api.ended(running))["status"] == "cancelled"
+        await until_async(lambda: "project-fresh" not in fake.names("pods"), "its pod is gone")
+        await stands(api, "fresh", "stopped")
+        assert fake.names(CLAIMS) == ["project-fresh"]
+
+        waiting = await api.submit("true", project="fresh")
+        assert (await api.http.post("/projects/fresh/start")).status_code == 202
+        assert (await api.ended(waiting))["status"] == "succeeded"
+
+        running = await api.submit("sleep 1000", project="fresh")
+        await api.running(running)
+        assert (await api.http.delete("/projects/fresh")).status_code == 409
+        behind = [await api.submit("true", project="fresh") for _ in range(6)]
+        deleted = await api.http.delete("/projects/fresh?force=true")
+        assert (deleted.status_code, deleted.json()["data"]["reason"]) == (202, "deleting")
+        ended = [await api.ended(one) for one in (running, *behind)]
+        assert {one["status"] for one in ended} <= {"cancelled", "succeeded"}
+        await stands(api, "fresh", "gone")
+        assert (fake.names(CLAIMS), fake.names("pods")) == ([], ["claudebox-demo-0"])
+        assert (await api.post("/projects/fresh/shell", {"command": "true"})).status_code == 404
+
+
+async def test_a_pod_that_is_there_is_a_project_that_can_only_be_deleted(
+    server: Server, cluster: FakeCluster
+) -> None:
+    async with open_api(server) as api:
+        await stands(api, "demo", "ready")
+        for verb in ("start", "stop"):
+            assert (await api.http.post(f"/projects/demo/{verb}")).status_code == 409
+        cluster.add_pod("later")
+        await stands(api, "later", "ready")
+        cluster.api.drop("pods", "claudebox-later-0")
+        await stands(api, "later", "stopped")
+        assert await status_of(api, "later") == ("stopped", "pod_gone")
+        assert (await api.http.delete("/projects/demo")).status_code == 202
+        await stands(api, "demo", "gone")
+        assert cluster.api.names("pods") == []
+
+
+async def test_what_the_cluster_refuses_leaves_nothing_and_what_it_cannot_do_is_done_later(
+    server: Server, cluster: FakeCluster
+) -> None:
+    fake = cluster.api
+    async with open_api(server) as api:
+        fake.faults.append(Fault(status=422, method="POST", message="spec: Invalid value"))
+        refused = await api.http.post(
+            "/projects", json={"id": "bad"}, headers={"Idempotency-Key": "once"}
+        )
+        assert (refused.status_code, "Invalid value" in refused.text) == (400, True)
+        await stands(api, "bad", "gone")
+        assert fake.names(CLAIMS) == []
+        again = await api.http.post(
+            "/projects", json={"id": "bad"}, headers={"Idempotency-Key": "once"}
+        )
+        assert again.status_code == 201
+
+        fake.faults.append(Fault(status=500, method="POST", times=8))
+        late = await api.post("/projects", {"id": "late"})
+        assert (late.status_code, "Retry-After" in late.headers) == (503, True)
+        assert late.headers["Content-Type"].startswith("application/problem+json")
+        await stands(api, "late", "ready")
+        assert (await api.post("/projects", {"id": "late"})).status_code == 200
+
+
+async def test_the_command_line_makes_starts_stops_and_deletes(
+    server: Server, cluster: FakeCluster
+) -> None:
+    async def run(*argv: str) -> str:
+        done = await trio.to_thread.run_sync(
+            lambda: rdev("projects", *argv, environment=server.client_environment)
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.decode()
+
+    made = await run("create", "cli", "--image", "debian:12", "--env", "A=b", "--memory", "1Gi")
+    assert made.startswith("cli\t")
+    (container,) = cluster.api.get("pods", "project-cli")["spec"]["containers"]
+    assert container["resources"]["limits"]["memory"] == "1Gi"
+    async with open_api(server) as api:
+        await stands(api, "cli", "ready")
+        assert "stopped" in await run("stop", "cli")
+        assert "cli\t" in await run("start", "cli")
+        await stands(api, "cli", "ready")
+        assert "deleting" in await run("delete", "cli", "--force")
+        await stands(api, "cli", "gone")

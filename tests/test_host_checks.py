@@ -1,0 +1,124 @@
+"""Each check of the machine finds the fault that is made for it."""
+
+import resource
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from rdev import host_checks
+from rdev.config import Settings
+from rdev.domain.findings import Level
+from rdev.host_checks import HostChecks, utc_now
+
+
+def checks(folder: Path, **settings: object) -> HostChecks:
+    return HostChecks(Settings(state_dir=folder, **settings), {}, now=utc_now)
+
+
+async def test_a_machine_without_faults_is_well(tmp_path: Path):
+    about = checks(tmp_path)
+    for look in (
+        about.settings, about.secret, about.state_folder, about.proxies, about.supervisor,
+    ):  # fmt: skip
+        finding = await look()
+        assert finding.level is Level.OK, (look, finding)
+
+
+async def test_a_setting_that_does_not_exist_is_told(tmp_path: Path):
+    about = HostChecks(Settings(state_dir=tmp_path), {"RDEV_STREAM_MAX": "10"}, now=utc_now)
+    finding = await about.settings()
+    assert finding.level is Level.WARN
+    assert "RDEV_STREAM_MAX" in finding.seen
+
+
+async def test_a_database_of_many_servers_without_a_shared_secret_is_told(tmp_path: Path):
+    about = checks(tmp_path, database_dsn="postgresql://somewhere/rdev")
+    assert (await about.secret()).level is Level.WARN
+
+
+async def test_a_key_that_others_can_read_is_told(tmp_path: Path):
+    key = tmp_path / "admin-key"
+    key.write_text("x")
+    key.chmod(0o644)
+    finding = await checks(tmp_path).state_folder()
+    assert finding.level is Level.FAIL
+    assert "chmod 600" in finding.advice
+
+
+async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch):
+    # Root may write everywhere; who runs rdev may not.
+    monkeypatch.setattr(host_checks.os, "access", lambda *_: False)
+    assert (await checks(tmp_path / "new").state_folder()).level is Level.FAIL
+
+
+@pytest.mark.parametrize(("bound", "level"), [("WARN", Level.WARN), ("FAIL", Level.FAIL)])
+async def test_a_full_disk_is_told(tmp_path: Path, monkeypatch, bound: str, level: Level):
+    monkeypatch.setattr(host_checks, f"_DISK_{bound}_BYTES", 1 << 62)
+    assert (await checks(tmp_path).disk()).level is level
+
+
+async def test_too_few_descriptors_are_told(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_000), hard))
+    try:
+        finding = await checks(tmp_path, streams_max=5_000).open_files()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert finding.level is Level.WARN
+    assert "ulimit -n" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("left_days", "level"), [(-1, Level.FAIL), (7, Level.WARN), (90, Level.OK)]
+)
+async def test_a_certificate_that_ends_is_told(tmp_path: Path, left_days: int, level: Level):
+    certificate, key = _certificate(tmp_path, timedelta(days=left_days))
+    about = checks(tmp_path, tls_cert_file=certificate, tls_key_file=key)
+    assert (await about.tls()).level is level
+
+
+async def test_a_key_that_belongs_to_another_certificate_is_told(tmp_path: Path):
+    certificate, _ = _certificate(tmp_path, timedelta(days=90))
+    (tmp_path / "other").mkdir()
+    _, other_key = _certificate(tmp_path / "other", timedelta(days=90))
+    about = checks(tmp_path, tls_cert_file=certificate, tls_key_file=other_key)
+    assert (await about.tls()).level is Level.FAIL
+
+
+async def test_listening_for_others_without_a_proxy_is_told(tmp_path: Path):
+    assert (await checks(tmp_path, bind="0.0.0.0:8080").proxies()).level is Level.WARN
+    trusting = checks(tmp_path, bind="0.0.0.0:8080", trusted_proxies="10.0.0.0/8")
+    assert (await trusting.proxies()).level is Level.OK
+
+
+async def test_a_server_that_is_gone_is_no_failure(tmp_path: Path):
+    (tmp_path / "address").write_text("127.0.0.1:1\n")
+    assert (await checks(tmp_path).server()).level is Level.SKIPPED
+
+
+def _certificate(folder: Path, left: timedelta) -> tuple[str, str]:
+    """A self-signed one and its key, as files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.oid.NameOID.COMMON_NAME, "rdev")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=30))
+        .not_valid_after(now + left)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    certificate_file, key_file = folder / "cert.pem", folder / "key.pem"
+    certificate_file.write_bytes(certificate.public_bytes(pem))
+    key_file.write_bytes(
+        key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(certificate_file), str(key_file)
