@@ -80,7 +80,7 @@ def _in_cluster(
 ) -> ExecutionParts:
     """Projects are the pods of a namespace."""
     namespace = Namespace(api)
-    pods = PodWatch(api, changed=lambda _: None)
+    pods = PodWatch(api)
 
     def place(project: ProjectId) -> Place:
         home, commands = folders_of(pods.pod_of(project))
@@ -102,6 +102,7 @@ def _in_cluster(
         place=place,
         is_away=lambda: not is_reachable(),
     )
+    pods.tell(executor.forget)
     return ExecutionParts(
         executor=GuardedExecutor(executor, telemetry=telemetry),
         is_reachable=is_reachable,

@@ -5,6 +5,7 @@ status proves nothing about a command. So only bytes count here, and reasons for
 Bounds: `execs_max` execs of one pod at once through this server; one message of stdin.
 """
 
+import math
 import re
 import weakref
 from collections import OrderedDict
@@ -42,6 +43,9 @@ _STDIN_BYTES: Final = 32_768  # of one message; servers take at least 64 KiB
 # shells, and runtimes that say nothing, give for it.
 _IS_MISSING: Final = re.compile(r'executable file|exec: ".*no such file', re.IGNORECASE)
 _NOT_FOUND: Final = frozenset({126, 127})
+# For so long the instance of a pod that the watch says nothing new of is taken for what it was: a
+# row of commands costs one exec each, not two.
+FRESH_S: Final = 5.0
 _PREPARED_MAX: Final = 10_000
 
 
@@ -219,6 +223,14 @@ class KubernetesTransport:
         self.open_now -= 1
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What a project was when it was asked."""
+
+    instance: str
+    until_s: float
+
+
 class KubernetesExecutor(ScriptExecutor):
     """`Executor` for the projects of one namespace of one cluster."""
 
@@ -255,6 +267,8 @@ class KubernetesExecutor(ScriptExecutor):
         self._reason_of = reason_of
         # The instance in which each project was prepared last; the least recently used go.
         self._prepared: OrderedDict[ProjectId, str] = OrderedDict()
+        # What each project was a moment ago, and until when that is taken for now.
+        self._fresh: dict[ProjectId, _Known] = {}
 
     def statistics(self) -> ExecStatistics:
         """What is now, and what was since the start."""
@@ -267,8 +281,23 @@ class KubernetesExecutor(ScriptExecutor):
         )
 
     async def instance(self, project: ProjectId) -> str:
-        """See `Executor.instance`. A pod that is new to us is prepared first, whoever made it.
-        Errors: also UnfitProjectError."""
+        """See `Executor.instance`; at most `FRESH_S` old, and never from before the last `forget`.
+        A pod that is new to us is prepared first, whoever made it. Errors: also UnfitProjectError.
+        """
+        known, asked_at_s = self._fresh.get(project), trio.current_time()
+        if known is not None and asked_at_s < known.until_s:
+            return known.instance
+        asking = self._fresh[project] = _Known(instance="", until_s=-math.inf)
+        found = await self._asked_for(project)
+        if self._fresh.get(project) is asking:  # else it was forgotten, or asked for later
+            self._fresh[project] = _Known(instance=found, until_s=asked_at_s + FRESH_S)
+        return found
+
+    def forget(self, project: ProjectId) -> None:
+        """The project's pod may have changed: what is known of it is asked for again."""
+        self._fresh.pop(project, None)
+
+    async def _asked_for(self, project: ProjectId) -> str:
         found = await self._instance_if_any(project)
         if found is None or self._prepared.get(project) != found:
             await self.prepare(project)

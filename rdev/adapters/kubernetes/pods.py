@@ -55,14 +55,14 @@ class PodWatch:
         self,
         api: ApiServer,
         *,
-        changed: Callable[[ProjectId], None],
+        changed: Callable[[ProjectId], None] | None = None,
         prefix: str = LABEL_PREFIX,
         watch_s: float = WATCH_S,
         margin_s: float = _MARGIN_S,
     ) -> None:
         """Opens nothing."""
         self._api = api
-        self._changed = [changed]
+        self._changed = [] if changed is None else [changed]
         self._path = f"/api/v1/namespaces/{api.namespace}/pods"
         self._prefix = prefix
         self._selector = f"{prefix}/project=true"

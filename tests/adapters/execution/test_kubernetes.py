@@ -134,9 +134,41 @@ async def test_a_pod_that_nobody_prepared_is_prepared_once(projects: Path) -> No
     async with cluster(projects) as made:
         instance = await made.executor.instance(PROJECT)
         asked = len(made.api.execs.seen)
+        made.executor.forget(PROJECT)
         assert await made.executor.instance(PROJECT) == instance
         assert len(made.api.execs.seen) == asked + 1
         assert (projects / PROJECT).is_dir()
+
+
+async def test_a_pod_is_not_asked_again_at_once_what_it_is(projects: Path) -> None:
+    async with cluster(projects) as made:
+        instance = await made.executor.instance(PROJECT)
+        asked = len(made.api.execs.seen)
+        assert await made.executor.instance(PROJECT) == instance
+        assert len(made.api.execs.seen) == asked
+
+
+async def test_a_pod_that_changed_while_it_was_asked_is_asked_again(projects: Path) -> None:
+    async with cluster(projects) as made:
+        await made.executor.prepare(PROJECT)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.executor.instance, PROJECT)
+            await until(lambda: made.executor.statistics().open > 0, "it is being asked")
+            made.executor.forget(PROJECT)
+        asked = len(made.api.execs.seen)
+        await made.executor.instance(PROJECT)
+        assert len(made.api.execs.seen) > asked
+
+
+async def test_what_a_pod_is_is_asked_for_again_after_some_seconds(
+    projects: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rdev.adapters.execution.kubernetes.FRESH_S", 0.0)
+    async with cluster(projects) as made:
+        await made.executor.instance(PROJECT)
+        asked = len(made.api.execs.seen)
+        await made.executor.instance(PROJECT)
+        assert len(made.api.execs.seen) == asked + 1
 
 
 @pytest.mark.parametrize("has_shell", [True, False])
