@@ -7,7 +7,7 @@ import pytest
 
 from tests.app.server import Api, Server, open_api
 from tests.cluster.ledger import Ledger
-from tests.cluster.real import RealCluster, real_cluster, serving
+from tests.cluster.real import RealCluster, given, real_cluster, serving
 
 _LEDGER = Ledger()
 
@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.full)
+
+
+@pytest.fixture(autouse=True)
+def there_is_one() -> None:
+    """Not in an async fixture: a skip in one loses its reason."""
+    given()
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from rdev.ports.execution import Attachment
 # (containerd issue #8557: a buffer of 32 exits). Two servers stay below that.
 _EXECS_MAX: Final = 16
 _SLOT_S: Final = 10.0  # for one of them to become free
+_REASON_CHARACTERS: Final = 120  # each layer puts its words in front: the reason is at the end
 _STDIN_BYTES: Final = 32_768  # of one message; servers take at least 64 KiB
 # What runtimes say of a program that is not there (runc, crun, gVisor), and the exit codes that
 # shells, and runtimes that say nothing, give for it.
@@ -171,8 +172,8 @@ def _check_ran(status: ExecStatus | None) -> None:
     if status is not None and status.exit_code is None:
         words = status.message or status.reason or "the exec failed"
         if _IS_MISSING.search(words) is not None:
-            raise NeverRanError(words)
-        raise trio.BrokenResourceError(words)
+            raise NeverRanError(words[-_REASON_CHARACTERS:])
+        raise trio.BrokenResourceError(words[-_REASON_CHARACTERS:])
 
 
 class KubernetesTransport:
