@@ -146,8 +146,6 @@ def test_every_pod_is_hardened(objects: tuple[Object, ...]) -> None:
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        # Commands must find no token of the cluster.
-        assert pod["automountServiceAccountToken"] is False
         for container in pod["containers"]:
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
@@ -156,6 +154,38 @@ def test_every_pod_is_hardened(objects: tuple[Object, ...]) -> None:
             }
             assert container["resources"]["limits"]["memory"]
             assert container["resources"]["requests"]["cpu"]
+
+
+def test_only_the_server_finds_a_token(objects: tuple[Object, ...]) -> None:
+    server, _ = server_of(objects)
+    others = [pod for pod in pods_of(objects) if pod is not server]
+    others += pods_of(tuple(read_yaml(PROJECT.read_text())))
+
+    assert server["automountServiceAccountToken"] is True
+    assert len(others) == 2  # migration, project
+    assert all(pod["automountServiceAccountToken"] is False for pod in others)
+    # Whoever runs under the account without asking gets none.
+    assert one(objects, "ServiceAccount")["automountServiceAccountToken"] is False
+
+
+def test_projects_are_pods_and_nothing_of_another_way_is_set(
+    objects: tuple[Object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, container = server_of(objects)
+    settings = settings_of(container, monkeypatch)
+
+    assert settings.executor == "kubernetes"
+    # The token, its namespace and the authority are where the kubelet puts them.
+    assert (settings.kubeconfig, settings.namespace, settings.projects_dir) == (None, None, None)
+
+
+def test_the_role_reads_the_namespace_that_everything_is_in(objects: tuple[Object, ...]) -> None:
+    (rule,) = [r for r in one(objects, "Role")["rules"] if r["resources"] == ["namespaces"]]
+    binding = one(objects, "RoleBinding")
+    (namespace,) = [o for o in objects if o["kind"] == "Namespace"]
+
+    assert rule["resourceNames"] == [namespace["metadata"]["name"]]
+    assert [s["namespace"] for s in binding["subjects"]] == [namespace["metadata"]["name"]]
 
 
 def test_what_the_server_writes_is_on_a_volume(
@@ -297,7 +327,9 @@ def test_the_project_is_one_that_the_watch_finds() -> None:
 def test_disruptions_take_one_server_and_production_has_two() -> None:
     production = build("overlays/production")
     assert one(production, "PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
-    assert one(production, "HorizontalPodAutoscaler")["spec"]["minReplicas"] == 2
+    scaler = one(production, "HorizontalPodAutoscaler")["spec"]
+    assert (scaler["minReplicas"], scaler["maxReplicas"]) == (2, 6)
+    assert scaler["scaleTargetRef"]["name"] == one(production, "Deployment")["metadata"]["name"]
     # Whoever scales is the autoscaler alone.
     assert "replicas" not in one(production, "Deployment")["spec"]
     assert one(build("overlays/dev"), "Deployment")["spec"]["replicas"] == 1
