@@ -17,8 +17,10 @@ from rdev.domain.ids import CommandId, ProjectId
 from rdev.execution_wiring import ClusterParts, ExecutionParts
 from rdev.identity import Identity
 from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.project_teller import ProjectTeller
 from rdev.services.projects import Lives, Projects
 from rdev.services.standing_places import StandingPlaces
+from rdev.services.subsystems import Subsystem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,14 +31,16 @@ class ProjectNeeds:
     announce: Callable[[CommandId], None]
     ask_to_end: Callable[[CommandId], None]
     tell_replicas: Callable[[ProjectId], None]
+    # An event of a project was written.
+    written: Callable[[], None]
     now: Callable[[], datetime]
 
 
 def build_projects(
     settings: Settings, identity: Identity, execution: ExecutionParts, needs: ProjectNeeds
-) -> tuple[Projects, ProjectKeeper]:
-    """The use cases, and the subsystem that does what they ask for. Errors: BAD_REQUEST for a
-    template that no project can be made of."""
+) -> tuple[Projects, tuple[Subsystem, ...]]:
+    """The use cases, and the subsystems that do what they ask for and tell what becomes of it.
+    Errors: BAD_REQUEST for a template that no project can be made of."""
     executor, cluster = execution.executor, execution.cluster
     places = (
         StandingPlaces(executor) if cluster is None else _pods(settings, cluster, now=needs.now)
@@ -47,9 +51,13 @@ def build_projects(
         for command in commands:
             needs.announce(command)
 
+    def told(project: ProjectId) -> None:
+        needs.tell_replicas(project)
+        needs.written()
+
     def changed(project: ProjectId) -> None:
         projects.heed([project])
-        needs.tell_replicas(project)
+        told(project)
 
     keeper = ProjectKeeper(
         life=life,
@@ -60,16 +68,22 @@ def build_projects(
         ask_to_end=needs.ask_to_end,
         changed=changed,
     )
+    subsystems: tuple[Subsystem, ...] = (keeper,)
     if cluster is not None:
+        teller = ProjectTeller(
+            store=life, places=places, reach=lambda: executor.reach, written=needs.written
+        )
         cluster.pods.tell(lambda _: keeper.wake())
+        cluster.pods.tell(lambda _: teller.wake())
+        subsystems = (keeper, teller)
     projects = Projects(
         store=PostgresProjects(pool=needs.requests),
         executor=executor,
         executor_name=settings.executor,
         lives=Lives(life=life, places=places, keeper=keeper),
-        tell_replicas=needs.tell_replicas,
+        tell_replicas=told,
     )
-    return projects, keeper
+    return projects, subsystems
 
 
 def _pods(settings: Settings, cluster: ClusterParts, *, now: Callable[[], datetime]) -> PodPlaces:

@@ -177,7 +177,7 @@ def build_server(
         new_uuid=uuid_utils.compat.uuid7,
         tracing=tracing,
     )
-    projects, keeper = build_projects(
+    projects, keepers = build_projects(
         settings,
         identity,
         execution,
@@ -186,6 +186,7 @@ def build_server(
             announce=fanout.announce,
             ask_to_end=reach_holder,
             tell_replicas=notifier.project_changed,
+            written=hooks.dispatcher.wake,
             now=_now,
         ),
     )
@@ -284,7 +285,7 @@ def build_server(
             notifier,
             listener,
             *execution.subsystems,
-            keeper,
+            *keepers,
             door.key_watch,
             housekeeper,
             door.audit_keeper,

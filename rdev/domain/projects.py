@@ -77,6 +77,15 @@ class Project:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What was last told of a project that is to run, since that was asked for; None: nothing yet,
+    which is `pending`."""
+
+    project: Project
+    status: ProjectStatus | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceSeen:
     """What was last heard of a project's pod: `status` None where it has none. `is_current`: that
     was a moment ago."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from rdev.domain.audit import Actor
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
-from rdev.domain.projects import PlaceSeen, Project, Wanted
+from rdev.domain.projects import PlaceSeen, Project, ProjectStatus, Told, Wanted
 
 
 class Asked(StrEnum):
@@ -76,6 +76,21 @@ class ProjectLife(Protocol):
     async def withdraw(self, project: Project, idempotency: Idempotency | None) -> None:
         """A request that made a project is refused after all: it is wanted deleted, and its key is
         forgotten."""
+        ...
+
+
+class ProjectTold(Protocol):
+    """What was told of projects that nobody asked anything of. Errors of all:
+    SERVICE_UNAVAILABLE."""
+
+    async def told(self, *, reach: str) -> list[Told]:
+        """All projects that are to run and whose place was made, without those in which a kill has
+        left processes; their counts of commands are 0."""
+        ...
+
+    async def tell(self, told: Told, *, status: ProjectStatus, reason: str | None) -> bool:
+        """Tell that a project has this status now, with its audit entry, in one statement; False
+        where another status was told meanwhile, or something else is wanted."""
         ...
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from rdev.services.project_teller import STOOD_S
 from tests.app.pods import FakeCluster, fake_cluster, serving
 from tests.app.server import Api, Server, open_api, rdev, until_async
 from tests.fakes.api_server import Fault
@@ -138,6 +139,62 @@ async def test_what_the_cluster_refuses_leaves_nothing_and_what_it_cannot_do_is_
         fake.faults.clear()
         await stands(api, "late", "ready")
         assert (await api.post("/projects", {"id": "late"})).status_code == 200
+
+
+async def told_of(api: Api, project: str) -> list[tuple[str, str | None]]:
+    """What was told of a project that nobody asked for: status and reason, the oldest first."""
+    got = await api.get(f"/audit?action=project.status&project={project}")
+    told = [entry["detail"] for entry in got.json()["data"]]
+    return [(one["status"], one.get("reason")) for one in reversed(told)]
+
+
+async def until_told(api: Api, project: str, wanted: list[tuple[str, str | None]]) -> None:
+    told: list[tuple[str, str | None]] = []
+    with trio.move_on_after(12):
+        while (told := await told_of(api, project)) != wanted:
+            await trio.sleep(0.1)
+    assert told == wanted
+
+
+async def test_what_becomes_of_a_pod_by_itself_is_told_once_by_two_servers(
+    quick_place: Path, migrated_dsn: str, cluster: FakeCluster
+) -> None:
+    fake = cluster.api
+    database = {"RDEV_DATABASE_DSN": migrated_dsn}
+    async with (
+        serving(quick_place, cluster, **database) as server,
+        serving(quick_place, cluster, **database),
+        open_api(server) as api,
+    ):
+        wanted: list[tuple[str, str | None]] = [("ready", None)]
+        await until_told(api, "demo", wanted)
+        name = "claudebox-demo-0"
+        ready = fake.get("pods", name)["status"]
+        for _ in range(3):
+            failed = {"phase": "Failed", "reason": "Evicted", "conditions": []}
+            fake.patch_status(name, **failed)
+            wanted.append(("failed", "evicted"))
+            await until_told(api, "demo", wanted)
+            fake.patch_status(name, **{"reason": "", **ready})
+            wanted.append(("ready", None))
+            await until_told(api, "demo", wanted)
+        fake.drop("pods", name)
+        wanted.append(("stopped", "pod_gone"))
+        await until_told(api, "demo", wanted)
+        await trio.sleep(STOOD_S + 1)  # whoever has waited to tell it has had the time
+        assert await told_of(api, "demo") == wanted
+
+
+async def test_a_project_that_is_made_is_ready_once_for_each_time_it_is_started(
+    server: Server, cluster: FakeCluster
+) -> None:
+    async with open_api(server) as api:
+        assert (await api.post("/projects", {"id": "fresh"})).status_code == 201
+        await until_told(api, "fresh", [("ready", None)])
+        assert (await api.http.post("/projects/fresh/stop")).status_code == 202
+        await until_async(lambda: "project-fresh" not in cluster.api.names("pods"), "stopped")
+        assert (await api.http.post("/projects/fresh/start")).status_code == 202
+        await until_told(api, "fresh", [("ready", None)] * 2)
 
 
 async def test_the_command_line_makes_starts_stops_and_deletes(

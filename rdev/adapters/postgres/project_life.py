@@ -14,7 +14,7 @@ from rdev.domain.audit import Action, Actor
 from rdev.domain.commands import LANE_CAP, LaneClass, Outcome, Status
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId, command_id
-from rdev.domain.projects import Project, ProjectDefinition, Wanted
+from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus, Told, Wanted
 from rdev.domain.stream import final_lines
 from rdev.ports.project_life import Asked
 
@@ -93,6 +93,36 @@ set wanted = 'deleted', wanted_at = clock_timestamp(), forced = true, settled = 
 where id = %(id)s and uid = %(uid)s and wanted <> 'deleted'
 """
 
+# Without counts: it is asked for often, and for all.
+_TOLD = """
+select p.id, p.executor, p.reach, p.status, p.definition, p.created_at, p.uid, p.wanted,
+       p.wanted_at, p.forced, p.settled, p.adopted, p.trouble,
+       extract(epoch from now() - p.wanted_at)::float8 as wanted_s, 0 as queued, 0 as running,
+       case when p.told_for = p.wanted_at then p.told end as told
+from projects p
+where p.reach = %(reach)s and p.wanted = 'running' and p.settled and p.status = 'ready'
+order by p.id
+"""
+
+# Who comes second finds another status, and changes nothing.
+_TELL = """
+with told as (
+    update projects
+    set told = %(status)s, told_for = wanted_at,
+        changed_xid = greatest(pg_current_xact_id(), changed_xid)
+    where id = %(id)s and uid = %(uid)s and wanted_at = %(wanted_at)s and wanted = 'running'
+      and case when told_for = wanted_at then told end is not distinct from %(before)s::text
+    returning id, changed_xid
+), event as (
+    insert into events (xid, type, project, status, detail)
+    select changed_xid, 'project.status', id, %(status)s::text, %(detail)s::jsonb from told
+)
+insert into audit_entries (xid, actor, actor_name, action, target, project, detail)
+select changed_xid, 'server', %(holder)s, 'project.status', id, id,
+       jsonb_build_object('status', %(status)s::text) || %(detail)s::jsonb
+from told
+"""
+
 # For the attempt 0; the statement says which it is.
 _DELETED_EVENTS = final_lines(
     Outcome(status=Status.CANCELLED, reason=DELETED),
@@ -104,7 +134,7 @@ _DELETED_EVENTS = final_lines(
 
 
 class PostgresProjectLife:
-    """The `ProjectLife` port."""
+    """The ports `ProjectLife` and `ProjectTold`."""
 
     def __init__(self, *, pool: Pool, holder: str) -> None:
         """`holder` names this server, in the audit log too."""
@@ -192,6 +222,25 @@ class PostgresProjectLife:
             "key": idempotency and idempotency.key,
         }
         await self._change(_WITHDRAW, values)
+
+    async def told(self, *, reach: str) -> list[Told]:
+        """See `ProjectTold.told`."""
+        rows = await self._rows(_TOLD, {"reach": reach})
+        return [
+            Told(project=to_project(row), status=row["told"] and ProjectStatus(row["told"]))
+            for row in rows
+        ]
+
+    async def tell(self, told: Told, *, status: ProjectStatus, reason: str | None) -> bool:
+        """See `ProjectTold.tell`."""
+        values = {
+            **_key(told.project),
+            "before": told.status,
+            "status": status,
+            "detail": Jsonb({} if reason is None else {"reason": reason}),
+            "holder": self._holder,
+        }
+        return await self._change(_TELL, values) > 0
 
     async def _rows(self, statement: str, values: Mapping[str, object]) -> list[DictRow]:
         with translate_errors():
