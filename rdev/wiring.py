@@ -167,16 +167,6 @@ def build_server(
         limits=DepthLimits(project_max=settings.queue_project_max, server_max=settings.queue_max),
         telemetry=telemetry,
     )
-    commands = Commands(
-        store=store,
-        log=log,
-        gate=gate,
-        fanout=fanout,
-        wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
-        reach_holder=reach_holder,
-        new_uuid=uuid_utils.compat.uuid7,
-        tracing=tracing,
-    )
     projects, keepers = build_projects(
         settings,
         identity,
@@ -189,6 +179,18 @@ def build_server(
             written=hooks.dispatcher.wake,
             now=_now,
         ),
+    )
+    commands = Commands(
+        store=store,
+        log=log,
+        gate=gate,
+        fanout=fanout,
+        wake_workers=_lane_changed(queue, feed, hooks.dispatcher),
+        reach_holder=reach_holder,
+        new_uuid=uuid_utils.compat.uuid7,
+        tracing=tracing,
+        # A folder has none.
+        env_of=projects.env_of if settings.executor == "kubernetes" else None,
     )
     door = build_door(
         settings,

@@ -94,6 +94,11 @@ _SCHEMES = frozenset(("https", "http", "ssh", "git"))
 _NUMBER = re.compile(r"-\d+")
 
 
+def may_be_set(name: str) -> bool:
+    """Whether a client may set this variable for a git command."""
+    return not name.startswith(_ENV_PREFIXES) and name not in _ENV_NAMES
+
+
 def check_args(args: Sequence[str], env: Mapping[str, str]) -> list[Fault]:
     """Everything that rdev refuses about a git call; empty when `git_argv` may be run.
 
@@ -102,7 +107,7 @@ def check_args(args: Sequence[str], env: Mapping[str, str]) -> list[Fault]:
     faults = [
         Fault(pointer=f"/env/{_escaped(name)}", message="cannot be set for a git command")
         for name in env
-        if name.startswith(_ENV_PREFIXES) or name in _ENV_NAMES
+        if not may_be_set(name)
     ]
     faults += [
         Fault(pointer=f"/args/{i}", message="must not hold a NUL character")

@@ -61,7 +61,9 @@ def parse_project(body: Json) -> ProjectDefinition:
     )
     git_url, git_ref = _git(fields)
     env = read_env(
-        fields, about=f"of the project's container and its clone, no secrets; {ENV_RULE}"
+        fields,
+        about="of the project's container, its clone and its commands, whose own wins; no secrets; "
+        f"{ENV_RULE}",
     )
     resources = _resources(fields)
     fields.finish()

@@ -1,6 +1,6 @@
 """Submitting, reading, awaiting and cancelling commands."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import trio
 
@@ -8,6 +8,7 @@ from rdev.domain.audit import Actor
 from rdev.domain.commands import LANE_CLASS, Command, Kind, NewCommand, Status
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Spec
+from rdev.domain.git import may_be_set
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
 from rdev.domain.lanes import Lane
@@ -42,9 +43,11 @@ class Commands:
         reach_holder: Callable[[CommandId], None],
         new_uuid: NewUuid,
         tracing: Tracing | None = None,
+        env_of: Callable[[ProjectId], Awaitable[Mapping[str, str]]] | None = None,
     ) -> None:
         """`wake_workers` says in which lane a command was queued or left the queue, `reach_holder`
-        that one is to be cancelled, to the queues of all processes; neither waits."""
+        that one is to be cancelled, to the queues of all processes; neither waits. `env_of` gives
+        what every command of a project has in its environment."""
         self._store = store
         self._log = log
         self._gate = gate
@@ -53,6 +56,7 @@ class Commands:
         self._reach_holder = reach_holder
         self._new_uuid = new_uuid
         self._tracing = tracing or Untraced()
+        self._env_of = env_of
         self._projects_of: Cached[CommandId, ProjectId] = Cached(
             self._project_of, tag=lambda *_: None
         )
@@ -70,13 +74,14 @@ class Commands:
     ) -> Accepted:
         """Store a command and wake the workers; a repeat of an earlier request stores nothing.
 
-        `env` is what rdev adds for the kind. Errors: as `CommandStore.insert`; as
+        Its environment: the project's, then the command's own, then `env`, what rdev adds for the
+        kind. Errors: as `CommandStore.insert`; as
         `QueueGate.place`, except for a repeat, which needs no place. Cancellation: the command is
         stored and announced, or neither.
         """
         spec = Spec(
             argv=argv,
-            env={**common.env, **(env or {})},
+            env={**await self._project_env(project, kind), **common.env, **(env or {})},
             cwd=common.cwd,
             stdin=common.stdin,
             timeout_s=common.timeout_s,
@@ -106,6 +111,13 @@ class Commands:
         finally:
             span.end(fault)
         return accepted
+
+    async def _project_env(self, project: ProjectId, kind: Kind) -> Mapping[str, str]:
+        """What the project gives its commands; to git nothing that a client may not set for it."""
+        if self._env_of is None:
+            return {}
+        env = await self._env_of(project)
+        return {n: v for n, v in env.items() if may_be_set(n)} if kind is Kind.GIT else env
 
     async def _accept(self, new: NewCommand) -> Accepted:
         """Store it; a repeat of what was accepted is not refused."""

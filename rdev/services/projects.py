@@ -7,7 +7,7 @@ Whether a project is there, and what it is, is remembered for a moment (`cached.
 commands never are.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -227,6 +227,12 @@ class Projects:
         found = await self._cached.get(ProjectId(project)) if is_project_id(project) else None
         if found is None:
             raise _unknown(project)
+
+    async def env_of(self, project: ProjectId) -> Mapping[str, str]:
+        """What every command in it has in its environment, or had a moment ago; empty for a project
+        that is not there."""
+        found = await self._cached.get(project)
+        return {} if found is None else found.definition.env
 
     async def list_all(
         self, *, within: Collection[ProjectId] | None, after: ProjectId | None, limit: int

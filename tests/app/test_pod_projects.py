@@ -197,6 +197,32 @@ async def test_a_project_that_is_made_is_ready_once_for_each_time_it_is_started(
         await until_told(api, "fresh", [("ready", None)] * 2)
 
 
+async def test_the_env_of_a_project_is_in_its_commands_and_nowhere_to_be_read(
+    server: Server, cluster: FakeCluster
+) -> None:
+    secret = "hunter2-of-the-project"
+    env = {"API_TOKEN": secret, "PLACE": "project", "GIT_SSH_COMMAND": "touch owned"}
+    async with open_api(server) as api:
+        made = await api.post("/projects", {"id": "fresh", "env": env})
+        assert made.status_code == 201
+        await stands(api, "fresh", "ready")
+        script = f'echo "$API_TOKEN $PLACE"; : {secret}'
+        said = {}
+        for own in ("project", "command"):
+            body = {"command": script} | ({} if own == "project" else {"env": {"PLACE": own}})
+            command = await api.submit_body("/projects/fresh/shell", body)
+            shown = await api.ended(command)
+            assert shown["status"] == "succeeded"
+            assert secret not in str(shown)
+            said[own] = await api.output(command)
+        assert said == {own: f"{secret} {own}\n".encode() for own in said}
+        for path in ("/projects", "/projects/fresh", "/projects/fresh/commands", "/audit"):
+            got = await api.get(path)
+            assert got.status_code == 200, path
+            assert secret not in got.text, path
+        assert secret not in made.text + server.log
+
+
 async def test_the_command_line_makes_starts_stops_and_deletes(
     server: Server, cluster: FakeCluster
 ) -> None:
