@@ -9,7 +9,9 @@ that was measured.
 
 import contextlib
 import json
+import math
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -298,7 +300,30 @@ def lines(sizes: Sizes) -> Step:
                 os.sched_setaffinity(server.pid, {SERVER_CORE})
                 trio.run(_make_projects, server, sizes)
                 ids = trio.run(_submit, server, ["true"] * sizes.commands)
-                return _watched("lines", writer, server, sizes, ids)
+                before = trio.run(_loop_lags, server)
+                found = _watched("lines", writer, server, sizes, ids)
+                after = trio.run(_loop_lags, server)
+    late = {bound_s: count - before[bound_s] for bound_s, count in after.items()}
+    return found | {"lines_loop_lag_p99_ms": _quantile(late, 0.99) * 1_000}
+
+
+async def _loop_lags(server: Server) -> dict[float, float]:
+    """How often the event loop was at most so late (seconds), as the server tells."""
+    async with open_connection(server) as connection:
+        _, body = await connection.request("GET", "/metrics")
+    found = re.findall(r'rdev_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', body.decode())
+    return {float(bound_s): float(count) for bound_s, count in found}
+
+
+def _quantile(counts: Mapping[float, float], share: float) -> float:
+    """As `histogram_quantile`: linear within its bucket; the last bound where it is beyond."""
+    wanted, below, below_s = counts[math.inf] * share, 0.0, 0.0
+    for bound_s, count in counts.items():
+        if count >= wanted:
+            part = (wanted - below) / (count - below) if count > below else 1.0
+            return below_s if math.isinf(bound_s) else below_s + (bound_s - below_s) * part
+        below, below_s = count, bound_s
+    return below_s
 
 
 def _shells(server: Server, sizes: Sizes, folder: Path) -> Step:
@@ -446,6 +471,7 @@ SCENARIO = Scenario(
         Figure(name="lines_cpu_us", unit="µs an event"),
         Figure(name="lines_server_busy", unit="% of a core"),
         Figure(name="lines_client_busy", unit="% of a core"),
+        Figure(name="lines_loop_lag_p99_ms", unit="ms", at_most=20),
         Figure(name="shells_p50_ms", unit="ms"),
         Figure(name="shells_p99_ms", unit="ms"),
         Figure(name="shells_delivered", unit="", at_least=50 * 20 * 1_000),

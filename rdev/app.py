@@ -82,6 +82,7 @@ async def _serve_until_stopped(
         tracing = await stack.enter_async_context(open_tracing(settings, identity, telemetry))
         breaker = CircuitBreaker(name="database", telemetry=telemetry)
         telemetry.watch("database_breaker", breaker.statistics)
+        telemetry.watch_breakers("database", breaker.tally)
         pools = Pools(
             settings=connection,
             requests=await stack.enter_async_context(

@@ -70,6 +70,7 @@ async def open_execution(
             yield ExecutionParts(executor=GuardedExecutor(executor, telemetry=telemetry))
         case "kubernetes":
             breaker = CircuitBreaker(name="kubernetes", telemetry=telemetry, settings=_API_BREAKER)
+            telemetry.watch_breakers("kubernetes", breaker.tally)
             config = read_config(settings.kubeconfig)
             async with connect(config, settings.namespace, breaker) as api:
                 yield _in_cluster(api, breaker, telemetry)

@@ -4,6 +4,7 @@ Bounds: each look is a few system calls, one command in a folder of its own, or 
 """
 
 import os
+import re
 import resource
 import shutil
 import ssl
@@ -32,6 +33,16 @@ _CERTIFICATE_WARN_DAYS: Final = 14
 _DESCRIPTORS_BESIDES: Final = 300
 _DESCRIPTORS_A_COMMAND: Final = 4
 _ASK_S: Final = 3.0
+
+# A line of /metrics, whose labels come in any order, and one of these.
+_BREAKERS: Final = re.compile(r"^rdev_breakers\{([^}]*)\} (\S+)$", re.MULTILINE)
+_LABEL: Final = re.compile(r'(\w+)="(\w+)"')
+_BREAKER_ADVICE: Final = {
+    "database": "see the check database; requests are answered 503 at once",
+    "kubernetes": "see the checks kubernetes; nothing is claimed until the API server answers",
+    "exec": "look at these projects' places; their commands wait in the queue",
+    "webhook": "see what the endpoints answer (`rdev webhooks deliveries`); deliveries wait",
+}
 
 
 class HostChecks:
@@ -136,6 +147,36 @@ class HostChecks:
 
     async def server(self) -> Finding:
         """A server that runs on this state folder says that it is ready."""
+        answer = await self._ask_server("/ready")
+        if isinstance(answer, Finding):
+            return answer
+        address = answer.url.netloc.decode()
+        if answer.status_code == HTTPStatus.OK:
+            return ok(f"ready at {address}")
+        return fail(f"{address}: {_complaints(answer)}", "see the checks above, and its log")
+
+    async def breakers(self) -> Finding:
+        """None of the running server's is open."""
+        answer = await self._ask_server("/metrics")
+        if isinstance(answer, Finding):
+            return answer
+        found = [
+            (dict(_LABEL.findall(labels)), float(count))
+            for labels, count in _BREAKERS.findall(answer.text)
+        ]
+        if not found:
+            return skipped(f"{answer.url.netloc.decode()} tells nothing of them")
+        shut = [
+            (told["breaker"], told["state"], f"{count:.0f} ({told['reason']})")
+            for told, count in found
+            if told["state"] != "closed" and count
+        ]
+        seen = ", ".join(f"{breaker} {state}: {how}" for breaker, state, how in shut)
+        advice = dict.fromkeys(_advice_on(breaker) for breaker, state, _ in shut if state == "open")
+        return warn(seen, "; ".join(advice)) if advice else ok(seen or "all closed")
+
+    async def _ask_server(self, path: str) -> httpx2.Response | Finding:
+        """What the server on this state folder answers; `skipped` where there is none."""
         try:
             address = (self._settings.state_dir / "address").read_text().strip()
         except OSError:
@@ -143,12 +184,9 @@ class HostChecks:
         scheme = "http" if self._settings.tls_cert_file is None else "https"
         try:
             async with httpx2.AsyncClient(verify=False, trust_env=False, timeout=_ASK_S) as client:
-                answer = await client.get(f"{scheme}://{address}/ready")
+                return await client.get(f"{scheme}://{address}{path}")
         except httpx2.TransportError:
             return skipped(f"none answers at {address}")
-        if answer.status_code == HTTPStatus.OK:
-            return ok(f"ready at {address}")
-        return fail(f"{address}: {_complaints(answer)}", "see the checks above, and its log")
 
     def database_dsn(self) -> str | None:
         """Where the database is; None for an embedded one that does not run."""
@@ -176,6 +214,10 @@ class _CheckBody(msgspec.Struct):
 class _ReadyBody(msgspec.Struct):
     status: str
     checks: dict[str, _CheckBody]
+
+
+def _advice_on(breaker: str) -> str:
+    return _BREAKER_ADVICE.get(breaker, f"see `rdev_breakers` of {breaker} in /metrics")
 
 
 def _complaints(answer: httpx2.Response) -> str:

@@ -279,6 +279,8 @@ def build_server(
     }
     for part, statistics in parts.items():
         telemetry.watch(part, statistics)
+    telemetry.watch_breakers("exec", executor.tally)
+    telemetry.watch_breakers("webhook", hooks.dispatcher.tally)
     poll = StreamPoll(
         log=log, holder=identity.holder, watched=fanout.watched, wake_each=fanout.wake_each
     )

@@ -2,14 +2,17 @@
 
 import resource
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from rdev import host_checks
+from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 from rdev.config import Settings
 from rdev.domain.findings import Level
 from rdev.host_checks import HostChecks, utc_now
@@ -98,6 +101,67 @@ async def test_listening_for_others_without_a_proxy_is_told(tmp_path: Path):
 async def test_a_server_that_is_gone_is_no_failure(tmp_path: Path):
     (tmp_path / "address").write_text("127.0.0.1:1\n")
     assert (await checks(tmp_path).server()).level is Level.SKIPPED
+
+
+@pytest.mark.parametrize(
+    ("gauges", "level", "seen", "advice"),
+    [
+        ({"exec closed nothing": 9, "exec open slow": 0}, Level.OK, "all closed", ""),
+        ({"exec half_open due": 2}, Level.OK, "exec half_open: 2 (due)", ""),
+        ({"database open failures": 1}, Level.WARN, "database open: 1 (failures)", "503"),
+        ({"exec open trial_failed": 12}, Level.WARN, "exec open: 12 (trial_failed)", "projects"),
+        ({"webhook open slow": 1}, Level.WARN, "webhook open: 1 (slow)", "endpoints"),
+        ({"kubernetes open slow": 1}, Level.WARN, "kubernetes open: 1 (slow)", "API server"),
+        ({"newer open slow": 1}, Level.WARN, "newer open: 1 (slow)", "rdev_breakers"),
+        ({}, Level.SKIPPED, "tells nothing of them", ""),
+    ],
+)
+async def test_a_breaker_that_is_open_is_told_with_its_reason(
+    tmp_path: Path, nursery: trio.Nursery, gauges: dict, level: Level, seen: str, advice: str
+):
+    telemetry = PrometheusTelemetry()
+    tallies: dict[str, dict[tuple[str, ...], int]] = {}
+    for gauge, count in gauges.items():
+        breaker, *standing = gauge.split()
+        tallies.setdefault(breaker, {})[*standing] = count
+    for breaker, tally in tallies.items():
+        telemetry.watch_breakers(breaker, lambda tally=tally: tally)
+    await _serve(tmp_path, nursery, (await telemetry.render(""))[0])
+
+    finding = await checks(tmp_path).breakers()
+
+    assert finding.level is level
+    assert seen in finding.seen
+    assert advice in finding.advice
+
+
+async def test_each_kind_of_open_breaker_has_its_advice_once(tmp_path: Path, nursery: trio.Nursery):
+    gauge = 'rdev_breakers{{breaker="{}",state="open",reason="{}"}} 1.0'
+    shut = ("exec", "slow"), ("exec", "failures"), ("webhook", "slow")
+    await _serve(tmp_path, nursery, "\n".join(gauge.format(*one) for one in shut).encode())
+    finding = await checks(tmp_path).breakers()
+    assert finding.seen == "exec open: 1 (slow), exec open: 1 (failures), webhook open: 1 (slow)"
+    assert finding.advice.count("; ") == 3
+
+
+async def test_without_a_server_there_are_no_breakers(tmp_path: Path):
+    assert (await checks(tmp_path).breakers()).level is Level.SKIPPED
+    (tmp_path / "address").write_text("127.0.0.1:1\n")
+    assert (await checks(tmp_path).breakers()).level is Level.SKIPPED
+
+
+async def _serve(folder: Path, nursery: trio.Nursery, body: bytes) -> None:
+    """What a server there answers to whatever it is asked."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        await stream.receive_some(65_536)
+        await stream.send_all(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+        await stream.aclose()
+
+    serve = partial(trio.serve_tcp, answer, 0, host="127.0.0.1")
+    (listener,) = await nursery.start(serve)
+    port = listener.socket.getsockname()[1]
+    (folder / "address").write_text(f"127.0.0.1:{port}\n")
 
 
 def _certificate(folder: Path, left: timedelta) -> tuple[str, str]:

@@ -70,6 +70,7 @@ def checks_of(settings: Settings) -> Mapping[str, Check]:
         advice = "install what is missing (Debian: util-linux, coreutils)"
         checks["supervisor"] = Check(look=host.supervisor, advice=advice)
     checks["server"] = Check(look=host.server, advice="see its log")
+    checks["breakers"] = Check(look=host.breakers, advice="see its log")
     return checks
 
 

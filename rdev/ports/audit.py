@@ -25,7 +25,8 @@ class AuditLog(Protocol):
         ...
 
     async def page(self, wanted: AuditFilter, *, before: int | None, limit: int) -> AuditPage:
-        """Sealed entries below `before`, newest first, at most `limit`. Looks at no more than
+        """Sealed entries below `before`, newest first, at most `limit`, and none behind the one
+        with which they reach `PAGE_BYTES`. Looks at no more than
         `PAGE_LOOK_MAX` seals."""
         ...
 

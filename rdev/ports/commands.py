@@ -19,6 +19,7 @@ from rdev.domain.commands import Claimed, Command, Kind, Lease, NewCommand, Stat
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
+from rdev.domain.pages import Page
 
 # Positions are counted so far: a count must not cost what a whole queue costs.
 POSITION_MAX = 1_000
@@ -95,8 +96,9 @@ class CommandStore(Protocol):
         kind: Kind | None,
         before: CommandId | None,
         limit: int,
-    ) -> list[Command]:
-        """Commands of a project, newest first, those older than `before`, at most `limit`."""
+    ) -> Page[Command]:
+        """Commands of a project, newest first, those older than `before`: at most `limit`, and none
+        behind the one with which they reach `PAGE_BYTES`."""
         ...
 
     async def queue_position(self, command: CommandId) -> int | None:

@@ -48,8 +48,8 @@ class Executor(Protocol):
 
     async def instance(self, project: ProjectId) -> str:
         """What the place is now: boot id and start time of its pid 1. A place that was restarted
-        has another instance. Errors: NOT_FOUND; SERVICE_UNAVAILABLE, as UnfitProjectError where
-        nothing can run in it."""
+        has another instance. Errors: NOT_FOUND (a pod makes its folders itself);
+        SERVICE_UNAVAILABLE, as UnfitProjectError where nothing can run in it."""
         ...
 
     def attach(

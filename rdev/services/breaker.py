@@ -9,9 +9,10 @@ otherwise: turn it into an error inside the block. Overhead: see `bench/limiter.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TypeAlias
 
 import trio
 
@@ -28,6 +29,18 @@ from rdev.ports.telemetry import BreakerTelemetry
 
 # For gauges: the higher, the worse.
 STATE_NUMBERS = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
+
+# What a call meets, and why; every pair there is.
+Standing: TypeAlias = tuple[BreakerState, BreakerReason]
+STANDINGS: tuple[Standing, ...] = (
+    (BreakerState.CLOSED, BreakerReason.NOTHING),
+    (BreakerState.CLOSED, BreakerReason.RECOVERED),
+    (BreakerState.HALF_OPEN, BreakerReason.DUE),
+    (BreakerState.OPEN, BreakerReason.FAILURES),
+    (BreakerState.OPEN, BreakerReason.SLOW),
+    (BreakerState.OPEN, BreakerReason.TRIAL_FAILED),
+    (BreakerState.OPEN, BreakerReason.TRIAL_UNDECIDED),
+)
 
 
 class BreakerOpenError(RdevError):
@@ -114,6 +127,17 @@ class CircuitBreaker:
         """Why it is in its state."""
         return self.breaker.reason
 
+    def standing(self, now_s: float) -> Standing:
+        """What a call would meet now: one that is open and due is half open to it."""
+        state = self.breaker.state(now_s)
+        if state is BreakerState.OPEN and not self.breaker.refuses(now_s):
+            return BreakerState.HALF_OPEN, BreakerReason.DUE
+        return state, self.breaker.reason
+
+    def tally(self) -> Mapping[Standing, int]:
+        """As `tally_of`, of this one."""
+        return tally_of((self,))
+
     def try_now(self) -> None:
         """See `Breaker.try_now`."""
         self.breaker.try_now(trio.current_time())
@@ -130,6 +154,15 @@ class CircuitBreaker:
             slow=counts.slow,
             refused=self.refused,
         )
+
+
+def tally_of(breakers: Iterable[CircuitBreaker]) -> Mapping[Standing, int]:
+    """How many stand how, for each of `STANDINGS`. Cost: in the breakers."""
+    now_s = trio.current_time()
+    tally = dict.fromkeys(STANDINGS, 0)
+    for breaker in breakers:
+        tally[breaker.standing(now_s)] += 1
+    return tally
 
 
 class GuardedCall:

@@ -12,6 +12,7 @@ from rdev.domain.git import may_be_set
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, NewUuid, ProjectId, command_id
 from rdev.domain.lanes import Lane
+from rdev.domain.pages import Page
 from rdev.domain.redaction import redact_argv, secret_values
 from rdev.domain.requests import Common
 from rdev.domain.stream import Chunk, Source
@@ -164,8 +165,8 @@ class Commands:
         kind: Kind | None,
         before: CommandId | None,
         limit: int,
-    ) -> list[Command]:
-        """Commands of a project, newest first."""
+    ) -> Page[Command]:
+        """See `CommandStore.list_for_project`."""
         return await self._store.list_for_project(
             project, status=status, kind=kind, before=before, limit=limit
         )

@@ -13,7 +13,7 @@ Bounds: `PROJECTS_MAX` breakers; those that have seen nothing lately go first.
 """
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ from rdev.domain.execution import (
 from rdev.domain.ids import AttemptId, CommandId, ProjectId
 from rdev.ports.execution import Attachment, Executor
 from rdev.ports.telemetry import BreakerTelemetry
-from rdev.services.breaker import CircuitBreaker, unavailable_is_failure
+from rdev.services.breaker import CircuitBreaker, Standing, tally_of, unavailable_is_failure
 
 PROJECTS_MAX = 10_000
 # How often a project that is to be tried again is left to a claim. One takes at most the heads of
@@ -69,6 +69,8 @@ class GuardedExecutor:
         self._breakers: OrderedDict[ProjectId, CircuitBreaker] = OrderedDict()
         # Those that are not closed, and when a claim may try them next (seconds of trio's clock).
         self._not_closed: dict[ProjectId, float] = {}
+        # Those that are closed again.
+        self._recovered: set[ProjectId] = set()
 
     @property
     def reach(self) -> str:
@@ -106,6 +108,15 @@ class GuardedExecutor:
     def statistics(self) -> ExecBreakerStatistics:
         """What is now."""
         return ExecBreakerStatistics(refused=len(self.open_projects()), known=len(self._breakers))
+
+    def tally(self) -> Mapping[Standing, int]:
+        """How many projects' breakers stand how. Cost: in the breakers that are not closed."""
+        found = dict(tally_of([self._breakers[project] for project in self._not_closed]))
+        recovered = len(self._recovered)
+        found[BreakerState.CLOSED, BreakerReason.RECOVERED] = recovered
+        untouched = len(self._breakers) - len(self._not_closed) - recovered
+        found[BreakerState.CLOSED, BreakerReason.NOTHING] = untouched
+        return found
 
     async def prepare(self, project: ProjectId) -> None:
         """See `Executor.prepare`. Errors: also SERVICE_UNAVAILABLE at once."""
@@ -163,7 +174,7 @@ class GuardedExecutor:
         """The project's breaker, now the most recently used."""
         found = self._breakers.get(project)
         if found is None:
-            changes = _Changes(self._telemetry, self._not_closed, project)
+            changes = _Changes(self._telemetry, self._not_closed, self._recovered, project)
             found = CircuitBreaker(
                 name=NAME, telemetry=changes, settings=self._settings, outcome_of=_outcome_of
             )
@@ -181,6 +192,7 @@ class GuardedExecutor:
         gone = next(at_rest, oldest)
         del self._breakers[gone]
         self._not_closed.pop(gone, None)
+        self._recovered.discard(gone)
 
 
 def _outcome_of(error: Exception) -> CallOutcome:
@@ -191,23 +203,27 @@ def _outcome_of(error: Exception) -> CallOutcome:
 
 
 class _Changes:
-    """Keeps one project among those that are not closed, and passes on what it hears."""
+    """Keeps one project among those that are not closed, or are again; passes on what it hears."""
 
     def __init__(
         self,
         telemetry: BreakerTelemetry,
         not_closed: dict[ProjectId, float],
+        recovered: set[ProjectId],
         project: ProjectId,
     ) -> None:
         self._telemetry = telemetry
         self._not_closed = not_closed
+        self._recovered = recovered
         self._project = project
 
     def breaker_changed(self, breaker: str, state: BreakerState, reason: BreakerReason) -> None:
         """See `BreakerTelemetry.breaker_changed`."""
         if state is BreakerState.CLOSED:
             self._not_closed.pop(self._project, None)
+            self._recovered.add(self._project)
         else:
+            self._recovered.discard(self._project)
             self._not_closed.setdefault(self._project, 0.0)
         self._telemetry.breaker_changed(breaker, state, reason)
 

@@ -13,7 +13,7 @@ At stop nothing more is claimed, attempts in hand have `STOP_S` to end, and the 
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
@@ -42,7 +42,7 @@ from rdev.ports.deliveries import DeliveryQueue
 from rdev.ports.telemetry import BreakerTelemetry, WebhookTelemetry
 from rdev.ports.tracing import Tracing, Untraced, within
 from rdev.ports.webhooks import SecretBox, WebhookSender
-from rdev.services.breaker import BreakerOpenError, CircuitBreaker
+from rdev.services.breaker import BreakerOpenError, CircuitBreaker, Standing, tally_of
 from rdev.services.shield import commit_shield
 
 # The floor: with every wake-up lost, nothing waits longer than this.
@@ -207,6 +207,10 @@ class WebhookDispatcher:
             overflow=self._overflow,
             oldest_undelivered_s=self._oldest_s,
         )
+
+    def tally(self) -> Mapping[Standing, int]:
+        """How many endpoints' breakers stand how; those of endpoints at rest are forgotten."""
+        return tally_of(self._breakers.values())
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
         """Claim as much as there are permits, and start the attempts. Returns how many: 0 means

@@ -95,7 +95,9 @@ class Stage:
             # A feed that is open has no end.
             if not answer.headers.get("Content-Type", "").startswith("text/event-stream"):
                 await answer.aread()
-            return answer
+        if route == ("DELETE", "/projects/{project}") and answer.status_code < 400:
+            await self.api.project(project)
+        return answer
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import pytest
 import trio
 
 from rdev.adapters.postgres.embedded import running_embedded
+from rdev.domain.pages import PAGE_BYTES
 from tests.app.server import DEADLINE_S, Api, Json, Server
 
 ACCEPTED = {
@@ -121,6 +122,26 @@ async def test_the_list_is_newest_first_filtered_and_in_pages(api: Api) -> None:
         following = page["meta"].get("next_cursor")
         cursor = None if following is None else f"&cursor={following}"
     assert seen == newest_first
+
+
+async def test_a_page_of_large_commands_is_bounded_in_bytes(api: Api) -> None:
+    await api.project("large")
+    row_bytes = 131_000
+    made = [await api.submit("true".ljust(row_bytes), project="large") for _ in range(20)]
+
+    seen, cursor = [], ""
+    while cursor is not None:
+        answer = await api.get(f"/projects/large/commands?limit=200{cursor}")
+        page = answer.json()
+        assert len(page["data"]) >= 1
+        assert len(answer.content) < PAGE_BYTES + row_bytes + 2_000
+        seen += [command["id"] for command in page["data"]]
+        following = page["meta"].get("next_cursor")
+        cursor = None if following is None else f"&cursor={following}"
+
+    assert seen == made[::-1]
+    for command in made:
+        await api.ended(command)
 
 
 @pytest.mark.parametrize("query", ["status=nope", "kind=nope", "cursor=nope", "limit=0"])

@@ -3,11 +3,29 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.app.server import ROOT, Server, bare_environment
+import pytest
+import trio
+
+from rdev.config import Settings
+from rdev.domain.findings import Level
+from rdev.host_checks import HostChecks, utc_now
+from tests.app.server import DEADLINE_S, POLL_S, ROOT, Api, Server, bare_environment, open_server
 
 CHECKS_MIN = 12
+
+
+@pytest.fixture(scope="module")
+def server(quick_place: Path) -> Iterator[Server]:
+    """A ready server that tries loopback's endpoints again and again."""
+    settings = {
+        "RDEV_WEBHOOK_ALLOW_NETS": "127.0.0.0/8",
+        "RDEV_WEBHOOK_SCHEDULE": ",".join(["0.2"] * 16),
+    }
+    with open_server(quick_place, **settings) as server:
+        yield server
 
 
 def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -28,9 +46,34 @@ def test_beside_a_server_that_is_well_nothing_fails(server: Server):
     assert told.returncode == 0, told.stdout + told.stderr
     assert len(found) >= CHECKS_MIN
     assert {name for name, line in found.items() if line["level"] == "fail"} == set()
-    asked = ("database", "migrations", "clock", "audit", "queue", "supervisor", "server")
-    assert {found[name]["level"] for name in asked} == {"ok"}
+    asked = (
+        "database",
+        "migrations",
+        "clock",
+        "audit",
+        "queue",
+        "supervisor",
+        "server",
+        "breakers",
+    )
+    assert {found[name]["level"] for name in (*asked, "breakers")} == {"ok"}
     assert server.key not in told.stdout + told.stderr
+
+
+async def test_an_endpoint_that_is_left_alone_is_told(server: Server, api: Api):
+    made = await api.post(
+        "/webhooks", {"url": "http://127.0.0.1:1/gone", "events": ["command.queued"]}
+    )
+    assert made.status_code == 201, made.text
+    await api.submit("true")
+    about = HostChecks(Settings(state_dir=server.state_dir), {}, now=utc_now)
+    with trio.fail_after(DEADLINE_S):
+        while (finding := await about.breakers()).level is not Level.WARN:
+            await trio.sleep(POLL_S)
+    assert "webhook open: 1" in finding.seen
+    assert "rdev webhooks deliveries" in finding.advice
+    gone = await api.http.delete(f"/webhooks/{made.json()['data']['id']}")
+    assert gone.status_code in (200, 204), gone.text
 
 
 def test_a_database_that_is_gone_fails_and_hides_its_password(tmp_path: Path):

@@ -16,6 +16,9 @@ from tests.contract.run import TALLY_FILE
 from tests.contract.tally import Tally
 
 IDS_MAX = 200
+# Of no parameter's form.
+WRONG = "!"
+WAIT_MAX_S = 60
 _ID = re.compile(r"\b(cmd|key|whk|dlv)_[0-9a-f]{32}\b")
 # What is kept of an answer for its ids; the rest of a long list is more of the same.
 _LOOKED_AT = 4_000
@@ -47,17 +50,43 @@ def map_body(context, body):
 
 
 @schemathesis.hook
-def filter_query(context, query):
-    """An empty parameter counts as absent, and of several the first counts (http/query.py):
-    what begins with an empty one is no wrong one."""
-    return not any(_is_empty(value) for value in (query or {}).values())
+def map_query(context, query):
+    """Held requests are held briefly: who waits a minute for a command of a stopped project sends
+    nothing else."""
+    if not query or "wait" not in query:
+        return query
+    return {**query, "wait": _brief(query["wait"])}
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs) -> None:
+    """An empty parameter counts as absent, and of several the first counts (http/query.py; walked
+    by test_parameter_edges.py): what was meant to be wrong is made wrong."""
+    empty = [name for name, value in (case.query or {}).items() if _is_empty(value)]
+    for name in empty:
+        case.query[name] = WRONG
+    if (case.headers or {}).get("Last-Event-ID") == "":
+        case.headers["Last-Event-ID"] = WRONG
+
+
+def _first(value: object) -> object:
+    while isinstance(value, list) and value:
+        value = value[0]
+    return value
 
 
 def _is_empty(value: object) -> bool:
     """Whether it is sent as nothing, or its first is."""
-    while isinstance(value, list) and value:
-        value = value[0]
-    return value in ("", {}, [], None)
+    return _first(value) in ("", {}, [], None)
+
+
+def _brief(wait: object) -> object:
+    """The same wait if it is none, or at most a second."""
+    try:
+        wait_s = float(str(wait))
+    except ValueError:
+        return wait
+    return "1" if 1 < wait_s <= WAIT_MAX_S else wait
 
 
 @schemathesis.hook

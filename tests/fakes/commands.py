@@ -11,6 +11,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import rank
+from rdev.domain.pages import PAGE_BYTES, Page
 from rdev.domain.stream import Source, queued_line
 from rdev.ports.commands import POSITION_MAX, Accepted, Beat, CancelResult
 from tests.fakes.store import Row, StoreState, claimed_of, is_queued, is_running
@@ -74,7 +75,7 @@ class FakeCommands:
         kind: Kind | None,
         before: CommandId | None,
         limit: int,
-    ) -> list[Command]:
+    ) -> Page[Command]:
         await self._state.step()
         found = [
             row.command
@@ -84,7 +85,15 @@ class FakeCommands:
             and kind in (None, row.command.kind)
             and (before is None or row.command.id < before)
         ]
-        return sorted(found, key=lambda command: command.id, reverse=True)[:limit]
+        found.sort(key=lambda command: command.id, reverse=True)
+        given: list[Command] = []
+        size_bytes = 0
+        for command in found[:limit]:
+            if size_bytes >= PAGE_BYTES:
+                break
+            given.append(command)
+            size_bytes += sum(len(word.encode()) for word in command.argv)
+        return Page(items=given, has_more=len(given) < len(found))
 
     async def queue_position(self, command: CommandId) -> int | None:
         await self._state.step()

@@ -12,12 +12,19 @@ from rdev.adapters.postgres.audit import PostgresAudit
 from rdev.adapters.postgres.roles import as_server
 from rdev.adapters.postgres.upkeep import PostgresUpkeep
 from rdev.domain.audit import AuditFilter
+from rdev.domain.pages import PAGE_BYTES
 from rdev.services.audit_verify import AuditVerifier
 from tests.ports.conftest import Pools
 
 _WRITE = """
 insert into audit_entries (actor, actor_name, action, target)
 select 'a', 'a', 'key.created', 'k' || n from generate_series(1, %s::integer) n
+"""
+
+# The newest one's detail.
+_FILL = """
+update audit_entries set detail = jsonb_build_object('text', repeat('x', %s::integer))
+where (day, id) = (select day, id from audit_entries order by day desc, id desc limit 1)
 """
 
 
@@ -179,6 +186,26 @@ async def test_a_restored_database_that_had_sealed_all_says_so_and_goes_on(audit
     page = await audit.page(AuditFilter(action="audit.resumed"), before=None, limit=5)
     assert len(page.entries) == 1
     assert await is_valid(audit)
+
+
+async def test_a_page_ends_with_the_entry_that_brings_it_to_its_bytes(audit, owner):
+    """Each entry once, whether the bytes, the limit or the chain's begin ends a page."""
+    for size_bytes in (10, 500_000, 500_000, 500_000, 10, 2 * PAGE_BYTES, 10, 10, 10):
+        owner.execute(_WRITE, (1,))
+        owner.execute(_FILL, (size_bytes,))
+    assert await count_of(audit) == 9
+
+    pages, before = [], None
+    while True:
+        page = await audit.page(AuditFilter(action="key.created"), before=before, limit=3)
+        pages.append([one.seq for one in page.entries])
+        before = page.before
+        if before is None:
+            break
+
+    assert pages == [[9, 8, 7], [6], [5, 4, 3], [2, 1]]
+    (first,) = (await audit.page(AuditFilter(), before=2, limit=3)).entries
+    assert len(first.entry.detail["text"]) == 10
 
 
 def old_day(owner: psycopg.Connection, days: int, rows: int) -> str:

@@ -21,6 +21,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import Offsets
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.lanes import Lane
+from rdev.domain.pages import PAGE_BYTES
 from rdev.domain.stream import Source, final_lines, queued_line, status_line
 from rdev.domain.traces import TraceContext
 from rdev.ports.commands import Claims
@@ -116,12 +117,36 @@ async def test_commands_are_listed_newest_first_in_pages(world: World) -> None:
         found = await world.commands.list_for_project(
             PROJECT, status=None, kind=None, before=before, limit=limit
         )
-        return [command.id for command in found]
+        assert found.has_more == (bool(found.items) and found.items[-1].id != ids[0])
+        return [command.id for command in found.items]
 
     assert await page(None, 10) == ids[::-1]
     assert await page(None, 2) == [ids[4], ids[3]]
     assert await page(ids[3], 2) == [ids[2], ids[1]]
     assert await page(ids[0], 2) == []
+
+
+async def test_a_page_ends_with_the_row_that_brings_it_to_its_bytes(world: World) -> None:
+    """Each row once, at least one a page, and the last page knows that it is the last."""
+    await world.project()
+    ids = []
+    for size_bytes in (10, 400_000, 400_000, 400_000, 10, 2 * PAGE_BYTES, 2 * PAGE_BYTES, 10):
+        new = replace(world.new(PROJECT), argv=("x" * size_bytes,))
+        await world.commands.insert(new)
+        ids.append(new.id)
+
+    pages: list[list[int]] = []
+    before = None
+    while True:
+        page = await world.commands.list_for_project(
+            PROJECT, status=Status.QUEUED, kind=None, before=before, limit=5
+        )
+        pages.append([ids.index(command.id) for command in page.items])
+        if not page.has_more:
+            break
+        before = page.items[-1].id
+
+    assert pages == [[7, 6], [5], [4, 3, 2, 1], [0]]
 
 
 async def test_a_list_is_filtered_by_status_and_kind(world: World) -> None:
@@ -135,7 +160,7 @@ async def test_a_list_is_filtered_by_status_and_kind(world: World) -> None:
         commands = await world.commands.list_for_project(
             PROJECT, status=status, kind=kind, before=None, limit=10
         )
-        return [command.id for command in commands]
+        return [command.id for command in commands.items]
 
     assert await found(Status.QUEUED, None) == [git, shell]
     assert await found(None, Kind.SHELL) == [ended, shell]

@@ -28,7 +28,7 @@ async def stored(world: World) -> list[CommandId]:
     found = await world.commands.list_for_project(
         PROJECT, status=None, kind=None, before=None, limit=100
     )
-    return [command.id for command in found]
+    return [command.id for command in found.items]
 
 
 async def test_the_first_request_makes_the_command(world: World) -> None:

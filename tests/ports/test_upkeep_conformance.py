@@ -234,7 +234,7 @@ async def test_what_is_old_is_prunable_in_its_reach_and_forgotten_on_demand(worl
     left = await world.commands.list_for_project(
         PROJECT, status=None, kind=None, before=None, limit=10
     )
-    assert {found.id for found in left} == {running, young}
+    assert {found.id for found in left.items} == {running, young}
 
 
 # Only PostgreSQL can show this.

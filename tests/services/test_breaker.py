@@ -7,7 +7,7 @@ from rdev.domain.breaker import BreakerReason, BreakerSettings, BreakerState, Ca
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.breaker import CallBreaker, Unbroken
 from rdev.ports.telemetry import Silence
-from rdev.services.breaker import BreakerOpenError, CircuitBreaker
+from rdev.services.breaker import STANDINGS, BreakerOpenError, CircuitBreaker, tally_of
 
 SETTINGS = BreakerSettings(calls_min=4)
 
@@ -46,6 +46,21 @@ def opened(breaker: CircuitBreaker) -> None:
     for _ in range(4):
         fail(breaker)
     assert breaker.refuses
+
+
+async def test_every_reason_of_a_domain_breaker_is_tallied(breaker: CircuitBreaker) -> None:
+    assert {reason for _, reason in STANDINGS} == set(BreakerReason)
+    assert {state for state, _ in STANDINGS} == set(BreakerState)
+    others = CircuitBreaker(name="exec", telemetry=Silence())
+    opened(breaker)
+
+    tally = tally_of([breaker, others, others])
+
+    assert set(tally) == set(STANDINGS)
+    assert {standing: count for standing, count in tally.items() if count} == {
+        (BreakerState.CLOSED, BreakerReason.NOTHING): 2,
+        (BreakerState.OPEN, BreakerReason.FAILURES): 1,
+    }
 
 
 async def test_an_open_breaker_refuses_at_once_and_says_for_how_long(

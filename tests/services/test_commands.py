@@ -114,7 +114,7 @@ async def test_commands_are_listed_and_their_log_is_read(office: Office) -> None
     found = await office.commands.list_for_project(
         PROJECT, status=None, kind=None, before=None, limit=2
     )
-    assert [command.id for command in found] == [ids[2], ids[1]]
+    assert [command.id for command in found.items] == [ids[2], ids[1]]
     [chunk] = await office.commands.read_log(ids[0], after=0)
     assert chunk.source is Source.LIFE
     assert await office.commands.read_log(ids[0], after=1) == []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from rdev.domain.breaker import BreakerReason, BreakerSettings, BreakerState
 from rdev.domain.errors import ErrorCode, RdevError
@@ -89,6 +90,53 @@ async def test_a_project_that_cannot_be_reached_is_left_alone_and_no_other(
     assert noted.changes == [("exec", BreakerState.OPEN, BreakerReason.FAILURES)]
     assert (guarded.statistics().refused, guarded.statistics().known) == (1, 1)
     assert await guarded.tidy(GOOD, []) == []
+
+
+async def test_breakers_are_tallied_by_state_and_reason_and_none_is_named(
+    guarded: GuardedExecutor, place: FakeExecutor, autojump_clock: MockClock
+) -> None:
+    await guarded.tidy(GOOD, [])
+    await opened(guarded, place)
+    assert tallied(guarded) == {"closed nothing": 1, "open failures": 1}
+
+    await trio.sleep(SETTINGS.open_first_s)
+    assert tallied(guarded) == {"closed nothing": 1, "half_open due": 1}, "the next call tries it"
+    with pytest.raises(RdevError):
+        await guarded.tidy(BAD, [])
+    assert tallied(guarded) == {"closed nothing": 1, "open trial_failed": 1}
+
+    place.unreachable = set()
+    await trio.sleep(2 * SETTINGS.open_first_s)
+    for _ in range(SETTINGS.permits):
+        await guarded.tidy(BAD, [])
+    assert tallied(guarded) == {"closed nothing": 1, "closed recovered": 1}
+
+    await opened(guarded, place)
+    assert tallied(guarded) == {"closed nothing": 1, "open failures": 1}
+
+
+async def test_a_project_that_is_forgotten_is_tallied_no_more(
+    guarded: GuardedExecutor,
+    place: FakeExecutor,
+    autojump_clock: MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guarded_executor, "PROJECTS_MAX", 1)
+    await opened(guarded, place)
+    place.unreachable = set()
+    await trio.sleep(SETTINGS.open_first_s)
+    for _ in range(SETTINGS.permits):
+        await guarded.tidy(BAD, [])
+    await guarded.tidy(GOOD, [])
+    assert tallied(guarded) == {"closed nothing": 1}
+
+
+def tallied(guarded: GuardedExecutor) -> dict[str, int]:
+    """Without those of which there is none; together they are all that are known."""
+    tally = guarded.tally()
+    assert len(tally) == 7
+    assert sum(tally.values()) == guarded.statistics().known
+    return {f"{state} {reason}": count for (state, reason), count in tally.items() if count}
 
 
 async def test_open_everything_but_a_kill_is_refused_at_once(

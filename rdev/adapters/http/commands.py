@@ -201,20 +201,19 @@ def command_routes(commands: Commands, projects: Projects) -> Blueprint:
 
     @routes.get("/projects/<project>/commands")
     async def list_commands(project: str) -> Response:
-        limit = limit_of()
         cursor = cursor_of(is_command_id)
         found = await commands.list_for_project(
             _project(project),
             status=choice_of("status", Status),
             kind=choice_of("kind", Kind),
             before=CommandId(cursor) if cursor else None,
-            limit=limit + 1,
+            limit=limit_of(),
         )
-        if not found:
+        if not found.items:
             # An empty page of a project that is not there is no page but a 404.
             await projects.check_known(project)
-        more = found[limit - 1].id if len(found) > limit else None
-        return success([_shown(command) for command in found[:limit]], next_cursor=more)
+        more = found.items[-1].id if found.has_more else None
+        return success([_shown(command) for command in found.items], next_cursor=more)
 
     @routes.get("/commands/<command>")
     async def get_command(command: str) -> Response:

@@ -9,6 +9,7 @@ could replace.
 from collections.abc import Mapping, Sequence
 from datetime import date, timedelta
 
+import msgspec
 from psycopg.rows import DictRow, TupleRow, dict_row
 from psycopg.types.json import Jsonb
 
@@ -25,8 +26,12 @@ from rdev.domain.audit import (
     SealedEntry,
 )
 from rdev.domain.audit_chain import GENESIS, Link, Place
+from rdev.domain.pages import PAGE_BYTES
 
 _DAY = timedelta(days=1)
+
+# What an entry takes in an answer besides its detail, about.
+_ENTRY_BYTES = 700
 
 _ADD = """
 insert into audit_entries (actor, actor_name, ip, request_id, action, target, project, outcome,
@@ -186,8 +191,9 @@ class PostgresAudit:
         if high <= 0:
             return AuditPage(entries=(), before=None)
         values = _values(wanted) | {"low": low, "high": high, "limit": limit}
-        found = tuple(_to_sealed(row) for row in await self._all(_PAGE, values))
-        if len(found) == limit:
+        rows = await self._all(_PAGE, values)
+        found = tuple(_to_sealed(row) for row in _fitting(rows))
+        if len(rows) == limit or len(found) < len(rows):
             low = found[-1].seq - 1
         first = (
             1 if wanted.since is None else await self._seq(_FIRST_OF, wanted.since.date() - _DAY)
@@ -286,6 +292,17 @@ class PostgresAudit:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(statement, parameters)
                 return await cursor.fetchall()
+
+
+def _fitting(rows: Sequence[DictRow]) -> Sequence[DictRow]:
+    """Up to the one with which they reach `PAGE_BYTES`. A detail has some kilobytes at most, so
+    that all of them could be fetched."""
+    size_bytes = 0
+    for number, row in enumerate(rows):
+        if size_bytes >= PAGE_BYTES:
+            return rows[:number]
+        size_bytes += _ENTRY_BYTES + len(msgspec.json.encode(row["detail"]))
+    return rows
 
 
 def _values(wanted: AuditFilter) -> dict[str, object]:

@@ -29,6 +29,7 @@ from rdev.domain.execution import KillReport, Spec
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId, command_id, command_uuid
 from rdev.domain.lanes import AGE_STEP_S
+from rdev.domain.pages import PAGE_BYTES, Page
 from rdev.domain.stream import final_lines
 from rdev.ports.commands import POSITION_MAX, Accepted, CancelResult
 
@@ -39,6 +40,9 @@ _COLUMNS = """
     finished_at, duration_ms, out_offset, err_offset, dropped_bytes, argv, key_id, session_id,
     usage, kill, last_seq, attempt_seq
 """
+
+# What a command's other members take in an answer, about.
+_ROW_BYTES = 1_000
 
 # The row comes from the project's, so a command of an unknown project, or of one that is being
 # deleted, is never stored.
@@ -108,15 +112,35 @@ select {_COLUMNS}, queue_position from placed
 
 _GET = f"select {_COLUMNS} from commands where id = %s"  # noqa: S608
 
-# `commands_of_project` serves it; ids sort by creation.
+# `commands_of_project` serves each step; ids sort by creation. One row at a time, so that what is
+# not given is not even unpacked: an argv may have a megabyte. The row behind the last is found too:
+# that there is one is told by those that are given.
 _LIST = f"""
-select {_COLUMNS} from commands
-where project = %(project)s
-  and (%(before)s::uuid is null or id < %(before)s)
-  and (%(status)s::text is null or status = %(status)s)
-  and (%(kind)s::text is null or kind = %(kind)s)
+with recursive walked (number, id, bytes_before, bytes) as (
+    select 0, coalesce(%(before)s::uuid, 'ffffffff-ffff-ffff-ffff-ffffffffffff'), 0::bigint,
+           0::bigint
+    union all
+    select w.number + 1, next.id, w.bytes,
+           w.bytes + {_ROW_BYTES} + octet_length(next.argv::text)
+                   + coalesce(octet_length(next.usage::text), 0)
+    from walked w
+    cross join lateral (
+        select id, argv, usage from commands
+        where project = %(project)s and id < w.id
+          and (%(status)s::text is null or status = %(status)s)
+          and (%(kind)s::text is null or kind = %(kind)s)
+        order by id desc
+        limit 1
+    ) next
+    where w.number <= %(limit)s and w.bytes_before < %(page_bytes)s
+), given as (
+    select id from walked
+    where number between 1 and %(limit)s and bytes_before < %(page_bytes)s
+)
+select {_COLUMNS}, (select count(*) from walked) - 1 > (select count(*) from given) as has_more
+from commands
+where id in (select id from given)
 order by id desc
-limit %(limit)s
 """  # noqa: S608
 
 _POSITION = """
@@ -242,7 +266,7 @@ class PostgresCommands:
         kind: Kind | None,
         before: CommandId | None,
         limit: int,
-    ) -> list[Command]:
+    ) -> Page[Command]:
         """See `CommandStore.list_for_project`."""
         parameters = {
             "project": project,
@@ -250,12 +274,15 @@ class PostgresCommands:
             "kind": kind,
             "before": None if before is None else command_uuid(before),
             "limit": limit,
+            "page_bytes": PAGE_BYTES,
         }
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(row_factory=dict_row)
                 await cursor.execute(_LIST, parameters)
-                return [to_command(row) for row in await cursor.fetchall()]
+                rows = await cursor.fetchall()
+        has_more = any(row["has_more"] for row in rows)
+        return Page(items=[to_command(row) for row in rows], has_more=has_more)
 
     async def queue_position(self, command: CommandId) -> int | None:
         """See `CommandStore.queue_position`."""

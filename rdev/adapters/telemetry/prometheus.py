@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from typing import TypeAlias
 
 import trio
 from prometheus_client import (
@@ -51,6 +52,9 @@ _OPEN_METRICS = "application/openmetrics-text"
 
 _UNKNOWN = (float("nan"), float("nan"))
 
+# Breakers by their state and its reason.
+_Tally: TypeAlias = Mapping[tuple[BreakerState, BreakerReason], int]
+
 
 class PrometheusTelemetry:
     """Telemetry as Prometheus metrics. Every verb is a few dictionary look-ups."""
@@ -70,7 +74,9 @@ class PrometheusTelemetry:
         self._upkeep = UpkeepMetrics(registry)
         self._counted = _Projects(_COUNTED_PROJECTS)
         self._timed = _Projects(_TIMED_PROJECTS)
-        self._watched: list[_Statistics] = []
+        self._breakers = _Breakers()
+        self._watched: list[_Statistics | _Breakers] = [self._breakers]
+        registry.register(self._breakers)
         self._turn = trio.Lock()
         # By content type; and when the first of them was rendered.
         self._texts: dict[str, bytes] = {}
@@ -88,6 +94,13 @@ class PrometheusTelemetry:
     def watch_each(self, part: str, each: Mapping[str, Callable[[], object]]) -> None:
         """As `watch`, of several parts of one kind: the label `<part>` names each."""
         self._show(_Statistics(part, each))
+
+    def watch_breakers(self, breaker: str, tally: Callable[[], _Tally]) -> None:
+        """Show how many breakers of one kind are in each state, and why, as `rdev_breakers`.
+
+        Read as of `watch`. `breaker` comes from a closed set.
+        """
+        self._breakers.tallies[breaker] = tally
 
     async def read(self, encode: Callable[[CollectorRegistry], bytes]) -> bytes:
         """All metrics as `encode` writes them; it is called in a thread. Blocks and cancellation as
@@ -265,6 +278,27 @@ class _Statistics:
                 for one, found in taken.items():
                     family.add_metric([one] if one else [], float(getattr(found, field.name)))
                 yield family
+
+
+class _Breakers:
+    """How many breakers of each kind are in which state: a series for each, none per project."""
+
+    def __init__(self) -> None:
+        self.tallies: dict[str, Callable[[], _Tally]] = {}
+        self._taken: dict[str, _Tally] = {}
+
+    def take(self) -> None:
+        """Count them; in trio's thread, where they belong."""
+        self._taken = {breaker: tally() for breaker, tally in self.tallies.items()}
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """As they were taken."""
+        text = "Circuit breakers in each state, and why"
+        family = GaugeMetricFamily("rdev_breakers", text, labels=("breaker", "state", "reason"))
+        for breaker, tally in self._taken.items():
+            for (state, reason), count in tally.items():
+                family.add_metric((breaker, state, reason), count)
+        yield family
 
 
 class _Projects:

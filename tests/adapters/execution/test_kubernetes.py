@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from rdev.adapters.execution.attach import Patience
 from rdev.adapters.execution.kubernetes import KubernetesTransport, explain
@@ -153,7 +154,7 @@ async def test_a_pod_that_changed_while_it_was_asked_is_asked_again(projects: Pa
         await made.executor.prepare(PROJECT)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.executor.instance, PROJECT)
-            await until(lambda: made.executor.statistics().open > 0, "it is being asked")
+            await trio.testing.wait_all_tasks_blocked()  # for the process that answers
             made.executor.forget(PROJECT)
         asked = len(made.api.execs.seen)
         await made.executor.instance(PROJECT)

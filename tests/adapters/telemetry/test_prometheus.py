@@ -119,7 +119,7 @@ async def test_projects_beyond_the_bound_share_one_label():
 
 def test_silence_has_every_verb_of_the_ports():
     verbs = {name for name in vars(PrometheusTelemetry) if not name.startswith("_")}
-    verbs -= {"read", "render", "watch", "watch_each"}
+    verbs -= {"read", "render", "watch", "watch_each", "watch_breakers"}
 
     assert verbs == {name for name in vars(Silence) if not name.startswith("_")}
     assert len(verbs) == 17 + 2 + 1 + 1
@@ -132,6 +132,22 @@ async def test_a_breakers_changes_are_counted_with_their_reason() -> None:
 
     name, labels = "rdev_breaker_changes_total", {"breaker": "database", "state": "open"}
     assert await value(telemetry, name, **labels, reason="failures") == 2
+
+
+async def test_breakers_are_counted_by_state_and_reason_at_the_scrape(autojump_clock) -> None:
+    telemetry = PrometheusTelemetry()
+    now = {(BreakerState.OPEN, BreakerReason.SLOW): 3, (BreakerState.CLOSED, "nothing"): 0}
+    telemetry.watch_breakers("exec", lambda: now)
+    telemetry.watch_breakers("database", lambda: {(BreakerState.CLOSED, "nothing"): 1})
+
+    open_ = {"breaker": "exec", "state": "open", "reason": "slow"}
+    assert await value(telemetry, "rdev_breakers", **open_) == 3
+    found = [sample for sample in await samples(telemetry) if sample.name == "rdev_breakers"]
+    assert len(found) == 3
+
+    now[BreakerState.OPEN, BreakerReason.SLOW] = 0
+    await trio.sleep(1)
+    assert await value(telemetry, "rdev_breakers", **open_) == 0, "gone is told, not left out"
 
 
 @dataclass(frozen=True, kw_only=True)
