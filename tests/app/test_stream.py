@@ -281,3 +281,14 @@ async def test_a_silent_stream_says_that_it_lives(api: Api) -> None:
     assert str(event.data["timestamp"]).endswith("Z")
     await api.http.delete(f"/commands/{command}")
     await api.ended(command)
+
+
+async def test_the_header_wins_and_what_stands_beside_it_may_not_be_nonsense(api: Api) -> None:
+    command = await api.submit("seq 1 5")
+    await api.ended(command)
+    events = await api.events(command)
+    last = seqs_of(events)[-1]
+    path = f"/commands/{command}/events"
+    header = {"Last-Event-ID": str(last)}
+    assert (await api.get(f"{path}?after=1", headers=header)).status_code == 204
+    assert (await api.get(f"{path}?after=nonsense", headers=header)).status_code == 400

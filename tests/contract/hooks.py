@@ -62,7 +62,8 @@ def map_query(context, query):
 def before_call(context, case, kwargs) -> None:
     """An empty parameter counts as absent, and of several the first counts (http/query.py; walked
     by test_parameter_edges.py): what was meant to be wrong is made wrong."""
-    empty = [name for name, value in (case.query or {}).items() if _is_empty(value)]
+    known = {parameter.name for parameter in case.operation.query}
+    empty = [name for name in known & (case.query or {}).keys() if _is_empty(case.query[name])]
     for name in empty:
         case.query[name] = WRONG
     if (case.headers or {}).get("Last-Event-ID") == "":

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from rdev.adapters.http.exchange import hold, principal
-from rdev.adapters.http.following import RETRY_MS, Followers, last_id
+from rdev.adapters.http.following import RETRY_MS, Followers, last_ids
 from rdev.adapters.http.plain import Asked
 from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
 from rdev.domain.feed import START, FeedConnected, Position, cursor_of, parse_cursor
@@ -81,13 +81,10 @@ def _label(projects: Projects) -> ProjectId:
 
 def _after(asked: Asked) -> Position | None:
     """Where the client stood; None where it says nothing. Errors: BAD_REQUEST."""
-    text = last_id(asked)
-    if text is None:
-        return None
-    after = START if text == _FROM_OLDEST else parse_cursor(text)
-    if after is None:
+    places = [START if text == _FROM_OLDEST else parse_cursor(text) for text in last_ids(asked)]
+    if None in places:
         message = (
             "Last-Event-ID (or the parameter after) must be the id of an event of a feed, or 0"
         )
         raise bad_request([Fault(pointer="", message=message)])
-    return after
+    return places[0] if places else None

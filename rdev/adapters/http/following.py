@@ -165,9 +165,10 @@ class Followers:
         return RETRY_MS // 2 + int(self._sent_away * 0.618_034 % 1 * RETRY_SPREAD_MS)
 
 
-def last_id(asked: Asked) -> str | None:
-    """The last event the client has seen: `Last-Event-ID`, else `?after=`."""
-    return asked.header(b"last-event-id") or asked.parameter("after")
+def last_ids(asked: Asked) -> list[str]:
+    """What the client says of the last event it has seen: `Last-Event-ID`, and `?after=` behind it.
+    The first counts; the other may be wrong no more than it."""
+    return [text for text in (asked.header(b"last-event-id"), asked.parameter("after")) if text]
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from rdev.adapters.http import schemas
 from rdev.adapters.http.describe import Answer, Described, Description, Parameter, Schema
 from rdev.adapters.http.exchange import exchange, hold
 from rdev.adapters.http.feed import Feeds
-from rdev.adapters.http.following import RETRY_MS, Followers, last_id
+from rdev.adapters.http.following import RETRY_MS, Followers, last_ids
 from rdev.adapters.http.plain import Asked, PlainRoute
 from rdev.domain.commands import Command
 from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
@@ -204,11 +204,13 @@ def _check_history(command: Command, *, after: int, oldest_seq: int | None) -> N
 
 def _after(asked: Asked) -> int:
     """The last event the client has seen, 0 for none."""
-    text = last_id(asked) or "0"
-    if not text.isascii() or not text.isdigit() or len(text) > _SEQ_DIGITS_MAX:
+    texts = last_ids(asked)
+    if not all(
+        text.isascii() and text.isdigit() and len(text) <= _SEQ_DIGITS_MAX for text in texts
+    ):
         message = "Last-Event-ID (or the parameter after) must be a sequence number"
         raise bad_request([Fault(pointer="", message=message)])
-    return int(text)
+    return int(texts[0]) if texts else 0
 
 
 def _unknown(text: str) -> RdevError:
