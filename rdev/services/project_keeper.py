@@ -36,7 +36,8 @@ LOOK_MAX = 200
 # How long commands that were asked to end are waited for: TERM, grace, KILL and its report.
 DRAIN_S = 60.0
 QUEUED_MAX = 500  # ended in one statement
-_FIRST_S, _MOST_S = 1.0, 60.0
+_FIRST_S, _MOST_S = 1.0, 20.0
+_ASKED_MOST_S = 60.0  # of what the cluster asks for
 
 _log = logging.getLogger("rdev.projects")
 
@@ -153,7 +154,7 @@ class ProjectKeeper:
                 self._pauses.pop(project.id, None)
             except RdevError as error:
                 pause, _ = self._pauses.get(project.id) or (_backoff(), 0.0)
-                wait_s = max(pause.next_s(), min(error.retry_after_s or 0.0, _MOST_S))
+                wait_s = max(pause.next_s(), min(error.retry_after_s or 0.0, _ASKED_MOST_S))
                 self._pauses[project.id] = pause, trio.current_time() + wait_s
                 facts = {"project": project.id, "wanted": project.wanted, "error": error.message}
                 _log.warning("project is not what is asked of it", extra=facts)
