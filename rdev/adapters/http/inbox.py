@@ -1,9 +1,9 @@
 """What a request hears from its client: pieces of its body, and that the client has gone.
 
 Hypercorn puts both into one queue of ten, and waits while it is full. An answer ends with "gone":
-where a route does not read its body (a plain one, or one that was refused), the queue was full, and
-the end of the answer waited in it for ever, shielded, also at a stop. Tests:
-tests/adapters/http/test_plain.py. No issue upstream known.
+where a plain route does not read its body, the queue was full, and the end of the answer waited in
+it for ever, shielded, also at a stop. Tests: tests/adapters/http/test_plain.py. No issue upstream
+known.
 """
 
 from contextlib import suppress
