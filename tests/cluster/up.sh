@@ -180,10 +180,12 @@ start_node() {
   wait_for node 'node ready' node_ready
 }
 
-# Nothing here makes volumes for claims, so there is a stock: folders that go with the cluster.
+# Nothing here makes volumes for claims, so there is a stock: folders that go with the cluster. Local
+# ones, which the kubelet gives to a pod's fsGroup as it does with a cloud's disks.
 volumes() {
   local number
   for number in {1..20}; do
+    mkdir -p "$RUN/volumes/$number"
     cat <<YAML
 ---
 apiVersion: v1
@@ -193,7 +195,8 @@ spec:
   accessModes: [ReadWriteOnce]
   capacity: {storage: 20Gi}
   persistentVolumeReclaimPolicy: Retain
-  hostPath: {path: $RUN/volumes/$number, type: DirectoryOrCreate}
+  local: {path: $RUN/volumes/$number}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: Exists}]}]}}
 YAML
   done
 }
