@@ -90,8 +90,8 @@ async def test_what_is_built_is_applied_and_kept_whole(place: str) -> None:
     async with applied(objects):
         dropped = []
         for sent in objects:
-            kind = f"{sent['kind'].lower()}.{sent['apiVersion'].partition('/')[0]}"
-            kind = kind if "/" in sent["apiVersion"] else sent["kind"].lower()
+            group, _, version = sent["apiVersion"].rpartition("/")
+            kind = ".".join([sent["kind"].lower(), *([version, group] if group else [])])
             at = ("-n", NAMESPACE, kind, sent["metadata"]["name"])
             kept = json.loads(await kubectl("get", *at, "--output=json"))
             if sent["kind"] == "Secret":
