@@ -20,7 +20,7 @@ from bench.harness import Context, Figure, Measurement, Scenario
 from bench.server import Server, open_server, open_state_dir
 
 WATCHERS = 20
-LINES = 20_000
+LINES = 200_000
 # Until everybody watches.
 HEAD_START_S = 1.0
 SINK_DEADLINE_S = 20.0
@@ -126,6 +126,8 @@ SCENARIO = Scenario(
         Figure(name="posts_cpu", unit=""),
         Figure(name="posts_accepted_on", unit="/s"),
         Figure(name="posts_accepted_off", unit="/s"),
+        Figure(name="posts_accepted_cpu_on", unit="µs each"),
+        Figure(name="posts_accepted_cpu_off", unit="µs each"),
         Figure(name="stream_kept", unit="", at_least=0.95),
         Figure(name="stream_cpu", unit=""),
         Figure(name="stream_received_on", unit="/s"),
