@@ -158,7 +158,15 @@ class ProjectKeeper:
                 self._pauses[project.id] = pause, trio.current_time() + wait_s
                 facts = {"project": project.id, "wanted": project.wanted, "error": error.message}
                 _log.warning("project is not what is asked of it", extra=facts)
-                await self._life.note(project, error.message)
+                await self._note(project, error)
+
+    async def _note(self, project: Project, trouble: RdevError) -> None:
+        try:
+            await self._life.note(project, trouble.message)
+        except RdevError as error:
+            # Most often what the trouble was: the database is away. The log has it.
+            if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                raise
 
     def _is_due(self, project: ProjectId) -> bool:
         found = self._pauses.get(project)

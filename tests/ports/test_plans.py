@@ -9,6 +9,7 @@ from rdev.adapters.postgres import commands as commands_sql
 from rdev.adapters.postgres import leases as leases_sql
 from rdev.adapters.postgres import output as output_sql
 from rdev.domain.ids import CommandId, command_uuid
+from rdev.domain.pages import PAGE_BYTES
 from rdev.domain.stream import Source
 from tests.ports.conftest import Pools, World, append_to, following, lines
 
@@ -63,7 +64,14 @@ async def test_no_statement_of_one_command_scans_the_table(real: World, pools: P
         "list": await _plan(
             pools,
             commands_sql._LIST,
-            {"project": "demo", "before": None, "status": None, "kind": None, "limit": 50},
+            {
+                "project": "demo",
+                "before": None,
+                "status": None,
+                "kind": None,
+                "limit": 50,
+                "page_bytes": PAGE_BYTES,
+            },
         ),
     }
     # The partitions of the days ahead are empty, and left out when it runs.

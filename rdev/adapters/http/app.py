@@ -22,7 +22,7 @@ from hypercorn.typing import (
     HTTPScope,
     Scope,
 )
-from quart import Blueprint, Response
+from quart import Blueprint, Response, wrappers
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
@@ -62,6 +62,13 @@ PUBLIC_PATHS = probes.PATHS | {"/openapi.json", "/docs"}
 
 # What HTTP answers by itself; they tell no more than the route table does.
 _METHODS_OF_HTTP = frozenset({"HEAD", "OPTIONS"})
+
+
+class _UnknownError(Exception):
+    """In its place before Quart 0.23: never raised."""
+
+
+_ClientLeft: type[Exception] = getattr(wrappers, "ClientDisconnectedError", _UnknownError)
 
 # nginx's number for a client that went away before its answer; never sent, only counted.
 _CLIENT_LEFT = 499
@@ -219,12 +226,15 @@ class Shell:
         self, scope: HTTPScope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> RdevError | None:
         """Let the routes answer. Returns what Quart refuses outside of its own error handling: 0.22
-        raises for a broken `Host` before it has a request to handle."""
+        raises for a broken `Host` before it has a request to handle. 0.23 raises where an answer is
+        ready just as its client leaves."""
         found: RdevError | None = None
         try:
             await self._guarded(scope, receive, send)
         except* HTTPException:
             found = of_http(HTTPStatus.BAD_REQUEST, "the request has no usable host")
+        except* _ClientLeft:
+            _log.debug("the client left before its answer")
         return found
 
     def _open(self, scope: HTTPScope) -> Exchange:

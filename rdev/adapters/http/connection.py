@@ -28,6 +28,7 @@ from hypercorn.typing import (
 from hypercorn.typing import TaskGroup as TaskGroupProtocol
 
 from rdev.adapters.http.heads import GuardedH11, Refusal
+from rdev.adapters.http.inbox import inbox_of
 
 # How long and how far a client that was refused may go on sending: closed with unread bytes, a
 # connection is reset, and the reset may overtake the answer.
@@ -171,13 +172,20 @@ class Connection(TCPServer):
         call_soon: Callable[..., object],
     ) -> None:
         """Run the app for one request."""
+        inbox = None
         if scope["type"] == "http":
+            inbox = inbox_of(scope, receive)
+            receive = receive if inbox is None else inbox.receive
             if scope["http_version"] in _HTTP_1:
                 scope["extensions"][HURRY] = {"hurry": self.hurry}
             if self._plain is not None and scope["http_version"] == "1.1":
                 scope["extensions"][EXTENSION] = {"connection": self}
             send = _Response(self, send, is_joined=scope["http_version"] in _HTTP_1)
-        await self._asgi(scope, receive, send)
+        try:
+            await self._asgi(scope, receive, send)
+        finally:
+            if inbox is not None:
+                inbox.close()
 
     async def send_joined(
         self, send: ASGISendCallable, head: HTTPResponseStartEvent, first: ASGISendEvent

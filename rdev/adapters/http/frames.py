@@ -22,6 +22,8 @@ from h2.errors import ErrorCodes
 from hypercorn.events import Closed, Event, RawData
 from hypercorn.protocol.h2 import H2Protocol
 
+from rdev.adapters.http.inbox import give_inbox
+
 # Frames beyond what requests need. A browser that leaves a page resets some tens of streams.
 _BURST = 300
 _PER_S = 100.0
@@ -69,6 +71,11 @@ class GuardedH2(H2Protocol):
             else:
                 await super()._handle_events([event])
         await self._flush()
+
+    async def _create_stream(self, request: h2.events.RequestReceived) -> None:
+        await super()._create_stream(request)
+        if request.stream_id is not None:
+            give_inbox(self.streams.get(request.stream_id))
 
     async def _close_stream(self, stream_id: int) -> None:
         await super()._close_stream(stream_id)

@@ -14,6 +14,7 @@ from hypercorn.events import Closed, RawData
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.typing import H11SendableEvent
 
+from rdev.adapters.http.inbox import give_inbox
 from rdev.adapters.http.problems import Problem
 
 # Makes the answer to a request that cannot be read, from its status and a sentence.
@@ -71,6 +72,7 @@ class GuardedH11(H11Protocol):
         """A refused request reaches no route."""
         if not self._is_refused:
             await super()._create_stream(request)
+            give_inbox(self.stream)
 
     async def _send_error_response(self, status_code: int) -> None:
         """What h11 could not read, as a problem."""

@@ -30,7 +30,7 @@ from rdev.adapters.kubernetes.template import (
 from rdev.domain.backoff import Backoff
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
-from rdev.domain.pods import LABEL_PREFIX, Pod, health_of
+from rdev.domain.pods import LABEL_PREFIX, Pod, health_of, project_of
 from rdev.domain.projects import PlaceSeen, Project
 
 TRIES_S: Final = 8.0
@@ -132,8 +132,10 @@ class PodPlaces:
         read = (read_pod(item, LABEL_PREFIX) for item in items)
         pods = {pod.name: pod for pod in read if pod is not None}
         for pod in self._watch.pods_of(project):
-            if pod.name not in pods and await self._get("pods", pod.name) is not None:
-                pods[pod.name] = pod
+            if pod.name not in pods:
+                found = await self._get("pods", pod.name)
+                if found is not None and _says_it_is(found, project):
+                    pods[pod.name] = pod
         return list(pods.values())
 
     async def _make(self, kind: str, body: Tree, project: Project) -> None:
@@ -156,7 +158,7 @@ class PodPlaces:
     async def _end(self, kind: str, name: str, project: Project) -> bool:
         """Delete an object, if it is this project's; whether it is gone."""
         found = await self._get(kind, name)
-        if found is None or not (project.is_adopted or _is_of(found, project)):
+        if found is None or not _is_to_end(found, project):
             return True
         if found.deletion_timestamp is None:
             only = {"preconditions": {"uid": found.uid}}
@@ -215,6 +217,17 @@ class PodPlaces:
 
 def _is_of(found: Metadata, project: Project) -> bool:
     return (found.annotations or {}).get(_UID) == project.uid
+
+
+def _says_it_is(found: Metadata, project: ProjectId) -> bool:
+    """Whether its labels say so now; the watch may know its name from another pod."""
+    return project_of(found.name, found.labels or {}, LABEL_PREFIX) == project
+
+
+def _is_to_end(found: Metadata, project: Project) -> bool:
+    if project.is_adopted:
+        return _says_it_is(found, project.id)
+    return _is_of(found, project)
 
 
 def _conflict(message: str) -> RdevError:

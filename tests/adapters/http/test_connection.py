@@ -357,3 +357,27 @@ async def test_a_silent_stream_lives_for_seventy_seconds_with_the_real_settings(
     async with site.connect() as wire:
         await wire.send(GET + b"\r\n")
         await wire.until(b"data: still here\n\n")
+
+
+async def test_an_answer_that_is_ready_as_its_client_leaves_is_no_error(serve, eventually, caplog):
+    """Quart 0.23 raises there, and hypercorn logged the trace as an error."""
+    routes = Blueprint("shielded", __name__)
+    entered, done = trio.Event(), trio.Event()
+
+    @routes.get("/shielded")
+    async def shielded():
+        entered.set()
+        # shielded: the route has its answer although it was cancelled
+        with trio.CancelScope(shield=True):
+            await done.wait()
+        return success("x")
+
+    site = await serve(routes)
+    async with site.connect() as wire:
+        await wire.send(GET.replace(b"quick", b"shielded") + b"\r\n")
+        await entered.wait()
+    await trio.testing.wait_all_tasks_blocked(0.05)
+    done.set()
+    await eventually(lambda: site.telemetry.finished != [])
+    assert "Error in ASGI" not in caplog.text
+    assert "Traceback" not in caplog.text

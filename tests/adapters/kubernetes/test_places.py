@@ -160,6 +160,24 @@ async def test_a_pod_that_says_it_is_the_project_is_found_and_no_second_one_is_m
     assert town.fake.names("pods") == []
 
 
+@pytest.mark.parametrize("says", [{}, {"rdev.orchard9.ai/project": "false"}])
+async def test_a_pod_that_took_a_found_ones_name_is_somebody_elses(
+    town: Town, says: dict[str, str]
+) -> None:
+    """The watch was silent meanwhile: what it knows is a name, and another pod has it."""
+    spec = {"containers": [{"name": "a", "image": "busybox"}]}
+    labels = {"rdev.orchard9.ai/project": "true"}
+    town.fake.put("pods", {"metadata": {"name": "demo", "labels": labels}, "spec": spec})
+    await town.heard()
+    town.watch.stop()
+    await until(lambda: not town.watch.is_current, "the watch is silent")
+    town.fake.drop("pods", "demo")
+    town.fake.put("pods", {"metadata": {"name": "demo", "labels": says}, "spec": spec})
+    assert await town.places.find(ProjectId("demo")) is None
+    assert await town.places.delete(replace(project(), is_adopted=True))
+    assert town.fake.names("pods") == ["demo"]
+
+
 async def test_a_stop_leaves_the_volume_and_a_start_finds_it(town: Town) -> None:
     await town.places.start(project())
     volume = town.fake.get(CLAIMS, NAME)
