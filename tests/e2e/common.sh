@@ -9,11 +9,12 @@ ROOT=$(realpath "$HERE/../..")
 ENGINE=$CLUSTER_DIR/engine # Debian's packages, unpacked: nothing of them is installed
 DATA=$CLUSTER_DIR/data     # layers of images; worth caching
 WHEELS=$CLUSTER_DIR/wheels # what requirements/image.txt locks
+ROOM_MB=4000               # what all of it takes at most, with the cache of a first run
 DEBIAN=localhost/rdev/debian:e2e BASE=localhost/rdev/base:e2e DATABASE=localhost/rdev/postgres:e2e
 
-# The client's side of an engine of our own.
+# The client's side of an engine of our own, and what the engine itself calls (docker-proxy).
 use_engine() {
-  export PATH=$ENGINE/usr/bin:$PATH DOCKER_HOST=unix://$RUN/docker.sock
+  export PATH=$ENGINE/usr/bin:$ENGINE/usr/sbin:$PATH DOCKER_HOST=unix://$RUN/docker.sock
   export DOCKER_CONFIG=$CLUSTER_DIR/config DOCKER_BUILDKIT=0 # a builder of its own is not in the package
   unset DOCKER_CONTEXT DOCKER_TLS_VERIFY DOCKER_CERT_PATH
 }

@@ -5,7 +5,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=common.sh
 . "$HERE/common.sh"
 
-PACKAGES=(containerd debootstrap iptables libdevmapper1.02.1 runc)
+PACKAGES=(containerd debootstrap iproute2 iptables libdevmapper1.02.1 runc)
 # Debian 12 has compose 1 alone: compose 2 is the next release's, and runs on this one.
 COMPOSE_RELEASE=trixie
 
