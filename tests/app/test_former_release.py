@@ -1,5 +1,5 @@
-"""The release before serves on this checkout's schema: beside it while versions change, and after a
-rollback, which leaves the database as it is.
+"""The release before serves on this checkout's schema: beside it while versions change, and after
+a rollback, which leaves the database as it is.
 
 Of code that was, as git has it: the newest tag `v*` before this commit or, where there is none, what
 was there before the newest migration. Skipped where git has no history.
@@ -40,7 +40,7 @@ def former() -> str:
     tags = git("tag", "--merged", "HEAD", "--no-contains", "HEAD", "--sort=-v:refname", "v[0-9]*")
     if tags:
         return tags.split()[0].decode()
-    newest = sorted((ROOT / "sql").glob("*.sql"))[-1]
+    newest = max((ROOT / "sql").glob("*.sql"))
     added = git("log", "--diff-filter=A", "--format=%H", "-1", "--", str(newest)).decode().strip()
     # One that is not committed yet: the code before it is what is.
     return git("rev-parse", f"{added}^" if added else "HEAD").decode().strip()

@@ -22,7 +22,7 @@ _Overrides.add_constructor("!override", lambda loader, node: loader.construct_se
 
 
 def stack() -> dict[str, Any]:
-    found = yaml.load((E2E / "stack.yaml").read_text(), Loader=_Overrides)  # noqa: S506 - a safe one
+    found = yaml.load((E2E / "stack.yaml").read_text(), Loader=_Overrides)  # a safe one
     assert isinstance(found, dict)
     return found
 

@@ -4,7 +4,7 @@
 set -euo pipefail
 data=/var/lib/postgresql/data
 if [[ ! -f $data/PG_VERSION ]]; then
-  initdb --pgdata "$data.new" --username "$POSTGRES_USER" --pwfile <(echo "$POSTGRES_PASSWORD") \
+  initdb --encoding UTF8 --locale C.UTF-8 --pgdata "$data.new" --username "$POSTGRES_USER" --pwfile <(echo "$POSTGRES_PASSWORD") \
     --auth-local trust --auth-host scram-sha-256 >/dev/null
   echo 'host all all all scram-sha-256' >>"$data.new/pg_hba.conf"
   pg_ctl --pgdata "$data.new" --wait --silent --options "-c listen_addresses= -c unix_socket_directories=/tmp" start

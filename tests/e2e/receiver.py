@@ -1,4 +1,4 @@
-"""Prints every POST as a line of JSON, and answers 200. Runs in a container, on the standard library."""
+"""Prints every POST as a line of JSON, and answers 200. In a container: standard library alone."""
 
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

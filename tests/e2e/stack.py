@@ -1,6 +1,7 @@
 """deploy/compose.yaml on a Docker engine: brought up, driven, looked into, taken down.
 
-Owns the project `rdev-e2e` with its volumes and no other. Bounded by DEADLINE_S for each command line.
+Owns the project `rdev-e2e` with its volumes and no other. Bounded by DEADLINE_S for each command
+line.
 """
 
 import json

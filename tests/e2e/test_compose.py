@@ -1,4 +1,4 @@
-"""The shipped compose file, driven by a client from outside: keys, commands, streams, webhooks, restarts."""
+"""The shipped compose file, driven from outside: keys, commands, streams, webhooks, restarts."""
 
 import json
 import os
@@ -126,7 +126,7 @@ async def test_a_restart_keeps_everything_and_a_stream_tells_how_it_ended(
 
     rest = await api.events(command, last_id=seqs_of(first)[-1])
     ended = await api.command(command)
-    # The container took its processes along: no success is invented, and no byte is lost or doubled.
+    # The container took its processes along: no success is invented, no byte lost or doubled.
     assert ended["status"] == "lost", ended
     assert rest[-1].name == "complete"
     lines = output_of(first + rest).decode().splitlines()

@@ -1,4 +1,4 @@
-"""The image, run as strictly as a cluster would: read-only, no capabilities, a number for a user, no shell."""
+"""The image, run as strictly as a cluster would: read-only, no capabilities, not root, no shell."""
 
 import json
 import os
