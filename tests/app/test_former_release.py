@@ -1,8 +1,8 @@
 """The release before serves on this checkout's schema: beside it while versions change, and after
 a rollback, which leaves the database as it is.
 
-Of code that was, as git has it: the newest tag `v*` before this commit or, where there is none, what
-was there before the newest migration. Skipped where git has no history.
+Of code that was, as git has it: the newest tag `v*` before this commit or, where there is none,
+what was there before the newest migration. Skipped where git has no history.
 """
 
 import io

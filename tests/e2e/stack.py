@@ -102,8 +102,12 @@ class Stack:
 
     def received(self) -> list[Json]:
         """What the receiver of webhooks got: headers, and the body as a text."""
-        logs = self.compose("logs", "--no-log-prefix", "receiver").stdout
-        return [json.loads(line) for line in logs.splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in self.log("receiver").splitlines()]
+
+    def log(self, service: str) -> str:
+        """What a service's container has written since it was made, to both of its streams."""
+        written = docker("logs", str(self.state(service)["Id"]))
+        return written.stdout + written.stderr
 
     def state(self, service: str) -> Json:
         """What the engine knows of a service's container, ended ones too."""

@@ -186,7 +186,7 @@ def test_the_server_stops_cleanly_within_its_grace(stack: Stack) -> None:
     stack.compose("stop", "rdev")
     state = stack.state("rdev")["State"]
     assert isinstance(state, dict)
-    logs = stack.compose("logs", "--no-log-prefix", "rdev").stdout
+    logs = stack.log("rdev")
     stack.up()
 
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)

