@@ -27,7 +27,7 @@ TOOL_S = 60
 # The libraries' own metrics, and Prometheus' of its targets and alerts.
 FOREIGN = {
     "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
-    "process_max_fds", "up", "ALERTS",
+    "process_max_fds", "process_start_time_seconds", "up", "ALERTS",
 }  # fmt: skip
 _METRIC = re.compile(r"\b(?:(?:http|rdev|process|python)_[a-z_0-9]+|up|ALERTS)\b")
 _ALL_PANELS = {"timeseries", "gauge", "stat"}
