@@ -6,9 +6,11 @@ to the same handler. Secrets are taken out last, so nothing that was added later
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from types import TracebackType
 from typing import TextIO
 
 import msgspec
@@ -89,6 +91,24 @@ def configure_logs(
         cache_logger_on_first_use=False,
     )
     return found
+
+
+def bridge_python() -> None:
+    """Have what Python itself writes on stderr (warnings, what ends the process, what a finalizer
+    or a thread raises) written as lines too: in one place, as JSON, without secrets. For the
+    process that serves."""
+    logging.captureWarnings(True)
+    sys.excepthook = _on_end
+    sys.unraisablehook = lambda told: _tell("exception ignored", told.exc_value)
+    threading.excepthook = lambda told: _tell("a thread failed", told.exc_value)
+
+
+def _on_end(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+    _tell("ended by a defect", error)
+
+
+def _tell(what: str, error: BaseException | None) -> None:
+    logging.getLogger("rdev").error(what, exc_info=error)
 
 
 def _bridge_vendors() -> None:
