@@ -160,12 +160,12 @@ class _Reader:
             await self.came.wait()
 
 
-async def _cut(proxy: CuttingProxy, reader: _Reader, times: int) -> list[float]:
-    """Cut all connections so often, each time when bytes flow; seconds from each cut to a line that
-    was written after it."""
+async def _cut(proxy: CuttingProxy, reader: _Reader) -> list[float]:
+    """Cut all connections, each time when bytes flow, until it is often and much enough; seconds
+    from each cut to a line that was written after it."""
     dice, resumed_s = random.Random(7), list[float]()
     await reader.until_written_after(0)
-    for _ in range(times):
+    while len(resumed_s) < CUTS or reader.size < LINES * LINE_BYTES:
         await trio.sleep(dice.random() / 10)
         cut_at = time.time()
         proxy.cut_all()
@@ -187,7 +187,7 @@ async def test_a_line_is_seen_soon_after_each_of_a_thousand_cuts(
     async with trio.open_nursery() as nursery:
 
         async def cut() -> None:
-            resumed_s.extend(await _cut(cluster.proxy, reader, CUTS))
+            resumed_s.extend(await _cut(cluster.proxy, reader))
             assert (await api.run("touch enough"))["status"] == "succeeded"
 
         nursery.start_soon(cut)
@@ -210,5 +210,5 @@ async def test_a_line_is_seen_soon_after_each_of_a_thousand_cuts(
     assert reader.size >= LINES * LINE_BYTES
     assert reader.is_in_order
     assert (ended["status"], ended["attempt"]) == ("succeeded", 1)
-    assert len(resumed_s) == CUTS
-    assert sorted(resumed_s)[int(CUTS * 0.99)] <= RESUMED_MAX_S
+    assert len(resumed_s) >= CUTS
+    assert sorted(resumed_s)[int(len(resumed_s) * 0.99)] <= RESUMED_MAX_S
