@@ -141,6 +141,7 @@ class _Reader:
     digest: Any = field(default_factory=hashlib.sha256)
     next_seq: int = 1
     is_in_order: bool = True
+    line: bytes = b""
     written: float = 0.0
     came: trio.Event = field(default_factory=trio.Event)
 
@@ -151,9 +152,12 @@ class _Reader:
         if event.name == "output" and event.data["stream"] == "stdout":
             self.size += len(event.content)
             self.digest.update(event.content)
-            self.written = float(event.content[9:26])
-            self.came.set()
-            self.came = trio.Event()
+            self.line += event.content
+            if len(self.line) >= LINE_BYTES:  # one that a cut has split comes in parts
+                self.written = float(self.line[9:26])
+                self.line = b""
+                self.came.set()
+                self.came = trio.Event()
 
     async def until_written_after(self, when: float) -> None:
         while self.written <= when:
