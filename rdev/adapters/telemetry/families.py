@@ -233,7 +233,7 @@ class UpkeepMetrics:
         )
         self.loop_lag = Histogram(
             "rdev_event_loop_lag_seconds",
-            "How late the event loop came to what was due, ten times a second",
+            "How late the event loop came to what was due, four times a second",
             buckets=_LOOP_BUCKETS_S,
             registry=registry,
         )
