@@ -387,9 +387,10 @@ ROUNDS = (
         _fault(killed_supervisor, "CommandsLost"),
         _fault(failing_endpoint, "WebhookBacklog", "WebhooksDead", "WebhookEndpointFailing"),
         _fault(open_transaction, "OldTransaction", "FeedsHeldBack", "AuditSealLag"),
-        _fault(few_files, "OpenFiles"),
         _fault(many_connections, "DatabaseConnections"),
         _fault(killed_killers, "KillUnconfirmed"),
+        # The last: what comes behind it would find none.
+        _fault(few_files, "OpenFiles"),
     ),
     (_fault(full_queue, "HighCommandQueue", "QueueStuck"),),
     (_fault(locked_table, "HighLatency", "PoolExhausted"),),
