@@ -76,6 +76,9 @@ async def test_commands_tell_their_bytes_and_their_exit_codes(api: Api) -> None:
 
 
 async def test_git_runs_in_the_container(api: Api) -> None:
+    """Where the base has it: that of base.sh does, Python's own does not."""
+    if (await api.run("command -v git"))["status"] != "succeeded":
+        pytest.skip("the base has no git")
     done = await api.run("git init -q repo && git -C repo status --porcelain=v2 --branch")
     assert done["status"] == "succeeded", done
     assert b"# branch.oid (initial)" in await api.output(str(done["id"]))
