@@ -61,7 +61,7 @@ test-contract: setup ## 100,000 requests invented from the OpenAPI document (MIN
 
 test-kubernetes: setup ## what runs in pods: on a fake API server and on a real cluster, with a ledger (tests/cluster)
 	tests/cluster/run.sh $(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution \
-		tests/app/test_kubernetes.py tests/faults/test_attach.py tests/cluster $(ARGS)
+		tests/app/test_kubernetes.py tests/app/test_pod_projects.py tests/faults/test_attach.py tests/cluster $(ARGS)
 
 test-observability: setup ## a real Prometheus and Alertmanager: every query, every alert (apt-get install prometheus prometheus-alertmanager)
 	$(BIN)/python -m pytest -q -s tests/deploy/test_monitoring.py tests/observability $(ARGS)

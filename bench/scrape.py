@@ -9,6 +9,7 @@ import time
 import trio
 
 from bench.harness import Context, Figure, Measurement, Scenario
+from rdev import interpreter
 from rdev.adapters.telemetry.prometheus import PrometheusTelemetry
 
 SERIES = 5_000
@@ -65,6 +66,8 @@ async def _scrapes(telemetry: PrometheusTelemetry) -> dict[str, float]:
 
 def measure(context: Context) -> Measurement:
     """Some scrapes of one registry, twice the server's pace."""
+    interpreter.give_way()
+    interpreter.calm()
     return context.repeat(lambda: trio.run(_scrapes, _filled()))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import trio
 
-from rdev import collector
+from rdev import interpreter
 from rdev.adapters.postgres.checks import check_dsn
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import open_embedded
@@ -125,7 +125,8 @@ async def _serve_until_stopped(
             control.server = server
             url = server.http.bound[0]
             _write_address(settings.state_dir, url)
-            collector.calm()
+            interpreter.give_way()
+            interpreter.calm()
             _log.info("serving", extra={"url": url})
             on_serving(url)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import trio
 import uuid_utils.compat
 
-from rdev import collector
+from rdev import interpreter
 from rdev.adapters.postgres.commands import PostgresCommands
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.depths import PostgresDepths
@@ -231,7 +231,7 @@ async def open_rig(
         async with trio.open_nursery() as nursery:
             for subsystem in (notifier, listener, queue):
                 await nursery.start(subsystem.run)
-            collector.calm()
+            interpreter.calm()
             yield Rig(
                 queue=queue, appender=appender, lanes=lanes, commands=commands, nursery=nursery
             )

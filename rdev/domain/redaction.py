@@ -76,12 +76,20 @@ _SECRET_NAME = re.compile(_ANY_NAME, re.IGNORECASE)
 _USER_OPTIONS = frozenset({"-u", "--user", "--proxy-user"})
 
 
+def may_hide(text: str, values: Iterable[str] = ()) -> bool:
+    """Whether `redact_text` could find anything: false means it would not."""
+    lower = text.lower()
+    for hint in _HINTS:  # for every log line: half the price of any()
+        if hint in lower:
+            return True
+    return any(value in text for value in values)
+
+
 def redact_text(text: str, values: Iterable[str] = ()) -> str:
     """The text without what looks like a secret, and without these values wherever they stand."""
     for value in values:
         text = text.replace(value, REDACTED)
-    lower = text.lower()
-    if not any(hint in lower for hint in _HINTS):
+    if not may_hide(text):
         return text
     text = _SHAPES.sub(REDACTED, text)
     for pattern in _AROUND:

@@ -20,6 +20,7 @@ IDS_MAX = 200
 WRONG = "!"
 WAIT_MAX_S = 60
 _ID = re.compile(r"\b(cmd|key|whk|dlv)_[0-9a-f]{32}\b")
+_WAIT = re.compile(r"[0-9]{1,5}(\.[0-9]{1,9})?")
 # What is kept of an answer for its ids; the rest of a long list is more of the same.
 _LOOKED_AT = 4_000
 
@@ -82,12 +83,9 @@ def _is_empty(value: object) -> bool:
 
 
 def _brief(wait: object) -> object:
-    """The same wait if it is none, or at most a second."""
-    try:
-        wait_s = float(str(wait))
-    except ValueError:
-        return wait
-    return "1" if 1 < wait_s <= WAIT_MAX_S else wait
+    """The same wait if it is none (`1e1` is none), or at most a second."""
+    is_wait = _WAIT.fullmatch(str(wait)) is not None
+    return "1" if is_wait and 1 < float(str(wait)) <= WAIT_MAX_S else wait
 
 
 @schemathesis.hook

@@ -35,6 +35,9 @@ THRESHOLDS = {
     "RdevAPIFeedsHeldBack": ("> 60", "> 3"),
     "RdevAPIOldTransaction": ("> 3600", "> 3"),
     "RdevAPIAuditSealLag": ("> 300", "> 3"),
+    # How long ago a server started.
+    "RdevAPICommandsLost": ("< 900", "< 15"),
+    "RdevAPIWebhooksDead": ("< 3600", "< 15"),
 }
 _RANGE = re.compile(r"\[\d+[mh]\]")
 _OFFSET = re.compile(r"offset \d+[mh]")

@@ -52,7 +52,7 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     """The current context of a kubeconfig; without a file the pod's own service account, else the
     usual kubeconfig (`KUBECONFIG`, `~/.kube/config`).
 
-    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none.
+    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none, or something else.
     """
     try:
         if kubeconfig is not None:
@@ -62,6 +62,9 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     except (ConfigError, OSError, KeyError, ValueError) as error:
         where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
+    except Exception as error:  # lightkube looks into any file without a check
+        # Without its words, which may hold a token.
+        raise unreachable(f"{kubeconfig or 'KUBECONFIG'} is no kubeconfig") from error
     assert found is not None  # None only where a default was given
     return found
 
