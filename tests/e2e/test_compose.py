@@ -150,11 +150,14 @@ async def test_a_killed_server_comes_back_with_its_commands_told(api: Api, stack
     assert lines == [f"line-{n}" for n in range(1, len(lines) + 1)]
 
 
-async def test_a_database_that_restarts_loses_no_command(api: Api, stack: Stack) -> None:
+@pytest.mark.parametrize("how", [("restart",), ("restart", "--timeout=0")], ids=["stop", "kill"])
+async def test_a_database_that_restarts_loses_no_command(
+    api: Api, stack: Stack, how: tuple[str, ...]
+) -> None:
     script = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); echo $i; sleep 0.02; done"
     command = await api.submit(script)
     await api.running(command)
-    await trio.to_thread.run_sync(lambda: stack.compose("restart", "database"))
+    await trio.to_thread.run_sync(lambda: stack.compose(*how, "database"))
     await trio.to_thread.run_sync(lambda: until(_is_ready, "it is ready again"))
 
     ended = await api.ended(command)
