@@ -130,7 +130,7 @@ async def test_a_restart_keeps_everything_and_a_stream_tells_how_it_ended(
     rest = await api.events(command, last_id=seqs_of(first)[-1])
     ended = await api.command(command)
     # The container took its processes along: no success is invented, no byte lost or doubled.
-    assert ended["status"] == "lost", ended
+    assert (ended["status"], ended["reason"]) == ("lost", "supervisor_gone"), ended
     assert rest[-1].name == "complete"
     lines = output_of(first + rest).decode().splitlines()
     assert lines == [f"line-{n}" for n in range(1, len(lines) + 1)]
