@@ -209,7 +209,8 @@ class WebhookDispatcher:
         )
 
     def tally(self) -> Mapping[Standing, int]:
-        """How many endpoints' breakers stand how; those of endpoints at rest are forgotten."""
+        """How many endpoints' breakers stand how; those of endpoints at rest, or not called any
+        more, are forgotten."""
         return tally_of(self._breakers.values())
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
@@ -238,10 +239,7 @@ class WebhookDispatcher:
         self._interrupted += found.interrupted
         if found.ended:
             _log.warning("webhooks of ended keys disabled", extra={"count": found.ended})
-        used = {owed.webhook for owed in self._in_flight.values()}
-        for webhook in [one for one, breaker in self._breakers.items() if breaker.is_at_rest]:
-            if webhook not in used:
-                del self._breakers[webhook]
+        self._forget_breakers()
 
     async def settle_once(self) -> None:
         """Store what has ended, as one statement. Errors: SERVICE_UNAVAILABLE; nothing is lost."""
@@ -344,6 +342,14 @@ class WebhookDispatcher:
             breaker = CircuitBreaker(name="webhook", telemetry=self._telemetry, settings=BREAKER)
             self._breakers[webhook] = breaker
         return breaker
+
+    def _forget_breakers(self) -> None:
+        """Those at rest, and those nobody calls any more: endpoints are deleted, or owed nothing.
+        Pauses and half open are bounded, so each is gone five minutes after its last call."""
+        used = {owed.webhook for owed in self._in_flight.values()}
+        for webhook, breaker in list(self._breakers.items()):
+            if webhook not in used and (breaker.is_at_rest or breaker.is_deserted):
+                del self._breakers[webhook]
 
     async def _leave_alone(self, owed: Owed, for_s: float) -> None:
         """The endpoint's breaker is open: nothing of it is claimed until it may be tried again."""

@@ -16,6 +16,7 @@ from rdev.domain.signing import Secret, SignatureScheme, parse_secret, verify
 from rdev.domain.webhooks import DisabledReason, WebhookId
 from rdev.ports.telemetry import Silence
 from rdev.services.webhook_dispatcher import (
+    BREAKER,
     OVERFLOW_EVERY_S,
     STOP_S,
     TICK_S,
@@ -29,6 +30,8 @@ from tests.services.scripted import backoff
 
 SECRET = Secret(key=bytes(range(32)))
 TOTAL_S = 15.0
+# After its last call a breaker is known for so long, at the most.
+FORGOTTEN_S = BREAKER.half_open_s + 2 * BREAKER.open_most_s
 GOOD, HOLE = "https://good{}.example/", "https://hole{}.example/"
 Script = Callable[[OutgoingRequest], Awaitable[Outcome]]
 
@@ -266,6 +269,54 @@ async def test_a_hole_costs_one_permit_and_after_some_timeouts_none(nursery: tri
     # Without the breaker it would be one each 15 s: 240. Its pauses grow to two minutes.
     assert len(stage.sent) < 60
     assert stage.dispatcher.statistics().in_flight <= 1
+
+
+async def test_what_is_known_of_endpoints_that_are_gone_is_forgotten(
+    nursery: trio.Nursery,
+) -> None:
+    """Endpoints are made, fail until they are left alone, and are deleted."""
+
+    async def script(request: OutgoingRequest) -> Outcome:
+        await trio.sleep(0.01)
+        return outcome(500)
+
+    stage = Stage(script=script)
+    await nursery.start(stage.dispatcher.run)
+    known = []
+    for _ in range(12):
+        for webhook in [stage.endpoint() for _ in range(5)]:
+            stage.queue.owe(webhook, 5)
+        stage.dispatcher.wake()
+        await trio.sleep(60)
+        tally = stage.dispatcher.tally()
+        for endpoint in stage.queue.endpoints.values():
+            endpoint.is_open = False
+        known.append(sum(tally.values()))
+    assert min(known) >= 5, "a breaker is kept while it may be asked"
+    # Five a minute, each for five minutes and a tick.
+    assert max(known) <= 5 * 6
+    await trio.sleep(FORGOTTEN_S + 2 * TICK_S)
+    assert sum(stage.dispatcher.tally().values()) == 0
+
+
+async def test_a_breaker_in_use_is_not_forgotten(nursery: trio.Nursery) -> None:
+    """Its pause was over long ago, and its trial hangs."""
+    asked = 0
+
+    async def script(request: OutgoingRequest) -> Outcome:
+        nonlocal asked
+        asked += 1
+        if asked > 3:
+            await trio.sleep(3_600)
+        return outcome(500)
+
+    stage = Stage(script=script, queue=FakeDeliveries(lease_s=10_000))
+    stage.queue.owe(stage.endpoint(), 10)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: asked > 3)
+    await trio.sleep(1_000)
+    assert sum(stage.dispatcher.tally().values()) == 1
+    assert stage.dispatcher.statistics().in_flight == 1
 
 
 async def test_an_endpoint_that_comes_back_is_found_out(nursery: trio.Nursery) -> None:
