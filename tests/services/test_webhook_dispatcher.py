@@ -10,7 +10,7 @@ from uuid import UUID
 import pytest
 import trio
 import trio.testing
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rdev.adapters.webhooks.ed25519 import parse_public
@@ -247,7 +247,12 @@ async def test_half_of_the_endpoints_accepting_slowly_delays_nobody_else(
     assert max(stage.most[f"hole{number}.example"] for number in range(16)) == 1
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)
 @given(
     chance=st.randoms(use_true_random=False),
     places=st.sampled_from([8, 16, 33]),
