@@ -20,7 +20,7 @@ FLAKE8_ASYNC := $(BIN)/flake8-async \
 	--disable=ASYNC109,ASYNC114,ASYNC119,ASYNC124,ASYNC128,ASYNC900,ASYNC91
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve check test test-browser test-contract test-faults test-kubernetes test-observability test-simulation coverage bench binary image sbom lock hooks docs-states docs-limits rules dashboards clean
+.PHONY: help setup demo serve check test test-browser test-compose test-contract test-faults test-kubernetes test-observability test-simulation coverage bench binary image sbom lock hooks docs-states docs-limits rules dashboards clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "%-16s %s\n", $$1, $$2}' Makefile
@@ -50,6 +50,9 @@ test: setup ## all tests but the minutes-long suites
 test-browser: setup ## streams through a real nginx and in a real Chromium (see CONTRIBUTING: what it needs)
 	$(BIN)/python -m pytest -q -s tests/browser $(ARGS)
 
+test-compose: setup ## the image and compose.yaml on a Docker engine, brought up where none answers (tests/e2e)
+	PYTHON=$(BIN)/python timeout 1800 tests/e2e/run.sh $(BIN)/python -m pytest -q tests/e2e $(ARGS)
+
 test-faults: setup ## crashes, cuts and kills at the worst moment: twenty minutes, with a ledger
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
 
@@ -58,7 +61,7 @@ test-contract: setup ## 100,000 requests invented from the OpenAPI document (MIN
 
 test-kubernetes: setup ## what runs in pods: on a fake API server and on a real cluster, with a ledger (tests/cluster)
 	tests/cluster/run.sh $(BIN)/python -m pytest -q tests/adapters/kubernetes tests/adapters/execution \
-		tests/app/test_kubernetes.py tests/faults/test_attach.py tests/cluster $(ARGS)
+		tests/app/test_kubernetes.py tests/app/test_pod_projects.py tests/faults/test_attach.py tests/cluster $(ARGS)
 
 test-observability: setup ## a real Prometheus and Alertmanager: every query, every alert (apt-get install prometheus prometheus-alertmanager)
 	$(BIN)/python -m pytest -q -s tests/deploy/test_monitoring.py tests/observability $(ARGS)

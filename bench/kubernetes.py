@@ -2,7 +2,8 @@
 
 On a fake API server in a process of its own, whose pods run what they are asked to on this machine.
 With `RDEV_TEST_KUBECONFIG` the round trips and the output are those of that cluster (namespace
-`rdev`, image `RDEV_TEST_IMAGE`); cuts and idling stay on the fake, which can count.
+`rdev`, image `RDEV_TEST_IMAGE`), and with `RDEV_TEST_ADMIN_KUBECONFIG` idling is too
+(bench/idle_pods.py). Cuts stay on the fake: those of a real cluster are in tests/cluster.
 """
 
 import hashlib
@@ -14,12 +15,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
 
+from bench import idle_pods
 from bench.client import Connection, create, open_connection
 from bench.harness import Context, Figure, Measurement, Scenario, percentile
 from bench.output_throughput import _sha256_of_lines
@@ -110,14 +112,25 @@ def measure(context: Context) -> Measurement:
         with open_state_dir() as state, open_server(state, **through_proxy) as server:
             cuts = CUTS_LONG if context.long else CUTS
             found |= {key: [value] for key, value in trio.run(_cuts, server, cluster, cuts).items()}
+    found |= {key: [value] for key, value in _idling(context).items()}
+    return found
+
+
+def _idling(context: Context) -> dict[str, float]:
+    idle_s = IDLE_LONG_S if context.long else IDLE_S
+    admin = idle_pods.admin_config()
+    if admin is not None:
+        return trio.run(_idle_on_real, admin, os.environ["RDEV_TEST_KUBECONFIG"], idle_s)
     with open_state_dir() as place, open_cluster(place / "pods", IDLE_PODS) as cluster:
         settings = settings_of(cluster.kubeconfigs["direct"])
         with open_state_dir() as state, open_server(state, **settings) as server:
-            idle_s = IDLE_LONG_S if context.long else IDLE_S
-            found |= {
-                key: [value] for key, value in trio.run(_idle, server, cluster, idle_s).items()
-            }
-    return found
+            return trio.run(_idle, server, lambda: cluster.ask("count"), idle_s)
+
+
+async def _idle_on_real(admin: Path, kubeconfig: str, idle_s: float) -> dict[str, float]:
+    async with idle_pods.idle_pods(admin, IDLE_PODS):
+        with open_state_dir() as state, open_server(state, **settings_of(kubeconfig)) as server:
+            return await _idle(server, lambda: idle_pods.requests(admin), idle_s)
 
 
 async def _exec_figures(
@@ -151,12 +164,22 @@ async def _pod(api: ApiServer, is_real: bool) -> AsyncIterator[tuple[str, str]]:
     project = f"bench-{uuid.uuid4().hex[:6]}"
     labels = {"rdev.orchard9.ai/project": "true", "rdev.orchard9.ai/project-id": project}
     image = os.environ.get("RDEV_TEST_IMAGE", "localhost/rdev/busybox:test")
-    container = {"name": "project", "image": image, "command": ["sleep", "100000"]}
+    volumes = {"workspace": "/workspace", "commands": "/run/rdev"}
+    container = {
+        "name": "project",
+        "image": image,
+        "command": ["sleep", "100000"],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in volumes.items()],
+    }
     body = {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {"name": project, "labels": labels},
-        "spec": {"terminationGracePeriodSeconds": 0, "containers": [container]},
+        "spec": {
+            "terminationGracePeriodSeconds": 0,
+            "volumes": [{"name": name, "emptyDir": {}} for name in volumes],
+            "containers": [container],
+        },
     }
     path = f"/api/v1/namespaces/{api.namespace}/pods"
     (await api.http.post(path, json=body)).raise_for_status()
@@ -290,20 +313,31 @@ async def _watch(server: Server, command: str, seen: list[tuple[int, int, int]])
                 return
 
 
-async def _idle(server: Server, cluster: Cluster, idle_s: float) -> dict[str, float]:
+async def _idle(server: Server, count: Callable[[], int], idle_s: float) -> dict[str, float]:
     """Nothing happens but the probes of a kubelet."""
     async with open_connection(server) as connection:
+        await _until_ready(connection, IDLE_PODS)
         await trio.sleep(5.0)  # what the start left to do
         began_s, cpu_began_s = time.monotonic(), server.cpu_s()
-        requests = cluster.ask("count")
+        requests = count()
         while time.monotonic() - began_s < idle_s:
             await connection.request("GET", "/ready")
             await trio.sleep(READY_EACH_S)
         took_s = time.monotonic() - began_s
     return {
         "idle_cpu": (server.cpu_s() - cpu_began_s) / took_s * 100,
-        "idle_requests": (cluster.ask("count") - requests) / took_s * 60,
+        "idle_requests": (count() - requests) / took_s * 60,
     }
+
+
+async def _until_ready(connection: Connection, count: int) -> None:
+    with trio.fail_after(DEADLINE_S):
+        while True:
+            _, body = await connection.request("GET", f"/projects?limit={count}")
+            projects = json.loads(body)["data"]
+            if sum(one["status"] == "ready" for one in projects) >= count:
+                return
+            await trio.sleep(0.2)
 
 
 SCENARIO = Scenario(

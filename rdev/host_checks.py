@@ -20,6 +20,7 @@ import msgspec
 from cryptography import x509
 
 from rdev.adapters.execution.local import LocalExecutor
+from rdev.adapters.postgres.checks import check_dsn
 from rdev.adapters.postgres.embedded import running_embedded
 from rdev.config import Settings, unknown_variables
 from rdev.domain.findings import Finding, fail, ok, skipped, warn
@@ -74,20 +75,26 @@ class HostChecks:
         return warn("RDEV_SECRET_FILE is not set, and the database may have other servers", advice)
 
     async def state_folder(self) -> Finding:
-        """It can be written, and others of this machine cannot read the key in it."""
+        """It and that of the projects can be written, and others of this machine cannot read the
+        key in it."""
         folder = self._settings.state_dir
-        present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not os.access(present, os.W_OK | os.X_OK):
-            return fail(f"{present} cannot be written", "let rdev's user write RDEV_STATE_DIR")
+        for name, wanted in self._folders():
+            place = _first_present(wanted)
+            if not place.is_dir():
+                return fail(f"{place} is no folder", f"name a folder in {name}, or move it away")
+            if not os.access(place, os.W_OK | os.X_OK):
+                return fail(f"{place} cannot be written", f"let rdev's user write {name}")
         key = folder / "admin-key"
         if key.exists() and key.stat().st_mode & 0o077:
             return fail(f"{key} can be read by others", f"chmod 600 {key}")
-        return ok(f"{folder}" if present == folder else f"{folder} will be made in {present}")
+        present = _first_present(folder)
+        return ok(f"{folder}" if folder.exists() else f"{folder} will be made in {present}")
 
     async def disk(self) -> Finding:
         """Room where the state and the projects are."""
         least, where = min(
-            (shutil.disk_usage(place).free, place) for place in self._folders_on_disk()
+            (shutil.disk_usage(place).free, place)
+            for place in (_first_present(folder) for _, folder in self._folders())
         )
         seen = f"{least / (1 << 30):.1f} GiB free at {where}"
         advice = "make room; RDEV_LOG_MAX_BYTES and RDEV_RETENTION_DAYS bound what rdev keeps"
@@ -97,17 +104,19 @@ class HostChecks:
 
     async def open_files(self) -> Finding:
         """Descriptors for all that the settings allow at once."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # The server raises its soft limit to the hard one.
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = (
             self._settings.streams_max
             + self._settings.in_flight_max
             + self._settings.running_max * _DESCRIPTORS_A_COMMAND
             + _DESCRIPTORS_BESIDES
         )
-        seen = f"{soft} may be open; the settings allow what takes {needed}"
-        if soft >= needed:
+        seen = f"{most} may be open; the settings allow what takes {needed}"
+        if most >= needed:
             return ok(seen)
-        return warn(seen, f"ulimit -n {needed} (at most {hard}), or lower RDEV_STREAMS_MAX")
+        advice = f"raise the hard limit to {needed} (LimitNOFILE), or lower RDEV_STREAMS_MAX"
+        return warn(seen, advice)
 
     async def tls(self) -> Finding:
         """The certificate goes with its key, and is good for some time."""
@@ -115,10 +124,17 @@ class HostChecks:
         if certificate is None or key is None:
             return skipped("no certificate is set: TLS ends before rdev, or nowhere")
         try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
-            ends = x509.load_pem_x509_certificate(certificate.read_bytes()).not_valid_after_utc
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            # With a passphrase, and be it a wrong one, nobody at the terminal is asked for it.
+            context.load_cert_chain(certificate, key, password=lambda: "-")
+            found = x509.load_pem_x509_certificate(certificate.read_bytes())
         except (OSError, ValueError) as error:  # ssl's errors are OSErrors
-            return fail(f"{certificate}, {key}: {error}", "give a PEM chain and its own key")
+            advice = "give a PEM chain and its own key, without a passphrase"
+            return fail(f"{certificate}, {key}: {error}", advice)
+        begins, ends = found.not_valid_before_utc, found.not_valid_after_utc
+        if begins > self._now():
+            seen = f"{certificate} is valid only from {begins:%Y-%m-%d %H:%M} UTC on"
+            return fail(seen, "no client accepts it yet; is this machine's clock right?")
         left_days = (ends - self._now()).total_seconds() / 86_400
         seen = f"{certificate} is valid until {ends:%Y-%m-%d}"
         if left_days <= 0:
@@ -178,32 +194,31 @@ class HostChecks:
     async def _ask_server(self, path: str) -> httpx2.Response | Finding:
         """What the server on this state folder answers; `skipped` where there is none."""
         try:
-            address = (self._settings.state_dir / "address").read_text().strip()
+            address = (self._settings.state_dir / "address").read_text(errors="replace").strip()
         except OSError:
             return skipped(f"none has run in {self._settings.state_dir}")
         scheme = "http" if self._settings.tls_cert_file is None else "https"
         try:
             async with httpx2.AsyncClient(verify=False, trust_env=False, timeout=_ASK_S) as client:
                 return await client.get(f"{scheme}://{address}{path}")
-        except httpx2.TransportError:
+        except (httpx2.TransportError, httpx2.InvalidURL):
             return skipped(f"none answers at {address}")
 
     def database_dsn(self) -> str | None:
-        """Where the database is; None for an embedded one that does not run."""
+        """Where the database is; None for an embedded one that does not run. Errors: BAD_REQUEST
+        for what is no DSN."""
         if self._settings.database_dsn is not None:
-            return self._settings.database_dsn.get_secret_value()
+            dsn = self._settings.database_dsn.get_secret_value()
+            check_dsn(dsn)
+            return dsn
         return running_embedded(self._settings.state_dir)
 
-    def _folders_on_disk(self) -> list[Path]:
-        wanted = [self._settings.state_dir]
+    def _folders(self) -> list[tuple[str, Path]]:
+        """What is written to, by the setting that names it."""
+        wanted = [("RDEV_STATE_DIR", self._settings.state_dir)]
         if self._settings.executor == "local":
-            wanted.append(self._settings.projects_folder)
-        return [
-            next(
-                place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
-            )
-            for folder in wanted
-        ]
+            wanted.append(("RDEV_PROJECTS_DIR", self._settings.projects_folder))
+        return wanted
 
 
 class _CheckBody(msgspec.Struct):
@@ -218,6 +233,12 @@ class _ReadyBody(msgspec.Struct):
 
 def _advice_on(breaker: str) -> str:
     return _BREAKER_ADVICE.get(breaker, f"see `rdev_breakers` of {breaker} in /metrics")
+
+
+def _first_present(folder: Path) -> Path:
+    """The folder, or what there is above it."""
+    folder = folder.absolute()
+    return next(place for place in (folder, *folder.parents) if place.exists())
 
 
 def _complaints(answer: httpx2.Response) -> str:

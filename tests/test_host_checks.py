@@ -1,6 +1,5 @@
 """Each check of the machine finds the fault that is made for it."""
 
-import resource
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -64,15 +63,28 @@ async def test_a_full_disk_is_told(tmp_path: Path, monkeypatch, bound: str, leve
     assert (await checks(tmp_path).disk()).level is level
 
 
-async def test_too_few_descriptors_are_told(tmp_path: Path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1_000), hard))
-    try:
-        finding = await checks(tmp_path, streams_max=5_000).open_files()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert finding.level is Level.WARN
-    assert "ulimit -n" in finding.advice
+@pytest.mark.parametrize(("hard", "level"), [(4_096, Level.WARN), (20_000, Level.OK)])
+async def test_too_few_descriptors_are_told_by_the_limit_that_a_server_raises_itself_to(
+    tmp_path: Path, monkeypatch, hard: int, level: Level
+):
+    monkeypatch.setattr(host_checks.resource, "getrlimit", lambda _: (1_024, hard))
+    finding = await checks(tmp_path, streams_max=5_000).open_files()
+    assert finding.level is level
+    assert ("LimitNOFILE" in finding.advice) == (level is Level.WARN)
+
+
+@pytest.mark.parametrize("name", ["state_dir", "projects_dir"])
+async def test_a_file_where_a_folder_should_be_is_told(tmp_path: Path, name: str):
+    file = tmp_path / "file"
+    file.write_text("x")
+    settings = Settings(**{"state_dir": tmp_path, name: file / "below"})
+    about = HostChecks(settings, {}, now=utc_now)
+    for look in (about.disk, about.server):
+        assert (await look()).level is not Level.FAIL
+    finding = await about.state_folder()
+    assert finding.level is Level.FAIL
+    assert f"RDEV_{name.upper()}" in finding.advice
+    assert checks(file).database_dsn() is None
 
 
 @pytest.mark.parametrize(
@@ -90,6 +102,36 @@ async def test_a_key_that_belongs_to_another_certificate_is_told(tmp_path: Path)
     _, other_key = _certificate(tmp_path / "other", timedelta(days=90))
     about = checks(tmp_path, tls_cert_file=certificate, tls_key_file=other_key)
     assert (await about.tls()).level is Level.FAIL
+
+
+async def test_a_certificate_that_is_not_valid_yet_is_told(tmp_path: Path):
+    certificate, key = _certificate(tmp_path, timedelta(days=90))
+    settings = Settings(state_dir=tmp_path, tls_cert_file=certificate, tls_key_file=key)
+    before = HostChecks(settings, {}, now=lambda: utc_now() - timedelta(days=400))
+    finding = await before.tls()
+    assert finding.level is Level.FAIL
+    assert "clock" in finding.advice
+
+
+async def test_a_key_with_a_passphrase_is_told_and_nobody_is_asked(tmp_path: Path):
+    certificate, key = _certificate(tmp_path, timedelta(days=90))
+    plain = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+    Path(key).write_bytes(
+        plain.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"a passphrase"),
+        )
+    )
+    finding = await checks(tmp_path, tls_cert_file=certificate, tls_key_file=key).tls()
+    assert finding.level is Level.FAIL
+    assert "passphrase" in finding.advice
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"no address ][", b""])
+async def test_an_address_that_is_none_is_no_server(tmp_path: Path, text: bytes):
+    (tmp_path / "address").write_bytes(text)
+    assert (await checks(tmp_path).server()).level is Level.SKIPPED
 
 
 async def test_listening_for_others_without_a_proxy_is_told(tmp_path: Path):

@@ -12,6 +12,7 @@ import click
 
 from rdev.adapters.checkpoints.lines import ForgedLine, Reader, Signer
 from rdev.adapters.postgres.audit import PostgresAudit
+from rdev.adapters.postgres.checks import check_dsn
 from rdev.adapters.postgres.connection import ConnectionSettings
 from rdev.adapters.postgres.embedded import running_embedded
 from rdev.adapters.postgres.pool import open_pool
@@ -145,7 +146,9 @@ def _wrong(fault: Json) -> int:
 
 def _dsn(settings: Settings) -> str:
     if settings.database_dsn is not None:
-        return settings.database_dsn.get_secret_value()
+        dsn = settings.database_dsn.get_secret_value()
+        check_dsn(dsn)
+        return dsn
     found = running_embedded(settings.state_dir)
     if found is None:
         message = f"no database is given and none runs in {settings.state_dir}: RDEV_DATABASE_DSN"

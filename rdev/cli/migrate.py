@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from rdev.adapters.postgres import migrate as migrations
+from rdev.adapters.postgres.checks import check_dsn
 from rdev.adapters.postgres.embedded import running_embedded
 from rdev.cli.settings import config_option, read_settings
 from rdev.domain.errors import RdevError
@@ -68,6 +69,7 @@ def _each(config_file: Path | None, work: Callable[[str], list[str]]) -> None:
         click.echo(f"rdev: {message}", err=True)
         raise SystemExit(2)
     try:
+        check_dsn(dsn)
         lines = work(dsn)
     except RdevError as error:
         click.echo(f"rdev: {error}", err=True)

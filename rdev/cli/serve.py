@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rdev.adapters.telemetry.logs import Levels, configure_logs
+from rdev.adapters.telemetry.logs import Levels, bridge_python, configure_logs
 from rdev.app import serve as run_server
 from rdev.cli.failures import run_trio
 from rdev.cli.settings import config_option, read_settings
@@ -31,6 +31,7 @@ def serve(config_file: Path | None) -> None:
                 levels=settings.logger_levels,
                 secrets=identity.secrets,
             )
+            bridge_python()
             if identity.made_admin_key is not None:
                 tell_admin_key(identity.admin_key, identity.made_admin_key)
             await run_server(settings, identity, reload=lambda: _reload(levels, config_file))

@@ -1,7 +1,7 @@
 """SUBSYSTEM LoopMeter: how late the event loop comes to what is due.
 
-Woken by time alone, ten times a second; what it tells is by how much later than asked it ran, which
-is what every other task waited too. Drops nothing; stops at once.
+Woken by time alone, four times a second; what it tells is by how much later than asked it ran,
+which is what every other task waited too. Drops nothing; stops at once.
 """
 
 from typing import Final
@@ -10,7 +10,7 @@ import trio
 
 from rdev.ports.telemetry import Telemetry
 
-EVERY_S: Final = 0.1
+EVERY_S: Final = 0.25
 
 
 class LoopMeter:

@@ -448,8 +448,8 @@ def metric(server: Server, name: str, **labels: str) -> float:
     """The value of one series as it is now, 0 where it is not there yet. The server renders at most
     once a second, so this waits until it does again."""
     time.sleep(max(0.0, server.scraped_at_s + 1.05 - time.monotonic()))
-    server.scraped_at_s = time.monotonic()
     text = httpx2.get(server.url + "/metrics", trust_env=False).text
+    server.scraped_at_s = time.monotonic()  # it was rendered before that
     wanted = {f'{label}="{value}"' for label, value in labels.items()}
     for line in text.splitlines():
         found, _, rest = line.partition("{") if "{" in line else line.partition(" ")

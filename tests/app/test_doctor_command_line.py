@@ -29,8 +29,12 @@ def server(quick_place: Path) -> Iterator[Server]:
 
 
 def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return _rdev("doctor", *arguments, **environment)
+
+
+def _rdev(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rdev", "doctor", *arguments],
+        [sys.executable, "-m", "rdev", *arguments],
         cwd=ROOT,
         env=bare_environment() | environment,
         capture_output=True,
@@ -84,6 +88,35 @@ def test_a_database_that_is_gone_fails_and_hides_its_password(tmp_path: Path):
     assert told.returncode == 1
     assert "fail     database" in told.stdout
     assert "→ see RDEV_DATABASE_DSN" in told.stdout
+    assert "hidden-secret" not in told.stdout + told.stderr
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    ["postgresql://me:%ZZhidden-secret@/rdev", "hidden-secret", "host=x nonsense=hidden-secret"],
+)
+@pytest.mark.parametrize("command", [("doctor",), ("migrate", "status"), ("audit", "verify")])
+def test_a_dsn_that_is_none_is_told_and_not_repeated(
+    tmp_path: Path, dsn: str, command: tuple[str, ...]
+):
+    told = _rdev(*command, RDEV_STATE_DIR=str(tmp_path), RDEV_DATABASE_DSN=dsn)
+    assert told.returncode == 1, told.stderr
+    assert "RDEV_DATABASE_DSN: is no PostgreSQL URL" in told.stdout + told.stderr
+    assert "hidden-secret" not in told.stdout + told.stderr
+    assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("text", ["hello", "users: [", "- a\n- b", "clusters: 5"])
+def test_a_kubeconfig_that_is_none_is_told_and_not_repeated(tmp_path: Path, text: str):
+    (tmp_path / "config").write_text(f"{text} # hidden-secret")
+    told = _doctor(
+        RDEV_STATE_DIR=str(tmp_path),
+        RDEV_EXECUTOR="kubernetes",
+        RDEV_KUBECONFIG=str(tmp_path / "config"),
+    )
+    assert told.returncode == 1
+    assert "fail     kubernetes" in told.stdout
+    assert "the check itself" not in told.stdout
     assert "hidden-secret" not in told.stdout + told.stderr
 
 

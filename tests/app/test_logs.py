@@ -1,10 +1,20 @@
 """The log of a server, as an operator reads it: the line of a request, and levels that change."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from signal import SIGHUP
 
-from tests.app.server import Server, open_api, open_server, open_state, until
+from tests.app.server import (
+    ROOT,
+    Server,
+    bare_environment,
+    open_api,
+    open_server,
+    open_state,
+    until,
+)
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 GUIDE = [
@@ -57,3 +67,34 @@ def test_sighup_has_the_levels_read_again_and_ends_nothing(quick_place: Path) ->
 
         server.signal(SIGHUP)
         until(lambda: server.log.count("settings not read again") == 2, "it lives", server)
+
+
+CRASHES = """
+import sys
+import rdev.cli.serve
+from rdev.cli import main
+
+async def crash(*_, **__):
+    raise RuntimeError("a defect with password=hidden-secret")
+
+rdev.cli.serve.run_server = crash
+main(["serve"])
+"""
+
+
+def test_a_defect_that_ends_the_server_is_a_line_of_its_log(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", CRASHES],
+        cwd=ROOT,
+        env=bare_environment() | {"RDEV_STATE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    (line,) = map(json.loads, ended.stdout.splitlines())
+    assert ended.returncode == 1
+    assert (line["level"], line["msg"]) == ("error", "ended by a defect")
+    assert "RuntimeError" in line["exception"]
+    assert "hidden-secret" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -132,3 +132,16 @@ async def test_an_accept_header_is_not_believed(server: Server, accept: str) -> 
     answer = httpx2.get(server.url + "/metrics", headers=headers, trust_env=False)
     assert answer.status_code == 200
     assert "version=x" not in answer.headers["content-type"]
+
+
+async def test_what_is_no_request_is_counted_too(server: Server) -> None:
+    labels = {"method": "OTHER", "path": "unknown", "status": "400"}
+    before = metric(server, "http_requests_total", **labels)
+    host, _, port = server.url.removeprefix("http://").rpartition(":")
+    async with await trio.open_tcp_stream(host, int(port)) as stream:
+        await stream.send_all(b"NONSENSE\r\n\r\n")
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 400")
+    await until_async(
+        lambda: metric(server, "http_requests_total", **labels) == before + 1, "it is counted"
+    )
+    assert metric(server, "http_requests_in_flight", method="OTHER", path="unknown") == 0

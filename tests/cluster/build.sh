@@ -11,26 +11,6 @@ BUILD_PACKAGES=(dpkg-dev golang-1.19-go)
 WORK=$CLUSTER_DIR/build # 2 GB while it runs; a build that was broken off goes on from it
 SOURCE=$WORK/go/src/k8s.io/kubernetes
 
-install_packages() { # PACKAGE...
-  local package missing=()
-  for package; do
-    [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] ||
-      missing+=("$package")
-  done
-  ((${#missing[@]})) || return 0
-  [[ $EUID == 0 ]] || die "run it as root, or install these first: ${missing[*]}"
-  # Some of them are daemons that would start by themselves, on the usual ports.
-  local policy=/usr/sbin/policy-rc.d
-  if [[ ! -e $policy ]]; then
-    printf '#!/bin/sh\nexit 101\n' >"$policy"
-    chmod 755 "$policy"
-    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
-  fi
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
-  say "installed ${missing[*]}"
-}
-
 # Source packages are switched off on most machines; lists of our own leave the
 # machine's as they are and still follow its other settings (proxy, keys).
 get_source() {

@@ -6,6 +6,7 @@ namespace's profile) is proven nowhere here.
 """
 
 import json
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,8 +15,17 @@ import pytest
 import trio
 import yaml
 
-from tests.app.server import open_api
-from tests.cluster.real import DEADLINE_S, NAMESPACE, RealCluster, admin, given, kubectl, serving
+from tests.app.server import Api, open_api
+from tests.cluster.real import (
+    DEADLINE_S,
+    IMAGES,
+    NAMESPACE,
+    RealCluster,
+    admin,
+    given,
+    kubectl,
+    serving,
+)
 from tests.deploy.conftest import DEPLOY, Object, build, read_yaml
 from tests.deploy.test_role import granted
 
@@ -25,9 +35,6 @@ ACCOUNT = f"system:serviceaccount:{NAMESPACE}:rdev-api"
 OLDER = {"policy/v1": "policy/v1beta1", "autoscaling/v2": "autoscaling/v2beta2"}
 # Before 1.35 an exec over WebSocket is a `get` and nothing else.
 NOT_ASKED_YET = {("pods/exec", "create")}
-# Of projects that are made by template, which this journey does not: tests/deploy/test_role.py.
-OF_TEMPLATES = {("pods", verb) for verb in ("get", "create", "delete")}
-OF_TEMPLATES |= {("persistentvolumeclaims", verb) for verb in ("get", "create", "delete")}
 
 
 async def as_known(objects: tuple[Object, ...]) -> list[Object]:
@@ -83,8 +90,8 @@ async def test_what_is_built_is_applied_and_kept_whole(place: str) -> None:
     async with applied(objects):
         dropped = []
         for sent in objects:
-            kind = f"{sent['kind'].lower()}.{sent['apiVersion'].partition('/')[0]}"
-            kind = kind if "/" in sent["apiVersion"] else sent["kind"].lower()
+            group, _, version = sent["apiVersion"].rpartition("/")
+            kind = ".".join([sent["kind"].lower(), *([version, group] if group else [])])
             at = ("-n", NAMESPACE, kind, sent["metadata"]["name"])
             kept = json.loads(await kubectl("get", *at, "--output=json"))
             if sent["kind"] == "Secret":
@@ -141,6 +148,36 @@ def right(entry: Object) -> tuple[str, str]:
     return "/".join(parts), entry["verb"]
 
 
+async def stands(api: Api, project: str, status: str) -> None:
+    seen = ""
+    with trio.move_on_after(DEADLINE_S):
+        while seen != status:
+            await trio.sleep(0.1)
+            got = await api.get(f"/projects/{project}")
+            seen = "gone" if got.status_code == 404 else got.json()["data"]["status"]
+    assert seen == status, await kubectl("describe", "pods", "-n", NAMESPACE)
+
+
+async def made_by_template(api: Api) -> None:
+    """A project with the template's volume: its files outlive its pod, and nothing outlives it."""
+    project = f"made-{uuid.uuid4().hex[:6]}"
+    made = await api.post("/projects", {"id": project, "image": IMAGES["busybox"]})
+    assert made.status_code == 201, made.text
+    await stands(api, project, "ready")
+    first = await api.run("id -u; echo kept >/workspace/file", project=project)
+    assert (first["status"], await api.output(str(first["id"]))) == ("succeeded", b"10001\n")
+    assert (await api.http.post(f"/projects/{project}/stop")).status_code == 202
+    await stands(api, project, "stopped")
+    assert (await api.http.post(f"/projects/{project}/start")).status_code == 202
+    await stands(api, project, "ready")
+    second = await api.run("cat /workspace/file", project=project)
+    assert await api.output(str(second["id"])) == b"kept\n"
+    assert (await api.http.delete(f"/projects/{project}")).status_code == 202
+    await stands(api, project, "gone")
+    left = await kubectl("get", "pods,persistentvolumeclaims", "-n", NAMESPACE, "-o", "name")
+    assert project not in left
+
+
 async def test_the_server_uses_each_right_of_its_role_and_no_other(
     quick_place: Path, cluster: RealCluster
 ) -> None:
@@ -155,11 +192,12 @@ async def test_the_server_uses_each_right_of_its_role_and_no_other(
             await api.running(command)
             assert (await api.http.delete(f"/commands/{command}")).is_success
             assert (await api.ended(command))["status"] == "cancelled"
+            await made_by_template(api)
         seen = audited()[before:]
     resources = [entry for entry in seen if "objectRef" in entry]
     refused = [right(one) for one in resources if one["responseStatus"]["code"] in (401, 403)]
     assert refused == []
-    assert {right(one) for one in resources} == granted() - NOT_ASKED_YET - OF_TEMPLATES
+    assert {right(one) for one in resources} == granted() - NOT_ASKED_YET
     assert {one["objectRef"].get("namespace") for one in resources} <= {NAMESPACE, None}
 
 

@@ -83,8 +83,10 @@ rules:
   - {level: Metadata, userGroups: ["system:serviceaccounts:rdev"]}
   - {level: None}
 YAML
+  # From 1.21 on a finished Job goes by itself; here it must be asked for (the migration's says when).
+  local gates=--feature-gates=TTLAfterFinished=true
   # It insists on an address other than loopback to advertise; nothing uses it.
-  local api_server=("$BIN/kube-apiserver" --audit-policy-file="$RUN/audit.yaml" \
+  local api_server=("$BIN/kube-apiserver" "$gates" --audit-policy-file="$RUN/audit.yaml" \
     --audit-log-path="$RUN/audit.log" --etcd-servers="http://127.0.0.1:$ETCD_PORT" \
     --bind-address=127.0.0.1 --secure-port=$API_PORT \
     --advertise-address=$HOST_IP --endpoint-reconciler-type=none \
@@ -100,7 +102,7 @@ YAML
   printf '%s\0' "${api_server[@]}" >"$RUN/kube-apiserver.argv" # restart.sh reads it
   start kube-apiserver "${api_server[@]}"
   wait_for kube-apiserver 'API server ready' admin get --raw /readyz
-  start kube-controller-manager "$BIN/kube-controller-manager" \
+  start kube-controller-manager "$BIN/kube-controller-manager" "$gates" \
     --kubeconfig="$RUN/kcm.kubeconfig" --use-service-account-credentials --leader-elect=false \
     --service-account-private-key-file="$PKI/serviceaccounts.key" --root-ca-file="$PKI/ca.crt" \
     --flex-volume-plugin-dir="$RUN/flexvolume" --port=0 --secure-port=0 \
@@ -180,10 +182,12 @@ start_node() {
   wait_for node 'node ready' node_ready
 }
 
-# Nothing here makes volumes for claims, so there is a stock: folders that go with the cluster.
+# Nothing here makes volumes for claims, so there is a stock: folders that go with the cluster. Local
+# ones, which the kubelet gives to a pod's fsGroup as it does with a cloud's disks.
 volumes() {
   local number
   for number in {1..20}; do
+    mkdir -p "$RUN/volumes/$number"
     cat <<YAML
 ---
 apiVersion: v1
@@ -193,7 +197,8 @@ spec:
   accessModes: [ReadWriteOnce]
   capacity: {storage: 20Gi}
   persistentVolumeReclaimPolicy: Retain
-  hostPath: {path: $RUN/volumes/$number, type: DirectoryOrCreate}
+  local: {path: $RUN/volumes/$number}
+  nodeAffinity: {required: {nodeSelectorTerms: [{matchExpressions: [{key: kubernetes.io/hostname, operator: Exists}]}]}}
 YAML
   done
 }

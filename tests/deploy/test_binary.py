@@ -6,17 +6,31 @@ Run by that target, on what it made: an old `dist/rdev` says nothing about this 
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from signal import SIGTERM
 
 import httpx2
 import psycopg
 import pytest
+import trio
 
 import rdev
-from tests.app.server import DEADLINE_S, Server, bare_environment, open_state, probe, until
+from tests.app.pods import FakeCluster, fake_cluster
+from tests.app.server import (
+    DEADLINE_S,
+    Server,
+    bare_environment,
+    open_api,
+    open_state,
+    probe,
+    until,
+    until_async,
+)
 from tests.deploy.conftest import DEPLOY, ROOT
+from tests.fakes.otlp import open_collector
 
 BINARY = Path(os.environ.get("RDEV_TEST_BINARY", "")).absolute()
 
@@ -61,22 +75,38 @@ class _BinaryServer(Server):
             )
 
 
-@pytest.fixture
-def server(quick_place: Path, database_dsn: str) -> Iterator[Server]:
-    """Served by the binary, on a database that it migrated itself."""
-    run("migrate", "up", RDEV_DATABASE_DSN=database_dsn)
-    with open_state(quick_place) as state:
-        settings = {
-            "RDEV_DATABASE_DSN": database_dsn,
+@contextmanager
+def migrated(place: Path, dsn: str, **settings: str) -> Iterator[Server]:
+    """A server of the binary, not started yet, on a database that the binary migrated."""
+    run("migrate", "up", RDEV_DATABASE_DSN=dsn)
+    with open_state(place) as state:
+        given = {
+            "RDEV_DATABASE_DSN": dsn,
             "RDEV_STATE_DIR": str(state.state_dir),
             "RDEV_BIND": "127.0.0.1:0",
             "RDEV_ADMIN_KEY": state.key,
             "RDEV_DRAIN_DELAY_S": "0",
+            **settings,
         }
-        server = _BinaryServer(state_dir=state.state_dir, settings=settings, key=state.key)
+        server = _BinaryServer(state_dir=state.state_dir, settings=given, key=state.key)
+        try:
+            yield server
+        finally:
+            state.process = server.process
+
+
+@pytest.fixture
+def server(quick_place: Path, database_dsn: str) -> Iterator[Server]:
+    """Served by the binary."""
+    with migrated(quick_place, database_dsn) as server:
         server.start()
-        state.process = server.process
         yield server
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[FakeCluster]:
+    async with fake_cluster(tmp_path) as cluster:
+        yield cluster
 
 
 @built
@@ -118,6 +148,46 @@ def test_it_serves_runs_a_command_and_stops_cleanly(server: Server) -> None:
     server.signal(SIGTERM)
     assert server.wait() == 0, server.log
     until(lambda: probe(server.url + "/health") is None, "nothing listens")
+
+
+@built
+async def test_it_makes_a_project_of_its_own_template(
+    quick_place: Path, database_dsn: str, cluster: FakeCluster
+) -> None:
+    """On a fake API server, as far as that: the pod is asked for, and its claim."""
+    opened = migrated(quick_place, database_dsn, **cluster.settings)
+    server = await trio.to_thread.run_sync(opened.__enter__)
+    try:
+        await trio.to_thread.run_sync(server.start)
+        async with open_api(server) as api:
+            made = await api.post("/projects", {"id": "fresh", "image": "debian:12"})
+            assert made.status_code == 201, made.text
+            await until_async(
+                lambda: "project-fresh" in cluster.api.names("pods"), "the pod is asked for"
+            )
+            assert (await api.run("true"))["status"] == "succeeded"
+        assert cluster.api.names("persistentvolumeclaims") == ["project-fresh"]
+        server.signal(SIGTERM)
+        assert await trio.to_thread.run_sync(server.wait) == 0, server.log
+    finally:
+        # shielded: nothing of it may be left
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(partial(opened.__exit__, None, None, None))
+
+
+@built
+def test_its_traces_and_metrics_go_out_as_otlp(quick_place: Path, database_dsn: str) -> None:
+    with open_collector() as collector:
+        settings = {"RDEV_OTLP_ENDPOINT": collector.url, "RDEV_TRACES_SAMPLE": "1"}
+        with migrated(quick_place, database_dsn, **settings) as server:
+            server.start()
+            headers = {"X-API-Key": server.key}
+            with httpx2.Client(base_url=server.url, headers=headers, trust_env=False) as client:
+                assert client.post("/projects", json={"id": "demo"}).status_code == 201
+            server.signal(SIGTERM)
+            assert server.wait() == 0, server.log
+        assert "POST /projects" in {span.name for span in collector.spans}
+        assert collector.metrics
 
 
 def test_the_server_alone_is_asked_to_be_in_it() -> None:

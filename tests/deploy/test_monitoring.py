@@ -27,7 +27,7 @@ TOOL_S = 60
 # The libraries' own metrics, and Prometheus' of its targets and alerts.
 FOREIGN = {
     "process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds",
-    "process_max_fds", "up", "ALERTS",
+    "process_max_fds", "process_start_time_seconds", "up", "ALERTS",
 }  # fmt: skip
 _METRIC = re.compile(r"\b(?:(?:http|rdev|process|python)_[a-z_0-9]+|up|ALERTS)\b")
 _ALL_PANELS = {"timeseries", "gauge", "stat"}
@@ -91,6 +91,20 @@ def expressions() -> Iterator[tuple[str, str]]:
                 yield f"{file.name}: {panel['title']}", target["expr"]
     for block in re.findall(r"```promql\n(.*?)```", page("monitoring.md"), re.DOTALL):
         yield "monitoring.md", block
+
+
+def said_in_passing() -> Iterator[tuple[str, str]]:
+    """Names and expressions in the sentences of runbooks and of the page for troubles, and of which
+    page."""
+    for file in [
+        *sorted((OPERATIONS / "runbooks").glob("*.md")),
+        OPERATIONS / "troubleshooting.md",
+    ]:
+        for said in re.findall(r"`([^`]+)`", file.read_text()):
+            # In prose a label stands for whatever value it has.
+            said = re.sub(r"\{\w+\}", "", re.sub(r",\w+\}", "}", said))
+            if _METRIC.match(said) or re.match(r"(sum|rate|max|histogram_quantile|deriv)\b", said):
+                yield file.name, said
 
 
 def page(name: str) -> str:
@@ -191,15 +205,29 @@ def test_amtool_takes_the_alertmanagers_configuration() -> None:
 
 def test_each_metric_that_is_asked_for_is_exported() -> None:
     known = exported()
-    for where, expression in expressions():
+    for where, expression in (*expressions(), *said_in_passing()):
         found = metrics_of(expression)
         assert found, where
-        assert found <= known, where
+        # Histograms have names in sentences, too, that queries do not have.
+        assert found <= known | {name.removesuffix("_count") for name in known}, where
+
+
+def test_no_rate_is_asked_of_what_goes_up_and_down() -> None:
+    """`rate` and `increase` take each way down for a restart. Gauges that only grow say so."""
+    text = page("metrics.md")
+    down = set(re.findall(r"^\| `([a-z_]+)` \| gauge \|(?!.*since the start)", text, re.MULTILINE))
+    down |= {"process_resident_memory_bytes", "process_open_fds", "process_max_fds", "up"}
+    assert "rdev_queue_running" in down
+    assert "rdev_queue_claimed" not in down
+    for where, expression in (*expressions(), *said_in_passing()):
+        rated = set(re.findall(r"(?:rate|increase)\(\s*(\w+)", expression))
+        assert not rated & down, where
 
 
 def test_promtool_takes_every_expression(tmp_path: Path) -> None:
     """As recording rules, which is where promtool parses any expression."""
-    asked = [{"record": f"asked:{n}", "expr": e} for n, (_, e) in enumerate(expressions())]
+    every = [*expressions(), *said_in_passing()]
+    asked = [{"record": f"asked:{n}", "expr": e} for n, (_, e) in enumerate(every)]
     assert len(asked) > 80
     file = tmp_path / "asked.yaml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": asked}]}))
@@ -291,7 +319,10 @@ def test_the_queries_of_logs_name_fields_that_a_server_writes(line: dict[str, An
     for query in queries:
         (selector,) = re.findall(r"\{(.*?)\}", query)
         assert {part.partition("=")[0].strip() for part in selector.split(",")} <= labels
-        for name in re.findall(r"\| (\w+) [>=<!]", query) + re.findall(r"by \((\w+)\)", query):
+        for name in re.findall(r"\| (\w+) [><]", query) + re.findall(r"by \((\w+)\)", query):
             assert name in line, query
+        # Else lines that are no JSON pass the filters by number, and fail a count.
+        assert ("| json" in query) == ('| __error__=""' in query), query
+        assert not re.search(r'__error__="" \|', query), query
     assert (line["level"], line["status"]) == ("info", 404)
     assert line["duration_ms"] < 1_000

@@ -15,7 +15,7 @@ CLAIM = "select * from claim_deliveries('one', 60, 64, 32, 32, 16, '{}')"
 SORTED = {
     "w.owner, (GREATEST((GREATEST(d.due, d.created_at)), l_1.served_at))",
     "r.waits",
-    'w.owner, f.number, d.due, d."position"',
+    'w.owner, f.number, d_1.due, d_1."position"',
     "r.number",
 }
 # Half of it was delivered; of the rest one endpoint's is due and it has no room, the other's is due

@@ -32,6 +32,16 @@ async def test_an_error_is_a_failure_with_the_advice_of_its_check():
     assert found == {"a": fail("refused", "mend it")}
 
 
+async def test_a_look_with_a_defect_hides_no_other_and_no_word_of_it_is_shown():
+    async def defective() -> Finding:
+        raise KeyError("hidden-secret")
+
+    found = await examine(
+        {"a": Check(look=defective, advice="mend it"), "b": Check(look=_well, advice="")}
+    )
+    assert found == {"a": fail("the check itself failed: KeyError", "mend it"), "b": ok("well")}
+
+
 async def test_what_needs_a_failed_check_is_not_asked_and_neither_is_what_needs_that():
     found = await examine(
         {

@@ -32,6 +32,8 @@ from rdev.adapters.http.address import LOCAL_PEER, client_address
 from rdev.adapters.http.credentials import Credentials
 from rdev.adapters.http.denials import denial_of
 from rdev.adapters.http.exchange import (
+    OTHER_METHOD,
+    UNKNOWN_ROUTE,
     Exchange,
     begin,
     exchange,
@@ -188,9 +190,12 @@ class Shell:
             await self._serve(scope, receive, send)
 
     def unreadable(self, status: int, sentence: str) -> Problem:
-        """The answer to what is no request that can be read, with a line in the log."""
+        """The answer to what is no request that can be read, with a line in the log and counted as
+        any other."""
         request_id = self._new_request_id()
         _log.info("request refused", extra={"request_id": request_id, "status": status})
+        self._telemetry.request_started(OTHER_METHOD, UNKNOWN_ROUTE)
+        self._telemetry.request_finished(OTHER_METHOD, UNKNOWN_ROUTE, status, 0.0)
         told = problem(
             RdevError(ErrorCode.BAD_REQUEST, sentence),
             request_id=request_id,

@@ -23,6 +23,8 @@ from rdev.ports.tracing import Span
 
 # Label of requests that no route answers: unknown paths must not make new time series.
 UNKNOWN_ROUTE: Final = "unknown"
+# And of methods that HTTP does not know, or that could not be read.
+OTHER_METHOD: Final = "OTHER"
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -64,7 +66,7 @@ class Exchange:
     @property
     def method_label(self) -> str:
         """The method as a metric label: one value for all that HTTP does not know."""
-        return self.method if self.method in _METHODS else "OTHER"
+        return self.method if self.method in _METHODS else OTHER_METHOD
 
 
 _current: ContextVar[Exchange] = ContextVar("exchange")

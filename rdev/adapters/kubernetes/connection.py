@@ -17,6 +17,7 @@ from lightkube import AsyncClient, KubeConfig, SingleConfig
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.config.models import User
 from lightkube.core.exceptions import ConfigError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rdev.adapters.kubernetes.credentials import AuthorizedTransport, credentials_of
 from rdev.adapters.kubernetes.errors import unreachable
@@ -52,7 +53,7 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     """The current context of a kubeconfig; without a file the pod's own service account, else the
     usual kubeconfig (`KUBECONFIG`, `~/.kube/config`).
 
-    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none.
+    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none, or something else.
     """
     try:
         if kubeconfig is not None:
@@ -62,6 +63,9 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     except (ConfigError, OSError, KeyError, ValueError) as error:
         where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
+    except (YAMLError, AttributeError, TypeError) as error:
+        # What lightkube makes of another file. Without its words, which may hold a token.
+        raise unreachable(f"{kubeconfig or 'KUBECONFIG'} is no kubeconfig") from error
     assert found is not None  # None only where a default was given
     return found
 

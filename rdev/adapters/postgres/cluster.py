@@ -102,7 +102,7 @@ def read_pid_file(data: Path) -> PidFile | None:
             shm_id=int(shm[1]) if len(shm) > 1 else None,
             stopping=len(lines) > 7 and lines[7].strip() == "stopping",
         )
-    except (FileNotFoundError, IndexError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IndexError, ValueError):
         # Cut short: its writer died before it opened the socket.
         return None
 

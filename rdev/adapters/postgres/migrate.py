@@ -199,6 +199,8 @@ def _connection(dsn: str) -> Iterator[psycopg.Connection]:
             autocommit=True,
             connect_timeout=CONNECT_TIMEOUT_S,
             application_name="rdev-migrate",
+            # Else a database of SQL_ASCII answers in bytes.
+            client_encoding="UTF8",
         ) as connection,
     ):
         connection.execute(SET_TIMEOUT, ["statement_timeout", f"{STATEMENT_TIMEOUT_S}s", False])

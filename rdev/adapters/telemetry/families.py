@@ -20,8 +20,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from rdev.domain.commands import Priority
 from rdev.ports.telemetry import AuthFailure
 
-# So many combinations of method, path and status have series of their own.
+# So many combinations of method, path and status have series of their own, the first that come;
 ROUTES_MAX = 200
+# and these, whenever they come: alerts ask for them, or leave them out, by their path.
+_PROBES = frozenset(
+    (method, path, status)
+    for method in ("GET", "HEAD")
+    for path, status in (("/health", 200), ("/ready", 200), ("/ready", 503), ("/metrics", 200))
+)
 OTHER = "other"
 _OTHER_METHOD = "OTHER"
 
@@ -62,7 +68,7 @@ class HttpMetrics:
     def labels(self, method: str, path: str, status: int) -> tuple[str, str, int]:
         """These labels, or those of the rest, where the rest begins; the status is always true."""
         found = (method, path, status)
-        if found in self._known:
+        if found in self._known or found in _PROBES:
             return found
         if len(self._known) < ROUTES_MAX:
             self._known.add(found)
@@ -227,7 +233,7 @@ class UpkeepMetrics:
         )
         self.loop_lag = Histogram(
             "rdev_event_loop_lag_seconds",
-            "How late the event loop came to what was due, ten times a second",
+            "How late the event loop came to what was due, four times a second",
             buckets=_LOOP_BUCKETS_S,
             registry=registry,
         )

@@ -6,9 +6,11 @@ to the same handler. Secrets are taken out last, so nothing that was added later
 
 import logging
 import sys
+import threading
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from types import TracebackType
 from typing import TextIO
 
 import msgspec
@@ -33,6 +35,9 @@ _MAX_DEPTH = 6
 REQUESTS = "rdev.http.requests"
 REQUEST_FIELDS = ("method", "path", "status", "duration_ms", "client_ip")
 
+# Write a line for each request that this process makes; one for an exec has 800 bytes.
+_REPORTING = {"httpx2": "warn"}
+
 _LEVELS = {"warning": "warn", "critical": "error", "exception": "error"}
 
 
@@ -45,10 +50,12 @@ class Levels:
 
     def set(self, level: str, levels: Mapping[str, str] | None = None) -> None:
         """From now on. `levels` are loggers' own, which hold for those below them too; who had one
-        and is not named any more follows the rest. Levels: `debug`, `info`, `warn`, `error`.
-        Errors: KeyError for another; then nothing is changed."""
+        and is not named any more follows the rest. On `info` those of `_REPORTING` are quieter,
+        unless they are named. Levels: `debug`, `info`, `warn`, `error`. Errors: KeyError for
+        another; then nothing is changed."""
         number = _level_number(level)
-        own = {name: _level_number(one) for name, one in (levels or {}).items()}
+        quiet = _REPORTING if number == logging.INFO else {}
+        own = {name: _level_number(one) for name, one in {**quiet, **(levels or {})}.items()}
         for logger in self._own:
             logger.setLevel(logging.NOTSET)
         logging.getLogger().setLevel(number)
@@ -89,6 +96,24 @@ def configure_logs(
         cache_logger_on_first_use=False,
     )
     return found
+
+
+def bridge_python() -> None:
+    """Have what Python itself writes on stderr (warnings, what ends the process, what a finalizer
+    or a thread raises) written as lines too: in one place, as JSON, without secrets. For the
+    process that serves."""
+    logging.captureWarnings(True)
+    sys.excepthook = _on_end
+    sys.unraisablehook = lambda told: _tell("exception ignored", told.exc_value)
+    threading.excepthook = lambda told: _tell("a thread failed", told.exc_value)
+
+
+def _on_end(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+    _tell("ended by a defect", error)
+
+
+def _tell(what: str, error: BaseException | None) -> None:
+    logging.getLogger("rdev").error(what, exc_info=error)
 
 
 def _bridge_vendors() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import uuid
 from pathlib import Path
 
 import psycopg
@@ -121,6 +122,19 @@ def test_verify_says_what_to_run_until_everything_is_applied(
     assert e.value.code is ErrorCode.SERVICE_UNAVAILABLE
     migrate.up(database_dsn, folder=folder)
     migrate.verify(database_dsn, folder=folder)
+
+
+def test_a_database_of_no_encoding_is_migrated_and_verified(admin_dsn: str, folder: Path) -> None:
+    """What `initdb` makes where no locale is set: everything it answers is bytes otherwise."""
+    name = f"ascii_{uuid.uuid4().hex[:16]}"
+    execute(admin_dsn, f"create database {name} template template0 encoding sql_ascii locale 'C'")
+    try:
+        dsn = psycopg.conninfo.make_conninfo(admin_dsn, dbname=name)
+        migrate.up(dsn, folder=folder)
+        assert migrate.up(dsn, folder=folder) == []
+        migrate.verify(dsn, folder=folder)
+    finally:
+        execute(admin_dsn, f"drop database {name}")
 
 
 def test_an_edited_file_stops_everything_before_it_starts(database_dsn: str, folder: Path) -> None:

@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -150,6 +152,20 @@ def test_a_logger_may_have_a_level_of_its_own_until_it_is_not_named_any_more(lin
     levels.set("info")
 
 
+def test_requests_to_others_are_told_where_debug_or_their_own_level_asks_for_them(lines):
+    levels = Levels()
+    for level, own, seen in (
+        ("info", {}, {"warn", "error"}),
+        ("info", {"httpx2": "info"}, {"info", "warn", "error"}),
+        ("debug", {}, {"debug", "info", "warn", "error"}),
+        ("error", {}, {"error"}),
+        ("info", {}, {"warn", "error"}),
+    ):
+        levels.set(level, own)
+        assert told("httpx2") == seen
+    levels.set("info")
+
+
 @pytest.mark.parametrize("name", ["hypercorn.error", "lightkube", "psycopg", "httpx2"])
 def test_what_a_vendor_writes_comes_as_a_line_of_ours_and_nowhere_else(lines, name, capfd):
     logger = logging.getLogger(name)
@@ -164,3 +180,46 @@ def test_what_a_vendor_writes_comes_as_a_line_of_ours_and_nowhere_else(lines, na
     assert (line["level"], line["logger"]) == ("warn", name)
     assert "hunter2" not in line["msg"]
     assert capfd.readouterr().err == ""
+
+
+ENDS_BADLY = """
+import threading, warnings
+from rdev.adapters.telemetry.logs import bridge_python, configure_logs
+
+class Finalized:
+    def __del__(self):
+        raise OSError("finalizer very-secret-value")
+
+def fail():
+    raise LookupError("thread very-secret-value")
+
+configure_logs(level="info", secrets=["very-secret-value"])
+bridge_python()
+warnings.warn("warned of very-secret-value")
+Finalized()
+thread = threading.Thread(target=fail)
+thread.start()
+thread.join()
+raise ExceptionGroup("all", [ValueError("postgresql://me:hunter2@/rdev very-secret-value")])
+"""
+
+
+def test_what_python_says_by_itself_are_lines_without_secrets_too():
+    ended = subprocess.run(
+        [sys.executable, "-W", "default", "-c", ENDS_BADLY],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert ended.returncode == 1
+    assert ended.stderr == ""
+    assert [(line["level"], line["logger"]) for line in found] == [
+        ("warn", "py.warnings"), ("error", "rdev"), ("error", "rdev"), ("error", "rdev")
+    ]  # fmt: skip
+    assert "warned of" in found[0]["msg"]
+    for line, kind in zip(found[1:], ("OSError", "LookupError", "ExceptionGroup"), strict=True):
+        assert kind in line["exception"]
+    assert "very-secret-value" not in ended.stdout
+    assert "hunter2" not in ended.stdout

@@ -242,6 +242,24 @@ async def test_open_metrics_carry_the_trace_of_a_request_as_an_exemplar() -> Non
     assert b"4bf92f" not in plain
 
 
+async def test_a_probe_is_told_by_its_path_however_many_series_there_are() -> None:
+    """`RdevAPINotReady` asks for it by its path, and the rate of errors leaves it out by that."""
+    telemetry = PrometheusTelemetry()
+    for n in range(1_000):
+        telemetry.request_started("GET", f"/{n}")
+        telemetry.request_finished("GET", f"/{n}", 200, 0.1)
+    for method, path, status in (
+        ("GET", "/ready", 503),
+        ("HEAD", "/ready", 503),
+        ("GET", "/x", 503),
+    ):
+        telemetry.request_started(method, path)
+        telemetry.request_finished(method, path, status, 0.1)
+    found = [s for s in await samples(telemetry) if s.name == "http_requests_total"]
+    late = {(s.labels["method"], s.labels["path"]) for s in found if s.labels["status"] == "503"}
+    assert late == {("GET", "/ready"), ("HEAD", "/ready"), ("OTHER", "other")}
+
+
 async def test_ten_thousand_requests_and_projects_make_fewer_than_ten_thousand_series() -> None:
     """Each label takes every value it can, in every combination: more than clients can do."""
     telemetry = PrometheusTelemetry()

@@ -1,9 +1,12 @@
-"""The collector of a server's process."""
+"""The interpreter of a server's process."""
 
 import gc
+import sys
 import weakref
 
-from rdev.collector import YOUNG_MAX, calm
+import pytest
+
+from rdev.interpreter import SWITCH_S, YOUNG_MAX, calm, give_way
 
 
 class Node:
@@ -31,3 +34,13 @@ def test_a_calm_collector_still_finds_cycles_and_leaves_what_was_there_alone() -
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def test_a_thread_that_computes_gives_way_soon() -> None:
+    """What that does is measured: `make bench SCENARIO=scrape`."""
+    before = sys.getswitchinterval()
+    try:
+        give_way()
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_S)
+    finally:
+        sys.setswitchinterval(before)
