@@ -18,7 +18,7 @@ import msgspec
 import trio
 from lightkube.config.models import User
 
-from rdev.adapters.kubernetes.errors import unreachable
+from rdev.adapters.kubernetes.errors import UNREADABLE, unreachable
 
 _PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network
 _EARLY_S: Final = 60.0  # a credential is renewed so long before it ends
@@ -135,7 +135,7 @@ class Plugin:
             raise unreachable(f"the credential plugin ended with {done.returncode}")
         try:
             status = msgspec.json.decode(done.stdout, type=_PluginAnswer).status
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise unreachable("the credential plugin's answer is not understood") from error
         if not status.token:
             raise unreachable("the credential plugin gives no token (certificates are not taken)")
