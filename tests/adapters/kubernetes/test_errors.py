@@ -1,4 +1,4 @@
-"""Whatever stands between rdev and the API server may answer anything: it is an error, no defect."""
+"""Whatever stands between rdev and the API server may answer anything: an error, no defect."""
 
 import pytest
 
