@@ -6,6 +6,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import trio
+import trio.testing
 from lightkube.config.models import NameValue, User, UserExec
 from lightkube.resources.core_v1 import Pod
 
@@ -78,6 +80,8 @@ async def test_a_plugin_is_asked_again_when_its_token_is_refused(
         (["/no/such/program"], "No such file"),
         (["false"], "ended with 1"),
         (["echo", "noise"], "not understood"),
+        (["printf", r'{"status": {"token": "\377"}}'], "not understood"),
+        (["cat", "/dev/zero"], "says more than"),
         (["echo", '{"status": {}}'], "gives no token"),
     ],
 )
@@ -87,6 +91,31 @@ async def test_a_plugin_that_fails_says_how(argv: list[str], says: str) -> None:
     with pytest.raises(RdevError, match=says) as caught:
         await broken.header()
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
+async def test_who_waits_for_a_plugin_has_its_failure_too(tmp_path: Path) -> None:
+    """Each ran it again: the tenth of those who wait for a plugin that hangs waited ten minutes."""
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    script = f"echo >> {asked}; while [ ! -e {go} ]; do sleep 0.05; done; exit 3"
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    broken = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    failures: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(RdevError) as caught:
+            await broken.header()
+        failures.append(caught.value.message)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            go.touch()
+        assert (len(failures), len(set(failures))) == (10, 1)
+        assert asked.read_text() == "\n"
+        await ask()  # who comes later tries again
+    assert asked.read_text() == "\n\n"
 
 
 async def test_a_rotated_token_is_used_at_once(fake: FakeApiServer, tmp_path: Path) -> None:
