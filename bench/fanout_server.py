@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
@@ -145,7 +145,7 @@ async def _serve(plan: dict[str, int], key: str) -> None:
     fanout = Fanout(log=memory, tell_replicas=lambda _: None)
     followers = Followers(_lasting, telemetry)
     feed = Feed(log=Nothing(), tell_replicas=lambda: None)
-    feeds = Feeds(feed, followers, _known)
+    feeds = Feeds(feed, followers, _known, lambda *_: nullcontext())
     shell = build_app(
         routes=(),
         plain=stream_routes(memory, fanout, feeds, followers),

@@ -316,6 +316,7 @@ async def _watch(server: Server, command: str, seen: list[tuple[int, int, int]])
 async def _idle(server: Server, count: Callable[[], int], idle_s: float) -> dict[str, float]:
     """Nothing happens but the probes of a kubelet."""
     async with open_connection(server) as connection:
+        await _until_ready(connection, IDLE_PODS)
         await trio.sleep(5.0)  # what the start left to do
         began_s, cpu_began_s = time.monotonic(), server.cpu_s()
         requests = count()
@@ -327,6 +328,16 @@ async def _idle(server: Server, count: Callable[[], int], idle_s: float) -> dict
         "idle_cpu": (server.cpu_s() - cpu_began_s) / took_s * 100,
         "idle_requests": (count() - requests) / took_s * 60,
     }
+
+
+async def _until_ready(connection: Connection, count: int) -> None:
+    with trio.fail_after(DEADLINE_S):
+        while True:
+            _, body = await connection.request("GET", f"/projects?limit={count}")
+            projects = json.loads(body)["data"]
+            if sum(one["status"] == "ready" for one in projects) >= count:
+                return
+            await trio.sleep(0.2)
 
 
 SCENARIO = Scenario(

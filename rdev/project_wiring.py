@@ -18,6 +18,7 @@ from rdev.execution_wiring import ClusterParts, ExecutionParts
 from rdev.identity import Identity
 from rdev.services.project_keeper import ProjectKeeper
 from rdev.services.project_teller import ProjectTeller
+from rdev.services.project_watch import ProjectWatch
 from rdev.services.projects import Lives, Projects
 from rdev.services.standing_places import StandingPlaces
 from rdev.services.subsystems import Subsystem
@@ -38,14 +39,17 @@ class ProjectNeeds:
 
 def build_projects(
     settings: Settings, identity: Identity, execution: ExecutionParts, needs: ProjectNeeds
-) -> tuple[Projects, tuple[Subsystem, ...]]:
-    """The use cases, and the subsystems that do what they ask for and tell what becomes of it.
+) -> tuple[Projects, ProjectWatch, tuple[Subsystem, ...]]:
+    """The use cases, who sees when a project goes, and the subsystems that do what is asked for and
+    tell what becomes of it (the watch is one).
     Errors: BAD_REQUEST for a template that no project can be made of."""
     executor, cluster = execution.executor, execution.cluster
     places = (
         StandingPlaces(executor) if cluster is None else _pods(settings, cluster, now=needs.now)
     )
     life = PostgresProjectLife(pool=needs.requests, holder=identity.holder)
+    store = PostgresProjects(pool=needs.requests)
+    watch = ProjectWatch(store=store)
 
     def ended(commands: Sequence[CommandId]) -> None:
         for command in commands:
@@ -54,6 +58,7 @@ def build_projects(
     def told(project: ProjectId) -> None:
         needs.tell_replicas(project)
         needs.written()
+        watch.wake()
 
     def changed(project: ProjectId) -> None:
         projects.heed([project])
@@ -68,22 +73,22 @@ def build_projects(
         ask_to_end=needs.ask_to_end,
         changed=changed,
     )
-    subsystems: tuple[Subsystem, ...] = (keeper,)
+    subsystems: tuple[Subsystem, ...] = (keeper, watch)
     if cluster is not None:
         teller = ProjectTeller(
             store=life, places=places, reach=lambda: executor.reach, written=needs.written
         )
         cluster.pods.tell(lambda _: keeper.wake())
         cluster.pods.tell(lambda _: teller.wake())
-        subsystems = (keeper, teller)
+        subsystems = (keeper, watch, teller)
     projects = Projects(
-        store=PostgresProjects(pool=needs.requests),
+        store=store,
         executor=executor,
         executor_name=settings.executor,
         lives=Lives(life=life, places=places, keeper=keeper),
         tell_replicas=told,
     )
-    return projects, subsystems
+    return projects, watch, subsystems
 
 
 def _pods(settings: Settings, cluster: ClusterParts, *, now: Callable[[], datetime]) -> PodPlaces:

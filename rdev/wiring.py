@@ -72,6 +72,7 @@ from rdev.services.housekeeper import Housekeeper
 from rdev.services.key_watch import KeyWatch
 from rdev.services.keys import Keys
 from rdev.services.loop_meter import LoopMeter
+from rdev.services.project_watch import ProjectWatch
 from rdev.services.projects import Projects
 from rdev.services.queue import CommandQueue
 from rdev.services.queue_meter import QueueMeter
@@ -167,7 +168,7 @@ def build_server(
         limits=DepthLimits(project_max=settings.queue_project_max, server_max=settings.queue_max),
         telemetry=telemetry,
     )
-    projects, keepers = build_projects(
+    projects, project_watch, keepers = build_projects(
         settings,
         identity,
         execution,
@@ -197,7 +198,9 @@ def build_server(
         identity,
         DoorNeeds(requests=pools.requests, notifier=notifier, telemetry=telemetry, now=_now),
     )
-    listener = _listener(pools, notifier, queue, fanout, feed, door.keys, projects, hooks)
+    listener = _listener(
+        pools, notifier, queue, fanout, feed, door.keys, projects, project_watch, hooks
+    )
     housekeeper = Housekeeper(
         upkeep=PostgresUpkeep(pool=pools.housekeeping, holder=identity.holder),
         executor=executor,
@@ -233,7 +236,9 @@ def build_server(
             audit_routes(door.audit, AuditVerifier(chain=door.audit)),
             ticket_routes(door.tickets, commands.project_of, settings.trusted_proxies),
         ],
-        plain=_event_streams(commands, fanout, feed, projects, door.key_watch, telemetry),
+        plain=_event_streams(
+            commands, fanout, feed, projects, door.key_watch, project_watch, telemetry
+        ),
         authenticate=door.keys.authenticate,
         project_of=commands.project_of,
         telemetry=telemetry,
@@ -271,6 +276,7 @@ def build_server(
         "keys": door.keys.statistics,
         "key_watch": door.key_watch.statistics,
         "projects": projects.statistics,
+        "project_watch": project_watch.statistics,
         "audit": door.audit_keeper.statistics,
         "webhooks": hooks.dispatcher.statistics,
         "webhook_sender": hooks.sender.statistics,
@@ -335,11 +341,12 @@ def _event_streams(
     feed: Feed,
     projects: Projects,
     key_watch: KeyWatch,
+    project_watch: ProjectWatch,
     telemetry: PrometheusTelemetry,
 ) -> list[PlainRoute]:
     """The streams of single commands, and the feeds."""
     followers = Followers(key_watch.watch, telemetry)
-    feeds = Feeds(feed, followers, projects.check_known)
+    feeds = Feeds(feed, followers, projects.check_known, project_watch.watch)
     return stream_routes(commands, fanout, feeds, followers)
 
 
@@ -382,6 +389,7 @@ def _listener(
     feed: Feed,
     keys: Keys,
     projects: Projects,
+    project_watch: ProjectWatch,
     hooks: WebhookParts,
 ) -> Listener:
     """What the other servers tell, and who heeds it."""
@@ -390,6 +398,10 @@ def _listener(
         for command in commands:
             queue.cancel(command)
 
+    def heed_projects(changed: Sequence[str]) -> None:
+        projects.heed(changed)
+        project_watch.wake()
+
     def look_again() -> None:
         """Notifications may have been missed."""
         queue.wake()
@@ -397,6 +409,7 @@ def _listener(
         feed.wake()
         keys.flush()
         projects.flush()
+        project_watch.wake()
         hooks.dispatcher.endpoints_changed()
 
     return Listener(
@@ -407,7 +420,7 @@ def _listener(
             STREAM_CHANNEL: notifier.heard(fanout.wake_each),
             FEED_CHANNEL: notifier.heard_ids(lambda _: feed.wake()),
             KEYS_CHANNEL: notifier.heard_ids(keys.heed),
-            PROJECTS_CHANNEL: notifier.heard_ids(projects.heed),
+            PROJECTS_CHANNEL: notifier.heard_ids(heed_projects),
             WEBHOOKS_CHANNEL: notifier.heard_ids(lambda _: hooks.dispatcher.endpoints_changed()),
         },
         on_connect=look_again,

@@ -226,14 +226,15 @@ def test_catching_everything_without_a_reason_is_seen() -> None:
 
 
 def _catching_everything(source: str) -> Iterator[int]:
-    """Lines of the handlers that take every exception without `# noqa: BLE001  # why`: only a
-    subsystem's loop may, where one fault must not end all others."""
+    """Lines of the handlers that take every exception without saying why: only a subsystem's loop
+    may, where one fault must not end all others (`# noqa: BLE001  # why`), and who raises another
+    in its place (`# why`)."""
     lines = source.splitlines()
     for handler in ast.walk(ast.parse(source)):
         if isinstance(handler, ast.ExceptHandler):
             names = [] if handler.type is None else list(ast.walk(handler.type))
             takes_all = any(isinstance(n, ast.Name) and n.id == "Exception" for n in names)
-            has_reason = re.search(r"# noqa: BLE001  # \w", lines[handler.lineno - 1])
+            has_reason = re.search(r"# (?:noqa: BLE001  # )?(?!noqa)\w", lines[handler.lineno - 1])
             if (takes_all or not names) and not has_reason:
                 yield handler.lineno
 

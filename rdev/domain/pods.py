@@ -20,6 +20,9 @@ CONTAINER_ANNOTATION: Final = "kubectl.kubernetes.io/default-container"
 # Where commands begin, and where rdev keeps their folders, in that container: absolute paths.
 HOME_ANNOTATION: Final = f"{LABEL_PREFIX}/home"
 COMMANDS_ANNOTATION: Final = f"{LABEL_PREFIX}/commands"
+# Of a pod's annotations so many bytes are shown, names and values.
+SHOWN_BYTES: Final = 4_096
+_LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 _HOME: Final = "/workspace"
 _COMMANDS: Final = "/run/rdev"
 
@@ -205,6 +208,20 @@ def folders_said(annotations: Mapping[str, str]) -> tuple[str, str]:
         home if home.startswith("/") else _HOME,
         commands if commands.startswith("/") else _COMMANDS,
     )
+
+
+def annotations_shown(annotations: Mapping[str, str]) -> dict[str, str]:
+    """Those that are shown: without kubectl's copy of the whole pod (which has its environment),
+    and of the others, in the order of their names, each that fits into `SHOWN_BYTES` with those
+    before it: a cluster takes 256 KiB of each pod, and a page has many."""
+    shown: dict[str, str] = {}
+    left = SHOWN_BYTES
+    for name in sorted(annotations.keys() - {_LAST_APPLIED}):
+        size = len(name.encode()) + len(annotations[name].encode())
+        if size <= left:
+            left -= size
+            shown[name] = annotations[name]
+    return shown
 
 
 def project_of(name: str, labels: Mapping[str, str], prefix: str) -> ProjectId | None:

@@ -1,7 +1,7 @@
 """SUBSYSTEM LoopMeter: how late the event loop comes to what is due.
 
-Woken by time alone, four times a second; what it tells is by how much later than asked it ran, which
-is what every other task waited too. Drops nothing; stops at once.
+Woken by time alone, four times a second; what it tells is by how much later than asked it ran,
+which is what every other task waited too. Drops nothing; stops at once.
 """
 
 from typing import Final

@@ -258,3 +258,28 @@ async def test_feeds_are_streams_like_all_others(server: Server, api: Api) -> No
         await until_async(
             lambda: metric(server, "rdev_sse_connections_active", project="*") == 1, "it is counted"
         )
+
+
+@pytest.mark.slow
+async def test_who_follows_a_project_is_told_its_last_words_and_that_it_was_deleted(
+    pair: tuple[Server, Server],
+) -> None:
+    """Deleted on one server, followed on the other; then it is a project that is not there."""
+    one, two = pair
+    async with open_api(one) as api, open_api(two) as follower:
+        await api.project("brief")
+        seen: list[Event] = []
+        with trio.fail_after(DEADLINE_S):
+            async with feed(follower, "/projects/brief/events") as events:
+                async for event in events:
+                    seen.append(event)
+                    if event.name == "connected":
+                        await api.submit("sleep 60", project="brief")
+                    elif event.data.get("status") == "running":
+                        answer = await api.http.delete("/projects/brief?force=true")
+                        assert answer.status_code == 202, answer.text
+        told = [event.data.get("status") for event in seen if event.data.get("status")]
+        assert told[-1] == "cancelled", told
+        assert seen[-1].name == "disconnecting"
+        assert seen[-1].data == {"reason": "project_deleted"}
+        assert (await follower.get("/projects/brief/events")).status_code == 404

@@ -51,3 +51,9 @@ def quantiles(times_s: Sequence[float]) -> str:
     ordered = sorted(times_s)
     p50, p99 = (ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.5, 0.99))
     return f"p50 {p50:.3f} s, p99 {p99:.3f} s, max {ordered[-1]:.3f} s of {len(ordered)}"
+
+
+def wrong_bytes(seen: bytes, written: bytes) -> int:
+    """How many are missing, too many or not the same."""
+    same = sum(a == b for a, b in zip(seen, written, strict=False)) if seen != written else 0
+    return 0 if seen == written else max(len(seen), len(written)) - same

@@ -140,8 +140,9 @@ class RealCluster:
         )
 
     async def processes(self, name: str) -> list[str]:
-        """The command lines of the processes in a pod, without those that look."""
-        script = 'for p in /proc/[0-9]*; do tr "\\0" " " <$p/cmdline 2>/dev/null && echo; done'
+        """The command lines of the processes in a pod, without those that look. One that ends
+        meanwhile is none."""
+        script = 'for p in /proc/[0-9]*; do tr "\\0" " " <$p/cmdline 2>/dev/null && echo; done; :'
         said = await kubectl("exec", "-n", NAMESPACE, name, "--", "sh", "-c", script)
         return [line for line in said.splitlines() if line and "/proc/[0-9]" not in line]
 

@@ -148,7 +148,7 @@ def right(entry: Object) -> tuple[str, str]:
     return "/".join(parts), entry["verb"]
 
 
-async def _stands(api: Api, project: str, status: str) -> None:
+async def stands(api: Api, project: str, status: str) -> None:
     seen = ""
     with trio.move_on_after(DEADLINE_S):
         while seen != status:
@@ -158,22 +158,22 @@ async def _stands(api: Api, project: str, status: str) -> None:
     assert seen == status, await kubectl("describe", "pods", "-n", NAMESPACE)
 
 
-async def _made_by_template(api: Api) -> None:
+async def made_by_template(api: Api) -> None:
     """A project with the template's volume: its files outlive its pod, and nothing outlives it."""
     project = f"made-{uuid.uuid4().hex[:6]}"
     made = await api.post("/projects", {"id": project, "image": IMAGES["busybox"]})
     assert made.status_code == 201, made.text
-    await _stands(api, project, "ready")
+    await stands(api, project, "ready")
     first = await api.run("id -u; echo kept >/workspace/file", project=project)
     assert (first["status"], await api.output(str(first["id"]))) == ("succeeded", b"10001\n")
     assert (await api.http.post(f"/projects/{project}/stop")).status_code == 202
-    await _stands(api, project, "stopped")
+    await stands(api, project, "stopped")
     assert (await api.http.post(f"/projects/{project}/start")).status_code == 202
-    await _stands(api, project, "ready")
+    await stands(api, project, "ready")
     second = await api.run("cat /workspace/file", project=project)
     assert await api.output(str(second["id"])) == b"kept\n"
     assert (await api.http.delete(f"/projects/{project}")).status_code == 202
-    await _stands(api, project, "gone")
+    await stands(api, project, "gone")
     left = await kubectl("get", "pods,persistentvolumeclaims", "-n", NAMESPACE, "-o", "name")
     assert project not in left
 
@@ -192,7 +192,7 @@ async def test_the_server_uses_each_right_of_its_role_and_no_other(
             await api.running(command)
             assert (await api.http.delete(f"/commands/{command}")).is_success
             assert (await api.ended(command))["status"] == "cancelled"
-            await _made_by_template(api)
+            await made_by_template(api)
         seen = audited()[before:]
     resources = [entry for entry in seen if "objectRef" in entry]
     refused = [right(one) for one in resources if one["responseStatus"]["code"] in (401, 403)]

@@ -1,134 +1,17 @@
 """What breaks on a real cluster, with a command in the middle: bytes exact, states true."""
 
-import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from rdev.adapters.execution.channels import SUBPROTOCOLS
-from rdev.adapters.execution.executor import Place
-from rdev.adapters.execution.kubernetes import KubernetesExecutor, KubernetesTransport
-from rdev.adapters.kubernetes.connection import connect, read_config
-from rdev.adapters.kubernetes.exec import PodExecs, PodTarget
-from rdev.domain.execution import Exit, Offsets, Piece
-from rdev.domain.ids import ProjectId
-from tests.adapters.execution.observing import new_command, sh
-from tests.app.server import Api, Json, Server, open_api, output_of, seqs_of
-from tests.cluster.ledger import Entry, Ledger, quantiles
+from tests.app.server import Api, Json, open_api, output_of
+from tests.cluster.ledger import Entry, Ledger, wrong_bytes
 from tests.cluster.real import NAMESPACE, RealCluster, kubectl, restart, serving
 
-CUTS = 1_000
-LINES = 100_000
-LINE_BYTES = 1_000
-BULK = f"""awk 'BEGIN {{ for (i = 1; i <= {LINES}; i++) printf "%0{LINE_BYTES - 1}d\\n", i }}'"""
 SLOW = "n=0; while [ $n -lt 300 ]; do n=$((n+1)); echo $n; echo $n >&2; sleep 0.1; done; exit 3"
 SLOW_SEEN = b"".join(b"%d\n" % n for n in range(1, 301))
-# What a cut may cost until bytes flow again.
-RESUMED_MAX_S = 2.0
-
-
-def bulk() -> bytes:
-    return b"".join(b"%0999d\n" % number for number in range(1, LINES + 1))
-
-
-def wrong_bytes(seen: bytes, written: bytes) -> int:
-    """How many are missing, too many or not the same."""
-    same = sum(a == b for a, b in zip(seen, written, strict=False)) if seen != written else 0
-    return 0 if seen == written else max(len(seen), len(written)) - same
-
-
-# --- the socket ---------------------------------------------------------------------------------
-
-
-@pytest.mark.timeout(1_200)
-async def test_a_hundred_megabytes_through_a_thousand_cuts(
-    cluster: RealCluster, ledger: Ledger
-) -> None:
-    """Cut at any byte of TLS; from each cut to the next byte of the journal."""
-    project = ProjectId("demo")
-    name = await cluster.add_pod(project)
-    async with connect(read_config(cluster.kubeconfig), NAMESPACE) as server:
-        target = PodTarget(pod=name, container="project")
-        execs = PodExecs(server, lambda _: target, subprotocols=SUBPROTOCOLS)
-        executor = KubernetesExecutor(
-            cluster=lambda: "test",
-            namespace=NAMESPACE,
-            transport=KubernetesTransport(execs.open),
-            reason_of=lambda _project, _are_gone: None,
-            base_env={},
-            place=lambda _: Place(home="/workspace", commands="/run/rdev"),
-        )
-        await executor.prepare(project)
-        got, resumed_s, end = bytearray(), list[float](), None
-        dice, proxy = random.Random(7), cluster.proxy
-        size = LINES * LINE_BYTES
-        cut_at, cut_time, accepted = 0, 0.0, 0
-        async with executor.attach(
-            project,
-            new_command(),
-            spec=sh(BULK),
-            instance=await executor.instance(project),
-            offsets=Offsets(),
-        ) as attachment:
-            while isinstance(item := await attachment.receive(), Piece):
-                assert item.offset == len(got)
-                got += item.data
-                if cut_time and proxy.accepted > accepted:  # of an exec that came after the cut
-                    resumed_s.append(trio.current_time() - cut_time)
-                    cut_time = 0.0
-                if not cut_time and len(got) >= cut_at:
-                    # As many as are left to make, in what is left to read.
-                    step = (size - len(got)) // max(1, CUTS + CUTS // 8 - len(resumed_s))
-                    cut_at = len(got) + dice.randrange(step + 1)
-                    accepted, cut_time = proxy.accepted, trio.current_time()
-                    proxy.cut_all()
-            end = item
-    wrong = wrong_bytes(bytes(got), bulk())
-    ledger.add(
-        Entry(
-            fault="socket cut, 100 MB through one exec",
-            times=len(resumed_s),
-            wrong_bytes=wrong,
-            outcome=f"cut to next byte {quantiles(resumed_s)}",
-        )
-    )
-    assert isinstance(end, Exit)
-    assert (end.exit_code, end.stdout_bytes, wrong) == (0, size, 0)
-    assert len(resumed_s) >= CUTS
-    assert sorted(resumed_s)[int(len(resumed_s) * 0.99)] <= RESUMED_MAX_S
-
-
-@pytest.mark.timeout(1_200)
-async def test_a_hundred_megabytes_by_a_server_whose_connections_are_cut(
-    cluster: RealCluster, server: Server, api: Api, ledger: Ledger
-) -> None:
-    """Every connection to the API server ends in the middle, those of the watch too."""
-    await cluster.add_pod()
-    await api.project()
-    cluster.proxy.cut_after_bytes = LINES * LINE_BYTES // CUTS
-    command = await api.submit(BULK, timeout_s=1_200)
-    events = []
-    async with api.stream(command) as stream:
-        async for event in stream:
-            events.append(event)
-    cluster.proxy.cut_after_bytes = None
-    ended = await api.ended(command)
-    seen = output_of(events)
-    wrong = wrong_bytes(seen, bulk())
-    ledger.add(
-        Entry(
-            fault="connection cut, 100 MB out by SSE",
-            times=cluster.proxy.cuts,
-            wrong_bytes=wrong,
-            outcome=str(ended["status"]),
-        )
-    )
-    assert wrong == 0
-    assert (ended["status"], ended["attempt"]) == ("succeeded", 1)
-    assert cluster.proxy.cuts >= CUTS * 0.9
-    assert seqs_of(events) == list(range(1, len(seqs_of(events)) + 1))
 
 
 # --- the cluster's parts ------------------------------------------------------------------------

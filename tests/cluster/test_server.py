@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from tests.app.server import Api, Server, output_of, seqs_of
+from tests.app.server import Api, Json, Server, output_of, seqs_of
+from tests.cluster.ledger import Entry, Ledger
 from tests.cluster.real import NAMESPACE, RealCluster, kubectl
 
 # What gets away from a shell that is killed: new sessions, orphans, those who ignore a hang-up.
@@ -54,10 +55,20 @@ async def _run(api: Api, script: str) -> str:
     return command
 
 
+def _escaped(ledger: Ledger, fault: str, ended: Json) -> None:
+    ledger.add(
+        Entry(
+            fault=fault,
+            false_successes=int(ended["status"] == "succeeded"),
+            outcome=f"{ended['status']}, no process left",
+        )
+    )
+
+
 @pytest.mark.parametrize("image", ["busybox", "debian"])
 @pytest.mark.parametrize("how", ESCAPES)
 async def test_a_cancel_ends_what_tried_to_escape(
-    cluster: RealCluster, api: Api, image: str, how: str
+    cluster: RealCluster, api: Api, ledger: Ledger, image: str, how: str
 ) -> None:
     name = await cluster.add_pod("demo", image=image)
     await api.project()
@@ -68,19 +79,22 @@ async def test_a_cancel_ends_what_tried_to_escape(
                 break
     assert any("7777" in line for line in await cluster.processes(name))
     assert (await api.http.delete(f"/commands/{command}")).is_success
-    assert (await api.ended(command))["status"] == "cancelled"
+    ended = await api.ended(command)
     await cluster.until_gone(name, "7777")
+    _escaped(ledger, f"cancelled, {image}: {how}", ended)
+    assert ended["status"] == "cancelled"
 
 
 @pytest.mark.parametrize("image", ["busybox", "debian"])
 async def test_a_timeout_ends_what_tried_to_escape(
-    cluster: RealCluster, api: Api, image: str
+    cluster: RealCluster, api: Api, ledger: Ledger, image: str
 ) -> None:
     name = await cluster.add_pod("demo", image=image)
     await api.project()
     ended = await api.run(f"{' '.join(ESCAPES.values())} echo ready; sleep 7777", timeout_s=1)
-    assert (ended["status"], ended["exit_code"]) == ("timed_out", None)
     await cluster.until_gone(name, "7777")
+    _escaped(ledger, f"timed out, {image}: all of them", ended)
+    assert (ended["status"], ended["exit_code"]) == ("timed_out", None)
 
 
 async def test_an_image_that_lacks_a_tool_is_told_which(

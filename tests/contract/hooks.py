@@ -72,8 +72,9 @@ def before_call(context, case, kwargs) -> None:
 
 
 def _first(value: object) -> object:
-    while isinstance(value, list) and value:
-        value = value[0]
+    """What is sent first: of an object its names are."""
+    while isinstance(value, (list, dict)) and value:
+        value = next(iter(value))
     return value
 
 

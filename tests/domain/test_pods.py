@@ -8,10 +8,12 @@ from rdev.domain.execution import LostReason
 from rdev.domain.ids import ProjectId
 from rdev.domain.pods import (
     LABEL_PREFIX,
+    SHOWN_BYTES,
     Container,
     ContainerState,
     Pod,
     PodTrouble,
+    annotations_shown,
     choose,
     folders_of,
     health_of,
@@ -124,6 +126,18 @@ def test_a_pod_says_where_its_commands_are(
 ) -> None:
     assert folders_of(replace(READY, annotations=annotations)) == folders
     assert folders_of(None) == ("/workspace", "/run/rdev")
+
+
+def test_of_many_annotations_those_are_shown_that_fit_and_never_the_copy_of_the_pod() -> None:
+    copy = {"kubectl.kubernetes.io/last-applied-configuration": '{"env": "secret"}'}
+    large = {"a-note": "é" * SHOWN_BYTES}
+    small = {f"note-{number:04}": "x" * 100 for number in range(200)}
+    shown = annotations_shown({**small, **large, **copy, "zone": "b"})
+    size = sum(len(f"{name}{value}".encode()) for name, value in shown.items())
+    assert SHOWN_BYTES - 109 <= size <= SHOWN_BYTES
+    assert shown.keys() <= {*small, "zone"}
+    assert {"note-0000", "zone"} <= shown.keys()
+    assert annotations_shown({**copy, "team": "core"}) == {"team": "core"}
 
 
 def test_a_message_is_one_short_line() -> None:

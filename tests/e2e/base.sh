@@ -59,6 +59,7 @@ FROM $DEBIAN
 COPY database.sh /usr/local/bin/
 ENV PATH=/usr/lib/postgresql/17/bin:/usr/sbin:/usr/bin
 USER postgres
+STOPSIGNAL SIGINT
 ENTRYPOINT ["bash", "/usr/local/bin/database.sh"]
 FILE
 say "ready: $BASE, $DATABASE"

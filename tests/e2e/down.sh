@@ -15,5 +15,7 @@ if running engine; then
   docker image prune --force >/dev/null || true
 fi
 stop engine
+# Only ever empty ones: rmdir refuses a cgroup in which a process lives.
+find /sys/fs/cgroup/rdev-e2e /sys/fs/cgroup/*/rdev-e2e -depth -type d -exec rmdir {} \; 2>/dev/null || true
 rm -rf --one-file-system "$RUN"
 say 'down'

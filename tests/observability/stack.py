@@ -37,7 +37,11 @@ THRESHOLDS = {
     "RdevAPIAuditSealLag": ("> 300", "> 3"),
     # How long ago a server started.
     "RdevAPICommandsLost": ("< 900", "< 15"),
+    "RdevAPIKillUnconfirmed": ("< 900", "< 15"),
     "RdevAPIWebhooksDead": ("< 3600", "< 15"),
+    # A fifth of a core, which is not this server's alone, and of a gibibyte.
+    "RdevAPIHighCPU": ("> 0.9", "> 0.2"),
+    "RdevAPIHighMemory": ("> 0.8 *", "> 0.2 *"),
 }
 _RANGE = re.compile(r"\[\d+[mh]\]")
 _OFFSET = re.compile(r"offset \d+[mh]")

@@ -5,11 +5,13 @@ can come back to the same place after any silence.
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
+from functools import partial
 
 import msgspec
 
 from rdev.adapters.http.exchange import hold, principal
-from rdev.adapters.http.following import RETRY_MS, Followers, last_ids
+from rdev.adapters.http.following import RETRY_MS, Followers, WatchSubject, for_ever, last_ids
 from rdev.adapters.http.plain import Asked
 from rdev.domain.errors import ErrorCode, Fault, RdevError, bad_request
 from rdev.domain.feed import START, FeedConnected, Position, cursor_of, parse_cursor
@@ -24,6 +26,8 @@ _MANY = ProjectId("*")
 
 _encode = msgspec.json.Encoder().encode
 
+WatchProject = Callable[[ProjectId, Callable[[str], None]], AbstractContextManager[None]]
+
 
 class Feeds:
     """The two feeds."""
@@ -33,28 +37,38 @@ class Feeds:
         feed: Feed,
         followers: Followers,
         check_project: Callable[[ProjectId], Awaitable[None]],
+        watch_project: WatchProject,
     ) -> None:
-        """`check_project` raises NOT_FOUND for a project that is not there."""
+        """`check_project` raises NOT_FOUND for a project that is not there; `watch_project` tells
+        when one goes (`ProjectWatch.watch`)."""
         self._feed = feed
         self._followers = followers
         self._check_project = check_project
+        self._watch_project = watch_project
 
     async def of_all(self, asked: Asked) -> None:
         """What happens to the commands of all projects that the key may see."""
         seen = principal().project_ids
-        await self._answer(asked, None if seen is None else frozenset(seen))
+        await self._answer(asked, None if seen is None else frozenset(seen), for_ever)
 
     async def of_project(self, asked: Asked) -> None:
-        """What happens to a project's commands. Errors: NOT_FOUND too."""
+        """What happens to a project's commands, until the project is deleted. Errors: NOT_FOUND
+        too."""
         text = asked.fields["project"]
         if not is_project_id(text):
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {text!r}")
         project = ProjectId(text)
         await self._check_project(project)
-        await self._answer(asked, frozenset({project}), project=project)
+        watch = partial(self._watch_project, project)
+        await self._answer(asked, frozenset({project}), watch, project=project)
 
     async def _answer(
-        self, asked: Asked, projects: Projects, *, project: ProjectId | None = None
+        self,
+        asked: Asked,
+        projects: Projects,
+        watch: WatchSubject,
+        *,
+        project: ProjectId | None = None,
     ) -> None:
         """Check, then stream. Errors: GONE, BAD_REQUEST, SERVICE_UNAVAILABLE; none after the
         head."""
@@ -70,6 +84,7 @@ class Feeds:
                 _label(projects),
                 first,
                 beat_id=lambda: cursor_of(self._feed.seen(reader)),
+                watch_subject=watch,
             )
 
 

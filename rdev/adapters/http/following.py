@@ -5,8 +5,8 @@ why the stream ends. Bounded by the client's patience and the key's life; what a
 given is the writers' business.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 
 import msgspec
@@ -56,6 +56,13 @@ _encode = msgspec.json.Encoder().encode
 
 # Watches the key of a request for the length of the block (`KeyWatch.watch`).
 WatchKey = Callable[[Principal, Callable[[KeyEnd], None]], AbstractContextManager[Watch]]
+# Watches what a stream is about; what is called takes the reason why there is no more of it.
+WatchSubject = Callable[[Callable[[str], None]], AbstractContextManager[None]]
+
+
+def for_ever(_: Callable[[str], None]) -> AbstractContextManager[None]:
+    """Of what lasts as long as its stream."""
+    return nullcontext()
 
 
 class Followers:
@@ -76,14 +83,16 @@ class Followers:
         first: bytes,
         *,
         beat_id: Callable[[], str | None] = lambda: None,
+        watch_subject: WatchSubject = for_ever,
     ) -> None:
         """The answer: the stream from `first` to its end, or to the reason why it ends earlier.
 
-        `project` is the label under which it is counted; `beat_id` gives heartbeats their ids.
+        `project` is the label under which it is counted; `beat_id` gives heartbeats their ids;
+        `watch_subject` tells when there is nothing more to follow.
         """
         with self._telemetry.stream(project):
             reader.topic.tally = partial(self._telemetry.events_sent, project)
-            await self._stream(asked, reader, project, first, beat_id)
+            await self._stream(asked, reader, project, first, beat_id, watch_subject)
 
     async def _stream(
         self,
@@ -92,6 +101,7 @@ class Followers:
         project: ProjectId,
         first: bytes,
         beat_id: Callable[[], str | None],
+        watch_subject: WatchSubject,
     ) -> None:
         headers = [*_HEADERS, _CLOSE] if _is_http_1(asked.scope) else _HEADERS
         await asked.send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -100,21 +110,23 @@ class Followers:
             return
         await asked.send({"type": "http.response.body", "body": first, "more_body": True})
         async with _writer(asked, self._chunked) as writer:
+            why: list[str] = []
             with trio.CancelScope() as staying:
 
-                def leave(reason: KeyEnd) -> None:
+                def leave(reason: str) -> None:
+                    why.append(reason)
                     staying.deadline = trio.current_time() + FAREWELL_S
                     writer.hurry(FAREWELL_S)
                     reader.dismiss()
 
-                with self._watch_key(principal(), leave) as key:
+                with self._watch_key(principal(), leave), watch_subject(leave):
                     try:
-                        await self._write(reader, writer, project, key, beat_id)
+                        await self._write(reader, writer, project, why, beat_id)
                         await writer.end()
                         return
                     except SlowClientError:  # what is left to say to it follows
                         self._telemetry.slow_reader_cut(project)
-            reason = key.reason or "slow_consumer"
+            reason = why[0] if why else "slow_consumer"
             await writer.part(_frame(EventName.DISCONNECTING, {"reason": reason}, RETRY_MS))
 
     async def _write(
@@ -122,10 +134,11 @@ class Followers:
         reader: Subscription[Key],
         writer: Writer,
         project: ProjectId,
-        key: Watch,
+        why: Sequence[str],
         beat_id: Callable[[], str | None],
     ) -> None:
-        """Write what the hub does not write itself, until there is nothing more to say."""
+        """Write what the hub does not write itself, until there is nothing more to say; `why` is
+        not empty where it must leave."""
         now = exchange().now
         while True:
             try:
@@ -146,7 +159,7 @@ class Followers:
                     told = {"timestamp": stamp(now())}
                     await writer.write(frame(EventName.HEARTBEAT, _encode(told), beat_id()))
                 case Signal.DISMISSED:
-                    told = {"reason": key.reason or "draining"}
+                    told = {"reason": why[0] if why else "draining"}
                     await writer.write(_frame(EventName.DISCONNECTING, told, self._retry_ms()))
                     return
                 case Signal.END:

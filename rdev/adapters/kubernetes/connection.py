@@ -17,6 +17,7 @@ from lightkube import AsyncClient, KubeConfig, SingleConfig
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.config.models import User
 from lightkube.core.exceptions import ConfigError
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from rdev.adapters.kubernetes.credentials import AuthorizedTransport, credentials_of
 from rdev.adapters.kubernetes.errors import unreachable
@@ -62,8 +63,8 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     except (ConfigError, OSError, KeyError, ValueError) as error:
         where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
-    except Exception as error:  # lightkube looks into any file without a check
-        # Without its words, which may hold a token.
+    except (YAMLError, AttributeError, TypeError) as error:
+        # What lightkube makes of another file. Without its words, which may hold a token.
         raise unreachable(f"{kubeconfig or 'KUBECONFIG'} is no kubeconfig") from error
     assert found is not None  # None only where a default was given
     return found

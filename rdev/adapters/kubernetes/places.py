@@ -30,7 +30,7 @@ from rdev.adapters.kubernetes.template import (
 from rdev.domain.backoff import Backoff
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
-from rdev.domain.pods import LABEL_PREFIX, Pod, health_of, project_of
+from rdev.domain.pods import LABEL_PREFIX, Pod, annotations_shown, health_of, project_of
 from rdev.domain.projects import PlaceSeen, Project
 
 TRIES_S: Final = 8.0
@@ -81,7 +81,7 @@ class PodPlaces:
             pod=pod.name,
             image=pod.image or None,
             labels=pod.labels,
-            annotations=pod.annotations,
+            annotations=annotations_shown(pod.annotations),
             last_seen=self._now() - timedelta(seconds=silent_s),
         )
 

@@ -35,6 +35,9 @@ _MAX_DEPTH = 6
 REQUESTS = "rdev.http.requests"
 REQUEST_FIELDS = ("method", "path", "status", "duration_ms", "client_ip")
 
+# Write a line for each request that this process makes; one for an exec has 800 bytes.
+_REPORTING = {"httpx2": "warn"}
+
 _LEVELS = {"warning": "warn", "critical": "error", "exception": "error"}
 
 
@@ -47,10 +50,12 @@ class Levels:
 
     def set(self, level: str, levels: Mapping[str, str] | None = None) -> None:
         """From now on. `levels` are loggers' own, which hold for those below them too; who had one
-        and is not named any more follows the rest. Levels: `debug`, `info`, `warn`, `error`.
-        Errors: KeyError for another; then nothing is changed."""
+        and is not named any more follows the rest. On `info` those of `_REPORTING` are quieter,
+        unless they are named. Levels: `debug`, `info`, `warn`, `error`. Errors: KeyError for
+        another; then nothing is changed."""
         number = _level_number(level)
-        own = {name: _level_number(one) for name, one in (levels or {}).items()}
+        quiet = _REPORTING if number == logging.INFO else {}
+        own = {name: _level_number(one) for name, one in {**quiet, **(levels or {})}.items()}
         for logger in self._own:
             logger.setLevel(logging.NOTSET)
         logging.getLogger().setLevel(number)

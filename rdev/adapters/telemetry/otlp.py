@@ -173,7 +173,10 @@ class OtlpExporter:
                 finally:
                     nursery.cancel_scope.cancel()
             with trio.move_on_after(self._flush_s):
-                await self._flush(client)
+                try:
+                    await self._flush(client)
+                except Exception as error:  # noqa: BLE001  # nor a stop fail for what it would tell
+                    _log.error("what is left cannot be exported", exc_info=error)
 
     async def _flush(self, client: httpx2.AsyncClient) -> None:
         """One try for each batch, and the metrics."""

@@ -38,6 +38,7 @@ from rdev import __version__
 from rdev.domain.commands import LANE_CLASS, Claimed, Kind
 from rdev.domain.deliveries import Owed
 from rdev.domain.ids import ProjectId
+from rdev.domain.redaction import redact_text
 from rdev.domain.traces import TraceContext
 from rdev.domain.webhook_targets import Target
 from rdev.ports.tracing import Passed, Span, Step, current_trace
@@ -109,7 +110,8 @@ class OtelTracing:
         facts: dict[str, Fact] = {
             "http.request.method": known,
             "url.scheme": scheme,
-            "url.path": path,
+            # The client's own words: a key in the wrong place is no fact.
+            "url.path": redact_text(path),
             "client.address": client_ip,
         }
         name = known if known in _METHODS else "HTTP"

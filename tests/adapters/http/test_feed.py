@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 import pytest
@@ -83,7 +83,7 @@ async def _desk(
     feed = Feed(log=log, tell_replicas=lambda: None)
     fanout = Fanout(log=FakeOutput(state), tell_replicas=lambda _: None)
     followers = Followers(KeyWatch(store=FakeKeys(state), now=lambda: NOON).watch, told)
-    feeds = Feeds(feed, followers, check_project)
+    feeds = Feeds(feed, followers, check_project, lambda *_: nullcontext())
     site = await serve(plain=stream_routes(_NoCommands(), fanout, feeds, followers), **options)
     await nursery.start(feed.run)
     return Desk(site=site, log=log, feed=feed, told=told, version=version)

@@ -7,7 +7,7 @@ import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from uuid import UUID
 
@@ -240,7 +240,7 @@ async def start(nursery: trio.Nursery) -> AsyncIterator[Serve]:
         keys = KeyWatch(store=FakeKeys(state), now=lambda: state.now)
         followers = Followers(watch_key or keys.watch, telemetry)
         feed = Feed(log=FakeFeed(), tell_replicas=lambda: None)
-        feeds = Feeds(feed, followers, check_project)
+        feeds = Feeds(feed, followers, check_project, lambda *_: nullcontext())
         shell = build_app(
             routes=(),
             plain=stream_routes(commands, fanout, feeds, followers),

@@ -152,6 +152,20 @@ def test_a_logger_may_have_a_level_of_its_own_until_it_is_not_named_any_more(lin
     levels.set("info")
 
 
+def test_requests_to_others_are_told_where_debug_or_their_own_level_asks_for_them(lines):
+    levels = Levels()
+    for level, own, seen in (
+        ("info", {}, {"warn", "error"}),
+        ("info", {"httpx2": "info"}, {"info", "warn", "error"}),
+        ("debug", {}, {"debug", "info", "warn", "error"}),
+        ("error", {}, {"error"}),
+        ("info", {}, {"warn", "error"}),
+    ):
+        levels.set(level, own)
+        assert told("httpx2") == seen
+    levels.set("info")
+
+
 @pytest.mark.parametrize("name", ["hypercorn.error", "lightkube", "psycopg", "httpx2"])
 def test_what_a_vendor_writes_comes_as_a_line_of_ours_and_nowhere_else(lines, name, capfd):
     logger = logging.getLogger(name)

@@ -246,6 +246,19 @@ async def test_who_is_cancelled_does_not_wait_for_the_rest(collector: Collector)
     assert collector.spans == []
 
 
+async def test_a_defect_in_the_exporter_fails_no_stop(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(spans: object) -> None:
+        raise ValueError("cannot be encoded")
+
+    rig = Rig(collector.url)
+    monkeypatch.setattr(otlp, "encode_spans", broken)
+    async with rig.exporter.running():
+        rig.tell(1)
+    assert "what is left cannot be exported" in caplog.text
+
+
 async def test_a_defect_in_the_exporter_ends_nothing_but_its_batch(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -121,6 +121,14 @@ async def test_a_method_that_clients_make_up_is_no_name(make, outbox) -> None:
     assert seen.facts["error.type"] == "501"
 
 
+async def test_a_key_in_a_path_is_no_fact(make, outbox) -> None:
+    key = "rdev_sk_abcdefgh_" + "x" * 43
+    make().request("GET", "http", f"/commands/{key}/events", "10.0.0.1", None).end()
+
+    (seen,) = told(outbox)
+    assert seen.facts["url.path"] == "/commands/[redacted]/events"
+
+
 async def test_a_request_goes_on_with_the_trace_of_its_client(make, outbox) -> None:
     span = make(sample=0).request("GET", "http", "/x", "10.0.0.1", HERE)
     span.end()
