@@ -134,16 +134,15 @@ class ProjectKeeper:
     async def _start(self, project: Project) -> None:
         """Make its place. Tries of that may outlast the project, which another server deletes
         meanwhile: then nobody else knows of what was made."""
+        failure: RdevError | None = None
         try:
             await self._places.start(project)
-        except RdevError:
-            await self._clear_if_gone(project)
-            raise
-        await self._clear_if_gone(project)
-
-    async def _clear_if_gone(self, project: Project) -> None:
+        except RdevError as error:
+            failure = error
         if self._places.are_made and not await self._life.is_stored(project):
             await self._places.delete(project)
+        if failure is not None:
+            raise failure
 
     async def _delete(self, project: Project) -> bool:
         while ended := await self._life.end_queued(project.id, limit=QUEUED_MAX):
