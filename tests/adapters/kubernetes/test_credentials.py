@@ -161,3 +161,46 @@ def test_what_is_not_supported_is_told_at_the_start(user: User) -> None:
 def test_a_kubeconfig_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RdevError, match=r"none\.yaml"):
         read_config(tmp_path / "none.yaml")
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+clusters: [{{name: c, cluster: {{server: "{server}"}}}}]
+users: [{{name: u, user: {{{user}}}}}]
+contexts: [{{name: x, context: {{cluster: c, user: u, namespace: rdev}}}}]
+current-context: x
+"""
+_ANSWER = '{"status": {"token": "the-token"}}'
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "tokenFile: token",
+        "exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin}",
+        "exec: {apiVersion: client.authentication.k8s.io/v1, command: sh,"
+        " args: [-c, 'echo \"$A\"'], env: [{name: A, value: '" + _ANSWER + "'}]}",
+    ],
+)
+async def test_relative_paths_are_the_kubeconfigs_neighbours(
+    fake: FakeApiServer, tmp_path: Path, user: str
+) -> None:
+    (tmp_path / "token").write_text("the-token")
+    (tmp_path / "plugin").write_text(f"#!/bin/sh\necho '{_ANSWER}'\n")
+    (tmp_path / "plugin").chmod(0o755)
+    file = tmp_path / "kubeconfig"
+    file.write_text(KUBECONFIG.format(server=f"http://127.0.0.1:{fake.port}", user=user))
+    async with connect(read_config(file)) as api:
+        assert (await api.http.get("/api/v1/namespaces/rdev/pods")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "user", ["client-certificate: a", 'client-certificate-data: "!!!", client-key-data: "x"']
+)
+async def test_certificates_that_are_none_are_told(tmp_path: Path, user: str) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(KUBECONFIG.format(server="https://127.0.0.1:1", user=user))
+    with pytest.raises(RdevError, match="certificates of the cluster"):
+        async with connect(read_config(file)):
+            pass
