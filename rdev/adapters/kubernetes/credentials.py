@@ -115,12 +115,10 @@ class Plugin:
         try:
             status = await self._ask()
         except RdevError as error:
-            self._failure = error
+            self._failure, self._ended = error, self._ended + 1
             raise
-        else:
-            self._failure = None
-        finally:
-            self._ended += 1
+        # Who was cancelled meanwhile has said nothing of the plugin: that does not count.
+        self._failure, self._ended = None, self._ended + 1
         ends = status.expirationTimestamp
         self._value = f"Bearer {status.token}"
         self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S

@@ -118,6 +118,34 @@ async def test_who_waits_for_a_plugin_has_its_failure_too(tmp_path: Path) -> Non
     assert asked.read_text() == "\n\n"
 
 
+async def test_who_waits_for_one_that_was_cancelled_asks_itself(tmp_path: Path) -> None:
+    """It was told how an earlier try had failed."""
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    token = '{"status": {"token": "me"}}'
+    script = (
+        f"[ -e {asked} ] || {{ echo > {asked}; exit 3; }}; "
+        f"while [ ! -e {go} ]; do sleep 0.05; done; echo '{token}'"
+    )
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    slow = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    with pytest.raises(RdevError, match="ended with 3"):
+        await slow.header()
+    told: list[str | None] = []
+
+    async def wait() -> None:
+        told.append(await slow.header())
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, trio.open_nursery() as first:
+            first.start_soon(slow.header)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            go.touch()
+            first.cancel_scope.cancel()
+    assert told == ["Bearer me"]
+
+
 async def test_a_rotated_token_is_used_at_once(fake: FakeApiServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("the-token\n")
