@@ -187,6 +187,11 @@ class Breaker:
         if self._state is BreakerState.OPEN:
             self._until_s = min(self._until_s, now_s)
 
+    def overdue_s(self, now_s: float) -> float:
+        """For how long it has been open and due, and no call came; 0 where it is not."""
+        self._settle(now_s)
+        return max(0.0, now_s - self._until_s) if self._state is BreakerState.OPEN else 0.0
+
     def window(self, now_s: float) -> WindowCounts:
         """What is counted now; empty unless closed."""
         return self._window.counts(now_s)

@@ -4,7 +4,7 @@ Owns the schedule. A delivery is `pending` until a receiver accepts it (`deliver
 nothing more to try (`dead`, with a reason); the dead are kept and can be asked for again.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -102,8 +102,8 @@ class DeliveryLease:
 class Owed:
     """A claimed delivery with all that its attempt needs. `failures` are those before this attempt.
     `is_trusted`: the endpoint accepted its last attempt, and quickly; `is_allowed`: it may be told
-    of the project. `secrets` are sealed, the newest first. `trace` is that of the command it tells
-    of."""
+    of the project. `secrets` are sealed, the newest first. `owner` is the key that the endpoint
+    speaks for, None the bootstrap key. `trace` is that of the command it tells of."""
 
     lease: DeliveryLease
     webhook: WebhookId
@@ -116,7 +116,35 @@ class Owed:
     url: str
     payload: bytes = field(repr=False)
     secrets: tuple[bytes, ...] = field(repr=False)
+    owner: UUID | None = None
     trace: TraceContext | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnerShares:
+    """What one owner may have under way in one server: `most` attempts, of them `untrusted_most` of
+    endpoints that are not trusted; and what owners have there now, in all and untrusted."""
+
+    most: int
+    untrusted_most: int
+    held: Mapping[UUID | None, tuple[int, int]]
+
+    def is_used_up(self, owner: UUID | None) -> bool:
+        """Whether it has all of it, so that what else it is owed is for other servers."""
+        held, untrusted = self.held.get(owner, (0, 0))
+        return held >= self.most or untrusted >= self.untrusted_most
+
+
+def share_out(in_flight_max: int, under_way: Iterable[Owed]) -> OwnerShares:
+    """Half of all places is one owner's at most, and half of those for untrusted endpoints, which
+    are half of all. So whatever one owner's endpoints do, the other half is for the others."""
+    held: dict[UUID | None, tuple[int, int]] = {}
+    for owed in under_way:
+        taken, untrusted = held.get(owed.owner, (0, 0))
+        held[owed.owner] = taken + 1, untrusted + (not owed.is_trusted)
+    return OwnerShares(
+        most=max(1, in_flight_max // 2), untrusted_most=max(1, in_flight_max // 4), held=held
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
-from rdev.domain.deliveries import DeliveryLease, Owed, Settled
+from rdev.domain.deliveries import DeliveryLease, Owed, OwnerShares, Settled
 from rdev.domain.webhooks import DisabledReason, WebhookId
 
 
@@ -36,12 +36,15 @@ class TickResult:
 class DeliveryQueue(Protocol):
     """Claiming deliveries, and what comes of them."""
 
-    async def claim(self, *, holder: str, limit: int, untrusted_limit: int) -> list[Owed]:
+    async def claim(
+        self, *, holder: str, limit: int, untrusted_limit: int, shares: OwnerShares | None = None
+    ) -> list[Owed]:
         """Take what is due under fresh leases, at most `limit`: first of the endpoints that have
         waited longest, at most so many of each as it may have at once. One whose last attempts
         were not accepted, or took longer than `QUICK_S`, or that had none, gets one at a time;
         all those together at most `untrusted_limit`. Of an ordered endpoint the oldest, one at a
-        time."""
+        time. With what is taken no owner has more than `shares` gives; who has all of it is passed
+        by. None: there is no such bound."""
         ...
 
     async def settle(self, settled: Sequence[Settled]) -> SettleResult:

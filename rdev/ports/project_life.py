@@ -56,6 +56,10 @@ class ProjectLife(Protocol):
         something else is wanted meanwhile: it stays, or becomes, unsettled."""
         ...
 
+    async def is_stored(self, project: Project) -> bool:
+        """Whether it is there still, and not another one of its name."""
+        ...
+
     async def note(self, project: Project, trouble: str) -> None:
         """Keep why it is not what is asked of it yet, at most 200 characters."""
         ...

@@ -123,6 +123,13 @@ class CircuitBreaker:
         return is_closed and self.breaker.window(now_s).calls == 0
 
     @property
+    def is_deserted(self) -> bool:
+        """Whether nobody called for longer than its longest pause after it was due: what it knew is
+        old. It may be forgotten, unless a call is under way."""
+        overdue_s = self.breaker.overdue_s(trio.current_time())
+        return overdue_s > self.breaker.settings.open_most_s
+
+    @property
     def reason(self) -> BreakerReason:
         """Why it is in its state."""
         return self.breaker.reason

@@ -121,7 +121,7 @@ class ProjectKeeper:
         """
         match project.wanted:
             case Wanted.RUNNING:
-                await self._places.start(project)
+                await self._start(project)
             case Wanted.STOPPED:
                 if not await self._is_quiet(project) or not await self._places.stop(project):
                     return False
@@ -131,6 +131,19 @@ class ProjectKeeper:
         self._changed(project.id)
         return is_settled
 
+    async def _start(self, project: Project) -> None:
+        """Make its place. Tries of that may outlast the project, which another server deletes
+        meanwhile: then nobody else knows of what was made."""
+        failure: RdevError | None = None
+        try:
+            await self._places.start(project)
+        except RdevError as error:
+            failure = error
+        if self._places.are_made and not await self._life.is_stored(project):
+            await self._places.delete(project)
+        if failure is not None:
+            raise failure
+
     async def _delete(self, project: Project) -> bool:
         while ended := await self._life.end_queued(project.id, limit=QUEUED_MAX):
             self._ended(ended)
@@ -138,6 +151,9 @@ class ProjectKeeper:
             return False
         is_gone = await self._life.remove(project)
         self._changed(project.id)
+        if is_gone and self._places.are_made:
+            # A start may have made it between our look and the row's end; a later one sees that.
+            await self._places.delete(project)
         return is_gone
 
     async def _is_quiet(self, project: Project) -> bool:

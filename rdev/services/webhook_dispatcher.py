@@ -4,16 +4,16 @@ Woken by commits here and on other replicas, by attempts that end, and by a tick
 also gives back what outlived its lease and stops endpoints whose key has ended. Three loops: claim,
 settle, and the tick's duties; each attempt is a task. Bounds: `in_flight_max` attempts in this
 process; endpoints whose last attempt was not accepted, or slowly, have one each, and never more
-than half of them together; the others' own caps are the store's. An endpoint that keeps failing is
-left alone by its breaker, for pauses that grow; what it is owed lies in the store and nobody waits
-for it. An attempt counts when its outcome is stored: what a crash leaves is sent again, under the
-same `webhook-id`.
+than half of them together; one owner has half of either at most; the others' own caps are the
+store's. An endpoint that keeps failing is left alone by its breaker, for pauses that grow; what it
+is owed lies in the store and nobody waits for it. An attempt counts when its outcome is stored:
+what a crash leaves is sent again, under the same `webhook-id`.
 At stop nothing more is claimed, attempts in hand have `STOP_S` to end, and the rest is given back.
 """
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
@@ -29,9 +29,11 @@ from rdev.domain.deliveries import (
     DeliveryLease,
     DeliveryStatus,
     Owed,
+    OwnerShares,
     Settled,
     Verdict,
     judge,
+    share_out,
 )
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
@@ -209,7 +211,8 @@ class WebhookDispatcher:
         )
 
     def tally(self) -> Mapping[Standing, int]:
-        """How many endpoints' breakers stand how; those of endpoints at rest are forgotten."""
+        """How many endpoints' breakers stand how; those of endpoints at rest, or not called any
+        more, are forgotten."""
         return tally_of(self._breakers.values())
 
     async def claim_once(self, attempts: trio.Nursery) -> int:
@@ -221,13 +224,16 @@ class WebhookDispatcher:
         untrusted_limit = max(0, self._limits.in_flight_max // 2 - self._untrusted)
         with commit_shield():
             found = await self._queue.claim(
-                holder=self._holder, limit=limit, untrusted_limit=untrusted_limit
+                holder=self._holder,
+                limit=limit,
+                untrusted_limit=untrusted_limit,
+                shares=self._shares(),
             )
             for owed in found:
                 self._in_flight[owed.lease] = owed
                 attempts.start_soon(self._attempt, owed, name=owed.event)
         self._claimed += len(found)
-        if len(found) == limit:
+        if len(found) == limit or self._is_used_up(found):
             self._wake_replicas()
         return len(found)
 
@@ -238,10 +244,7 @@ class WebhookDispatcher:
         self._interrupted += found.interrupted
         if found.ended:
             _log.warning("webhooks of ended keys disabled", extra={"count": found.ended})
-        used = {owed.webhook for owed in self._in_flight.values()}
-        for webhook in [one for one, breaker in self._breakers.items() if breaker.is_at_rest]:
-            if webhook not in used:
-                del self._breakers[webhook]
+        self._forget_breakers()
 
     async def settle_once(self) -> None:
         """Store what has ended, as one statement. Errors: SERVICE_UNAVAILABLE; nothing is lost."""
@@ -345,6 +348,14 @@ class WebhookDispatcher:
             self._breakers[webhook] = breaker
         return breaker
 
+    def _forget_breakers(self) -> None:
+        """Those at rest, and those nobody calls any more: endpoints are deleted, or owed nothing.
+        Pauses and half open are bounded, so each is gone five minutes after its last call."""
+        used = {owed.webhook for owed in self._in_flight.values()}
+        for webhook, breaker in list(self._breakers.items()):
+            if webhook not in used and (breaker.is_at_rest or breaker.is_deserted):
+                del self._breakers[webhook]
+
     async def _leave_alone(self, owed: Owed, for_s: float) -> None:
         """The endpoint's breaker is open: nothing of it is claimed until it may be tried again."""
         with commit_shield():
@@ -354,6 +365,16 @@ class WebhookDispatcher:
             except RdevError as error:
                 _check_unavailable(error)  # its lease runs out
             self._leave(owed)
+
+    def _is_used_up(self, found: Sequence[Owed]) -> bool:
+        """Whether an owner got all that it may have here: other servers may have more for it."""
+        if not found:
+            return False
+        shares = self._shares()
+        return any(shares.is_used_up(owed.owner) for owed in found)
+
+    def _shares(self) -> OwnerShares:
+        return share_out(self._limits.in_flight_max, self._in_flight.values())
 
     @property
     def _untrusted(self) -> int:

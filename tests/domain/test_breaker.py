@@ -339,6 +339,20 @@ def test_the_time_grows_to_a_minute_and_begins_anew_after_a_recovery() -> None:
     assert not told.breaker.refuses(now_s + 5)
 
 
+def test_how_long_it_was_due_and_nobody_called_is_told() -> None:
+    told = opened_at(100.0)
+    assert told.breaker.overdue_s(104.0) == 0
+    assert told.breaker.overdue_s(107.0) == 2
+
+    assert told.breaker.acquire(107.0) is not None
+    assert told.breaker.overdue_s(136.0) == 0
+    # The trial was not decided: open from 137 on, for ten seconds.
+    assert told.breaker.overdue_s(150.0) == 3
+    for _ in range(3):
+        told.call(SUCCESS, 150.0)
+    assert told.breaker.overdue_s(999.0) == 0
+
+
 def test_chance_takes_up_to_a_quarter_of_the_time() -> None:
     breaker = opened_at(100.0, chance=0.999).breaker
 

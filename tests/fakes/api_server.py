@@ -53,7 +53,7 @@ class Fault:
     times: int = 1
     retry_after_s: int | None = None
     message: str = "by script"
-    body: str | None = None  # instead of a Status object: a proxy's page
+    body: str | bytes | None = None  # instead of a Status object: a proxy's page
     is_late: bool = False  # it is done all the same, and only its answer is this
 
 
@@ -345,7 +345,7 @@ def _status(code: int, message: str, retry_after_s: int | None = None) -> Object
 
 
 def _failure(
-    code: int, message: str, retry_after_s: int | None = None, body: str | None = None
+    code: int, message: str, retry_after_s: int | None = None, body: str | bytes | None = None
 ) -> Response:
     text = body if body is not None else json.dumps(_status(code, message, retry_after_s))
     kind = "application/json" if body is None else "text/html"

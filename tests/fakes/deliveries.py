@@ -1,5 +1,6 @@
 """The `DeliveryQueue` port in memory, on the clock of the test."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,6 +15,7 @@ from rdev.domain.deliveries import (
     DeliveryLease,
     DeliveryStatus,
     Owed,
+    OwnerShares,
     Settled,
 )
 from rdev.domain.webhooks import LANE_CAP, DisabledReason, WebhookId, webhook_id
@@ -26,6 +28,7 @@ class Endpoint:
     secret: bytes
     previous_secret: bytes | None = None
     is_ordered: bool = False
+    owner: UUID | None = None
     is_open: bool = True
     is_trusted: bool = False
     served_at_s: float = float("-inf")
@@ -65,9 +68,18 @@ class FakeDeliveries:
         self._lease_s = lease_s
         self._leases = count(1)
 
-    def endpoint(self, url: str, *, secret: bytes = b"", is_ordered: bool = False) -> WebhookId:
+    def endpoint(
+        self,
+        url: str,
+        *,
+        secret: bytes = b"",
+        is_ordered: bool = False,
+        owner: UUID | None = None,
+    ) -> WebhookId:
         webhook = webhook_id(UUID(int=len(self.endpoints) + 1))
-        self.endpoints[webhook] = Endpoint(url=url, secret=secret, is_ordered=is_ordered)
+        self.endpoints[webhook] = Endpoint(
+            url=url, secret=secret, is_ordered=is_ordered, owner=owner
+        )
         return webhook
 
     def owe(self, webhook: WebhookId, count: int = 1, payload: bytes = b"{}") -> list[Row]:
@@ -100,15 +112,30 @@ class FakeDeliveries:
             if endpoint.failing_since_s is not None:
                 endpoint.failing_since_s -= seconds
 
-    async def claim(self, *, holder: str, limit: int, untrusted_limit: int) -> list[Owed]:
+    async def claim(
+        self, *, holder: str, limit: int, untrusted_limit: int, shares: OwnerShares | None = None
+    ) -> list[Owed]:
         await trio.lowlevel.checkpoint()
         found: list[Owed] = []
+        held = Counter[UUID | None]()
+        untrusted = Counter[UUID | None]()
+        if shares is not None:
+            held.update({owner: one[0] for owner, one in shares.held.items()})
+            untrusted.update({owner: one[1] for owner, one in shares.held.items()})
         for are_trusted in (True, False):
             most = limit - len(found) if are_trusted else min(limit - len(found), untrusted_limit)
             taken = 0
             for _, webhook in sorted(self._waiting(are_trusted)):
+                owner = self.endpoints[webhook].owner
                 for row in self._heads(webhook)[: max(0, most - taken)]:
+                    if shares is not None and (
+                        held[owner] >= shares.most
+                        or (not are_trusted and untrusted[owner] >= shares.untrusted_most)
+                    ):
+                        break
                     found.append(self._lease(row, holder))
+                    held[owner] += 1
+                    untrusted[owner] += not are_trusted
                     taken += 1
         return found
 
@@ -254,6 +281,7 @@ class FakeDeliveries:
             is_allowed=True,
             url=endpoint.url,
             payload=row.payload,
+            owner=endpoint.owner,
             secrets=(endpoint.secret,)
             if endpoint.previous_secret is None
             else (endpoint.secret, endpoint.previous_secret),

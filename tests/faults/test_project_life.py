@@ -3,7 +3,7 @@ between any two steps, and two of them at once: repeating the last request bring
 
 import random
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -65,10 +65,14 @@ class Scene:
     watch: PodWatch
     nursery: trio.Nursery
 
-    def replica(self) -> Replica:
+    def replica(self, tries_s: float = 0.3) -> Replica:
         executor = FakeExecutor(self.nursery, {})
         places = PodPlaces(
-            self.api, self.watch, read_template(None), now=lambda: datetime.now(UTC), tries_s=0.3
+            self.api,
+            self.watch,
+            read_template(None),
+            now=lambda: datetime.now(UTC),
+            tries_s=tries_s,
         )
         life = PostgresProjectLife(pool=self.pool, holder="one")
         keeper = ProjectKeeper(
@@ -133,6 +137,11 @@ async def step(replica: Replica, verb: str, chance: random.Random) -> None:
                 raise
 
 
+async def taken_or_not(replica: Replica, verb: str) -> None:
+    with suppress(RdevError):
+        await replica.ask(verb)
+
+
 async def brought(scene: Scene, verb: str) -> Project | None:
     """The cluster is well again, and the client repeats its request until it is taken."""
     scene.fake.faults.clear()
@@ -189,3 +198,26 @@ async def test_a_repeat_brings_what_was_asked_last(scene: Scene, seed: int) -> N
         await muddle(scene, chance)
         verb = chance.choice(["create", "start", "stop", "delete"])
         await check(scene, verb, await brought(scene, verb))
+
+
+@pytest.mark.parametrize("end", [None, 422], ids=["made", "refused"])
+async def test_a_start_that_outlasts_its_project_leaves_nothing(
+    scene: Scene, end: int | None
+) -> None:
+    """Its pod was made after the delete was through: it was found by its labels, and the project
+    was back; or its volume stood in the way of the next one of this name for ever."""
+    starter, other = scene.replica(tries_s=60.0), scene.replica()
+    tried = "/pods" if end is None else f"/{CLAIMS}"
+    busy = Fault(status=503, method="POST", path_end=tried, times=1_000_000)
+    refused = Fault(status=end or 0, method="POST", path_end="/pods")
+    scene.fake.faults.append(busy)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(taken_or_not, starter, "create")
+            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await other.ask("delete")
+            while await other.store.get(DEMO) is not None:
+                await other.keeper.run_once()
+            assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])
+            scene.fake.faults[:] = [] if end is None else [refused]
+    assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])

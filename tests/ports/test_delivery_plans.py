@@ -11,7 +11,13 @@ from tests.ports.conftest import Pools
 from tests.ports.hooks import Hooks, accepted, postgres_hooks, refused
 
 BLOCKED = 60_000
-CLAIM = "select * from claim_deliveries('one', 60, 64, 32)"
+CLAIM = "select * from claim_deliveries('one', 60, 64, 32, 32, 16, '{}')"
+SORTED = {
+    "w.owner, (GREATEST((GREATEST(d.due, d.created_at)), l_1.served_at))",
+    "r.waits",
+    'w.owner, f.number, d_1.due, d_1."position"',
+    "r.number",
+}
 # Half of it was delivered; of the rest one endpoint's is due and it has no room, the other's is due
 # in a day.
 FILL = """
@@ -96,8 +102,8 @@ async def test_a_claim_asks_the_indexes_of_each_lane(pools: Pools, analyzed: boo
         # The first of a lane is the first of its index; what is under way has an index too.
         used = set(re.findall(r"using (deliver\w+) on deliveries", plan))
         assert used <= {"deliveries_pending", "deliveries_sending", "deliveries_pkey"}, plan
-        # Lanes are sorted, deliveries never.
-        assert set(re.findall("Sort Key: (.*)", plan)) <= {"(GREATEST(h.since, l.served_at))"}
+        # Lanes are sorted, by owner too, and what of them is taken: what waits behind it never.
+        assert set(re.findall("Sort Key: (.*)", plan)) <= SORTED
 
 
 @pytest.mark.slow

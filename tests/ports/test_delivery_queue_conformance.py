@@ -1,6 +1,8 @@
 """The `DeliveryQueue` port, on the fake and on PostgreSQL."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from uuid import UUID, uuid4
 
 import pytest
 
@@ -10,9 +12,12 @@ from rdev.domain.deliveries import (
     DeadReason,
     DeliveryStatus,
     Owed,
+    OwnerShares,
     Settled,
     Verdict,
 )
+from rdev.domain.ids import key_id, key_uuid
+from rdev.domain.keys import ADMIN_KEY_ID
 from rdev.domain.webhooks import LANE_CAP, DisabledReason, WebhookId
 from rdev.ports.deliveries import DeliveryQueue
 from tests.fakes.deliveries import FakeDeliveries
@@ -27,8 +32,11 @@ GONE = Verdict(status=DeliveryStatus.DEAD, reason=DeadReason.GONE)
 class FakeWorld:
     queue: FakeDeliveries
 
-    async def endpoint(self, *, is_ordered: bool = False) -> WebhookId:
-        return self.queue.endpoint("https://a.example/", is_ordered=is_ordered)
+    async def owner(self) -> UUID | None:
+        return uuid4()
+
+    async def endpoint(self, *, is_ordered: bool = False, owner: UUID | None = None) -> WebhookId:
+        return self.queue.endpoint("https://a.example/", is_ordered=is_ordered, owner=owner)
 
     async def owe(self, webhook: WebhookId, count: int) -> list[str]:
         return [row.event for row in self.queue.owe(webhook, count)]
@@ -46,9 +54,15 @@ class PostgresWorld:
     queue: DeliveryQueue
     hooks: Hooks
 
-    async def endpoint(self, *, is_ordered: bool = False) -> WebhookId:
-        project = f"p{next(self.hooks.serial)}"
-        return await self.hooks.endpoint(projects=frozenset({project}), is_ordered=is_ordered)
+    async def owner(self) -> UUID | None:
+        return key_uuid(await self.hooks.key(None))
+
+    async def endpoint(self, *, is_ordered: bool = False, owner: UUID | None = None) -> WebhookId:
+        return await self.hooks.endpoint(
+            projects=frozenset({f"p{next(self.hooks.serial)}"}),
+            is_ordered=is_ordered,
+            owner=ADMIN_KEY_ID if owner is None else key_id(owner),
+        )
 
     async def owe(self, webhook: WebhookId, count: int) -> list[str]:
         found = await self.hooks.webhooks.get(webhook)
@@ -82,8 +96,15 @@ def world(request: pytest.FixtureRequest) -> World:
     return request.getfixturevalue("real")
 
 
-async def claim(world: World, limit: int = 100, untrusted_limit: int = 100) -> list[Owed]:
-    return await world.queue.claim(holder="one", limit=limit, untrusted_limit=untrusted_limit)
+async def claim(
+    world: World,
+    limit: int = 100,
+    untrusted_limit: int = 100,
+    shares: OwnerShares | None = None,
+) -> list[Owed]:
+    return await world.queue.claim(
+        holder="one", limit=limit, untrusted_limit=untrusted_limit, shares=shares
+    )
 
 
 async def test_one_at_a_time_until_something_was_accepted_then_as_many_as_the_cap(
@@ -129,6 +150,76 @@ async def test_the_limits_of_a_claim_hold(world: World) -> None:
     assert len(await claim(world, limit=1)) == 1
     assert await claim(world, untrusted_limit=0) == []
     assert len(await claim(world)) == 2
+
+
+async def _trusted(world: World, owner: UUID | None, count: int) -> list[WebhookId]:
+    """Endpoints of an owner that have accepted something."""
+    webhooks = [await world.endpoint(owner=owner) for _ in range(count)]
+    for webhook in webhooks:
+        await world.owe(webhook, 1)
+    await world.queue.settle([accepted(owed) for owed in await claim(world)])
+    return webhooks
+
+
+def _counts(found: list[Owed]) -> dict[tuple[UUID | None, bool], int]:
+    return dict(Counter((owed.owner, owed.is_trusted) for owed in found))
+
+
+async def test_no_owner_gets_more_than_its_share_and_the_others_are_not_kept_by_it(
+    world: World,
+) -> None:
+    greedy, other = await world.owner(), await world.owner()
+    first, (behind,) = await _trusted(world, greedy, 5), await _trusted(world, other, 1)
+    for webhook in first:
+        await world.owe(webhook, LANE_CAP)
+    for _ in range(6):
+        await world.owe(await world.endpoint(owner=greedy), 1)
+    # Behind all of these, one that accepts and new ones.
+    await world.owe(behind, LANE_CAP)
+    await world.owe(await world.endpoint(owner=other), 1)
+    await world.owe(await world.endpoint(), 1)
+
+    shares = OwnerShares(most=10, untrusted_most=3, held={greedy: (2, 1)})
+    found = await claim(world, limit=14, untrusted_limit=100, shares=shares)
+    assert _counts(found) == {
+        (greedy, True): 8,
+        (other, True): LANE_CAP,
+        (other, False): 1,
+        (None, False): 1,
+    }
+
+
+async def test_an_owner_that_has_its_share_of_untrusted_ones_keeps_its_trusted_ones(
+    world: World,
+) -> None:
+    owner = await world.owner()
+    for webhook in await _trusted(world, owner, 2):
+        await world.owe(webhook, LANE_CAP)
+    for _ in range(4):
+        await world.owe(await world.endpoint(owner=owner), 1)
+
+    shares = OwnerShares(most=16, untrusted_most=4, held={owner: (4, 2), None: (16, 4)})
+    assert _counts(await claim(world, shares=shares)) == {
+        (owner, True): 2 * LANE_CAP,
+        (owner, False): 2,
+    }
+    full = OwnerShares(most=16, untrusted_most=4, held={owner: (16, 4)})
+    assert await claim(world, shares=full) == []
+    assert _counts(await claim(world)) == {(owner, False): 2}
+
+
+async def test_who_was_passed_by_keeps_its_place_among_those_who_wait(world: World) -> None:
+    webhooks = await _trusted(world, None, 3)
+    for webhook in webhooks:
+        await world.owe(webhook, LANE_CAP)
+        await world.owe(webhook, LANE_CAP)
+    served = []
+    for _ in range(3):
+        found = await claim(world, shares=OwnerShares(most=LANE_CAP, untrusted_most=1, held={}))
+        assert len({owed.webhook for owed in found}) == 1
+        served.append(found[0].webhook)
+        await world.queue.settle([accepted(owed) for owed in found])
+    assert set(served) == set(webhooks)
 
 
 async def test_a_refused_one_comes_again_when_it_is_due(world: World) -> None:

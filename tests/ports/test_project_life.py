@@ -200,6 +200,8 @@ async def test_a_late_removal_does_not_touch_a_successor(life: ProjectLife, real
     await ask(life, Wanted.DELETED)
     assert await life.remove(first)
     assert await real.projects.get(PROJECT) is not None
+    assert not await life.is_stored(first)
+    assert await life.is_stored(await stored(real))
 
 
 async def test_who_acted_for_what_is_no_longer_wanted_leaves_it_unsettled(

@@ -1,21 +1,27 @@
 """The dispatcher on the fakes, under a clock that jumps: who waits for whom, and what is kept."""
 
+import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from uuid import UUID
 
 import pytest
 import trio
+import trio.testing
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from rdev.adapters.webhooks.ed25519 import parse_public
 from rdev.domain.deliveries import DISABLE_AFTER_S, SCHEDULE_S, DeadReason
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.sending import Outcome, OutgoingRequest, SendFault
 from rdev.domain.signing import Secret, SignatureScheme, parse_secret, verify
-from rdev.domain.webhooks import DisabledReason, WebhookId
+from rdev.domain.webhooks import LANE_CAP, DisabledReason, WebhookId
 from rdev.ports.telemetry import Silence
 from rdev.services.webhook_dispatcher import (
+    BREAKER,
     OVERFLOW_EVERY_S,
     STOP_S,
     TICK_S,
@@ -29,6 +35,8 @@ from tests.services.scripted import backoff
 
 SECRET = Secret(key=bytes(range(32)))
 TOTAL_S = 15.0
+# After its last call a breaker is known for so long, at the most.
+FORGOTTEN_S = BREAKER.half_open_s + 2 * BREAKER.open_most_s
 GOOD, HOLE = "https://good{}.example/", "https://hole{}.example/"
 Script = Callable[[OutgoingRequest], Awaitable[Outcome]]
 
@@ -113,8 +121,10 @@ class Stage:
         finally:
             self.under_way[host] -= 1
 
-    def endpoint(self, url: str = GOOD.format(0), *, is_ordered: bool = False) -> str:
-        return self.queue.endpoint(url, secret=SECRET.key, is_ordered=is_ordered)
+    def endpoint(
+        self, url: str = GOOD.format(0), *, is_ordered: bool = False, owner: UUID | None = None
+    ) -> WebhookId:
+        return self.queue.endpoint(url, secret=SECRET.key, is_ordered=is_ordered, owner=owner)
 
     def times(self, row: Row) -> list[float]:
         """When its attempts began."""
@@ -237,6 +247,67 @@ async def test_half_of_the_endpoints_accepting_slowly_delays_nobody_else(
     assert max(stage.most[f"hole{number}.example"] for number in range(16)) == 1
 
 
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.generate),
+)
+@given(
+    chance=st.randoms(use_true_random=False),
+    places=st.sampled_from([8, 16, 33]),
+    endpoints=st.integers(4, 24),
+)
+def test_whatever_one_owners_endpoints_do_the_others_have_half_of_the_places(
+    chance: random.Random, places: int, endpoints: int
+) -> None:
+    """They accept quickly until they are trusted, then hang, fail, or accept late, all at once."""
+
+    async def torment() -> None:
+        async def script(request: OutgoingRequest) -> Outcome:
+            if "hole" not in request.target.host:
+                return await respond(request)
+            took_s = chance.choice([0.01, 0.01, TOTAL_S - 1, TOTAL_S])
+            await trio.sleep(took_s)
+            return outcome(chance.choice([200, 200, 200, 500, None]), took_s=took_s)
+
+        stage = Stage(script=script, limits=DispatcherLimits(in_flight_max=places))
+        hostile, victim = UUID(int=1), UUID(int=2)
+        for number in range(endpoints):
+            hole = stage.endpoint(HOLE.format(number), owner=hostile)
+            stage.queue.owe(hole, 60)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(stage.dispatcher.run)
+            good = stage.endpoint(owner=victim)
+            for _ in range(60):
+                (row,) = stage.queue.owe(good)
+                owed_s = trio.current_time()
+                stage.dispatcher.wake()
+                await trio.sleep(0.5)
+                assert stage.times(row)[0] - owed_s <= 0.02
+                held = sum(stage.under_way.values())
+                assert held <= places // 2
+                untrusted = stage.dispatcher.statistics().untrusted
+                assert untrusted <= max(1, places // 4)
+            nursery.cancel_scope.cancel()
+        assert max(stage.most.values()) <= LANE_CAP
+
+    trio.run(torment, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def test_a_server_whose_owner_has_its_share_tells_the_others(
+    nursery: trio.Nursery,
+) -> None:
+    stage = Stage(limits=DispatcherLimits(in_flight_max=16))
+    for number in range(5):
+        stage.queue.owe(stage.endpoint(HOLE.format(number)), 1)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: stage.dispatcher.statistics().in_flight == 4)
+    assert stage.told_replicas == 1
+    await nursery.start(stage.another("two").run)
+    await stage.until(lambda: len(stage.sent) == 5, within_s=2 * TICK_S)
+
+
 async def test_what_is_signed_with_v1a_verifies_and_so_does_the_key_before(
     nursery: trio.Nursery,
 ) -> None:
@@ -266,6 +337,54 @@ async def test_a_hole_costs_one_permit_and_after_some_timeouts_none(nursery: tri
     # Without the breaker it would be one each 15 s: 240. Its pauses grow to two minutes.
     assert len(stage.sent) < 60
     assert stage.dispatcher.statistics().in_flight <= 1
+
+
+async def test_what_is_known_of_endpoints_that_are_gone_is_forgotten(
+    nursery: trio.Nursery,
+) -> None:
+    """Endpoints are made, fail until they are left alone, and are deleted."""
+
+    async def script(request: OutgoingRequest) -> Outcome:
+        await trio.sleep(0.01)
+        return outcome(500)
+
+    stage = Stage(script=script)
+    await nursery.start(stage.dispatcher.run)
+    known = []
+    for _ in range(12):
+        for webhook in [stage.endpoint() for _ in range(5)]:
+            stage.queue.owe(webhook, 5)
+        stage.dispatcher.wake()
+        await trio.sleep(60)
+        tally = stage.dispatcher.tally()
+        for endpoint in stage.queue.endpoints.values():
+            endpoint.is_open = False
+        known.append(sum(tally.values()))
+    assert min(known) >= 5, "a breaker is kept while it may be asked"
+    # Five a minute, each for five minutes and a tick.
+    assert max(known) <= 5 * 6
+    await trio.sleep(FORGOTTEN_S + 2 * TICK_S)
+    assert sum(stage.dispatcher.tally().values()) == 0
+
+
+async def test_a_breaker_in_use_is_not_forgotten(nursery: trio.Nursery) -> None:
+    """Its pause was over long ago, and its trial hangs."""
+    asked = 0
+
+    async def script(request: OutgoingRequest) -> Outcome:
+        nonlocal asked
+        asked += 1
+        if asked > 3:
+            await trio.sleep(3_600)
+        return outcome(500)
+
+    stage = Stage(script=script, queue=FakeDeliveries(lease_s=10_000))
+    stage.queue.owe(stage.endpoint(), 10)
+    await nursery.start(stage.dispatcher.run)
+    await stage.until(lambda: asked > 3)
+    await trio.sleep(1_000)
+    assert sum(stage.dispatcher.tally().values()) == 1
+    assert stage.dispatcher.statistics().in_flight == 1
 
 
 async def test_an_endpoint_that_comes_back_is_found_out(nursery: trio.Nursery) -> None:

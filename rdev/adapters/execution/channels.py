@@ -5,6 +5,7 @@ messages are passed on as they come; only a status is held (at most `_STATUS_BYT
 Source: KEP-4006; kubernetes staging/src/k8s.io/apimachinery/pkg/util/remotecommand/constants.go.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -21,6 +22,9 @@ _CLOSE: Final = 255
 
 _STATUS_BYTES: Final = 65_536
 _WORDS: Final = 300
+# A text that is no UTF-8 and an object that is nested too deeply are none of msgspec's own errors.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_EXIT_CODE: Final = re.compile(r"0*[1-9][0-9]{0,9}")
 
 
 class Part(Protocol):
@@ -64,7 +68,7 @@ def parse_status(text: bytes) -> ExecStatus:
     """The status object of channel 3. What is not understood is no success: no exit code."""
     try:
         told = msgspec.json.decode(text, type=_Status)
-    except msgspec.DecodeError:
+    except _UNREADABLE:
         return ExecStatus(exit_code=None, message="the exec's status is not understood")
     reason, message = told.reason or "", " ".join((told.message or "").split())[:_WORDS]
     if told.status == "Success":
@@ -72,7 +76,7 @@ def parse_status(text: bytes) -> ExecStatus:
     causes = (told.details.causes if told.details is not None else None) or []
     codes = [cause.message for cause in causes if cause.reason == "ExitCode"]
     # 0 with a failure is a contradiction, so not a success.
-    if reason == "NonZeroExitCode" and codes and codes[0].isdecimal() and int(codes[0]):
+    if reason == "NonZeroExitCode" and codes and _EXIT_CODE.fullmatch(codes[0]):
         return ExecStatus(exit_code=int(codes[0]), reason=reason, message=message)
     return ExecStatus(exit_code=None, reason=reason, message=message)
 

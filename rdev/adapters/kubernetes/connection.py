@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx2
+import msgspec
 from lightkube import AsyncClient, KubeConfig, SingleConfig
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.config.models import User
@@ -70,6 +71,19 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     return found
 
 
+def _beside(config: SingleConfig, user: User) -> User:
+    """Relative paths are the kubeconfig's neighbours; a plugin without a slash is in PATH."""
+    if config.fname is None:
+        return user
+    folder = config.fname.absolute().parent
+    token_file, plugin = user.token_file, user.exec
+    if token_file is not None:
+        token_file = str(folder / token_file)
+    if plugin is not None and "/" in plugin.command:
+        plugin = msgspec.structs.replace(plugin, command=str(folder / plugin.command))
+    return msgspec.structs.replace(user, token_file=token_file, exec=plugin)
+
+
 @asynccontextmanager
 async def connect(
     config: SingleConfig, namespace: str | None = None, breaker: CallBreaker | None = None
@@ -82,7 +96,8 @@ async def connect(
     user = config.user or User()
     try:
         tls = verify_cluster(config.cluster, user, config.abs_file, trust_env=False)
-    except OSError as error:
+    except (OSError, ConfigError, ValueError, TypeError) as error:
+        # ValueError: no base64; TypeError: a certificate without its key
         raise unreachable(f"certificates of the cluster: {error}") from error
     pool = httpx2.AsyncHTTPTransport(
         verify=tls,
@@ -90,7 +105,7 @@ async def connect(
         # An exec holds its connection as long as its command runs: the bound is the execs' own.
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=10),
     )
-    authorized = AuthorizedTransport(pool, credentials_of(user))
+    authorized = AuthorizedTransport(pool, credentials_of(_beside(config, user)))
     contact, guard = Contact(), breaker or Unbroken()
     transport = GuardedTransport(authorized, guard, contact)
     place = namespace or config.namespace

@@ -7,6 +7,7 @@ Source: client-go credential plugins, `client.authentication.k8s.io`.
 import base64
 import math
 import os
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,9 +19,11 @@ import msgspec
 import trio
 from lightkube.config.models import User
 
-from rdev.adapters.kubernetes.errors import unreachable
+from rdev.adapters.kubernetes.errors import UNREADABLE, unreachable
+from rdev.domain.errors import RdevError
 
 _PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network
+_PLUGIN_BYTES: Final = 1 << 20  # of its answer
 _EARLY_S: Final = 60.0  # a credential is renewed so long before it ends
 _PLUGIN_VERSIONS: Final = frozenset(
     f"client.authentication.k8s.io/{version}" for version in ("v1", "v1beta1", "v1alpha1")
@@ -93,17 +96,32 @@ class Plugin:
     now: Callable[[], datetime]
     _value: str | None = None
     _until: float = -math.inf  # seconds since 1970
+    _ended: int = 0  # how often it was asked, and how it failed the last time
+    _failure: RdevError | None = None
     _one_at_a_time: trio.Lock = field(default_factory=trio.Lock)
 
     async def header(self) -> str | None:
-        """See `Credentials.header`. Blocks: while the plugin runs, at most a minute."""
+        """See `Credentials.header`. Blocks: while the plugin runs, at most a minute; whoever waits
+        for another one's try has its failure too, or the last of them would wait for all."""
+        ended = self._ended
         async with self._one_at_a_time:
             if self._value is None or self.now().timestamp() >= self._until:
-                status = await self._ask()
-                ends = status.expirationTimestamp
-                self._value = f"Bearer {status.token}"
-                self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S
+                if self._failure is not None and self._ended != ended:
+                    raise RdevError(self._failure.code, self._failure.message)
+                await self._renew()
             return self._value
+
+    async def _renew(self) -> None:
+        try:
+            status = await self._ask()
+        except RdevError as error:
+            self._failure, self._ended = error, self._ended + 1
+            raise
+        # Who was cancelled meanwhile has said nothing of the plugin: that does not count.
+        self._failure, self._ended = None, self._ended + 1
+        ends = status.expirationTimestamp
+        self._value = f"Bearer {status.token}"
+        self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S
 
     def forget(self) -> bool:
         """Ask the plugin again."""
@@ -123,23 +141,44 @@ class Plugin:
         }
         try:
             with trio.fail_after(_PLUGIN_S):
-                # Its stderr is the operator's to read, in our log.
-                done = await trio.run_process(
-                    list(self.argv), env=env, capture_stdout=True, check=False
-                )
+                code, said = await _run(self.argv, env)
         except OSError as error:
             raise unreachable(f"credential plugin: {error.strerror}") from error
         except trio.TooSlowError as error:
             raise unreachable("the credential plugin does not end") from error
-        if done.returncode != 0:
-            raise unreachable(f"the credential plugin ended with {done.returncode}")
+        if len(said) > _PLUGIN_BYTES:
+            raise unreachable(f"the credential plugin says more than {_PLUGIN_BYTES} bytes")
+        if code != 0:
+            raise unreachable(f"the credential plugin ended with {code}")
         try:
-            status = msgspec.json.decode(done.stdout, type=_PluginAnswer).status
-        except msgspec.DecodeError as error:
+            status = msgspec.json.decode(said, type=_PluginAnswer).status
+        except UNREADABLE as error:
             raise unreachable("the credential plugin's answer is not understood") from error
         if not status.token:
             raise unreachable("the credential plugin gives no token (certificates are not taken)")
         return status
+
+
+async def _run(argv: Sequence[str], env: Mapping[str, str]) -> tuple[int | None, bytes]:
+    """Its exit code and its stdout, of one that says too much the beginning. Its stderr is the
+    operator's to read, in our log. Cancellation: it is killed."""
+    said = bytearray()
+    plugin = await trio.lowlevel.open_process(
+        list(argv), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    assert plugin.stdout is not None
+    try:
+        async with plugin.stdout:
+            while len(said) <= _PLUGIN_BYTES and (piece := await plugin.stdout.receive_some()):
+                said += piece
+        if len(said) <= _PLUGIN_BYTES:
+            await plugin.wait()
+    finally:
+        plugin.kill()
+        # shielded: killed, it ends at once, and its end must be taken
+        with trio.CancelScope(shield=True):
+            await plugin.wait()
+    return plugin.returncode, bytes(said)
 
 
 def _utc_now() -> datetime:

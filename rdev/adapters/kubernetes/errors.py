@@ -19,6 +19,10 @@ _CODES: Final = {
     422: ErrorCode.BAD_REQUEST,
 }
 _MESSAGE_CHARACTERS: Final = 300
+# What a decoder says of bytes that are no answer: a text in another encoding is none of msgspec's
+# errors, and neither is an object nested deeper than Python's stack.
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_WAITS_MOST_S: Final = 3600.0
 
 
 class _RetryDetails(msgspec.Struct):
@@ -33,16 +37,18 @@ class _Refusal(msgspec.Struct):
 def refusal(status: int, body: bytes, retry_after: str | None = None) -> RdevError:
     """The error for an answer that is none; `body` is a Status object, or a proxy's page.
 
-    429 and 5xx carry `retry_after_s` where the server told one.
+    429 and 5xx carry `retry_after_s` where the server told one, at most an hour.
     """
     try:
         told = msgspec.json.decode(body, type=_Refusal)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         told = _Refusal()
     message = " ".join((told.message or "no reason given").split())[:_MESSAGE_CHARACTERS]
     waits_s = told.details.retryAfterSeconds if told.details is not None else None
-    if waits_s is None and retry_after is not None and retry_after.isdigit():
+    if waits_s is None and retry_after is not None and retry_after.isdecimal():
         waits_s = float(retry_after)
+    if waits_s is not None:
+        waits_s = min(max(waits_s, 0.0), _WAITS_MOST_S)
     code = _CODES.get(status, ErrorCode.SERVICE_UNAVAILABLE)
     return RdevError(
         code,
@@ -61,7 +67,7 @@ def translated() -> Iterator[None]:
     """Errors: RdevError in place of what lightkube, httpx2, httpcore2 and msgspec raise."""
     try:
         yield
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise unreachable(f"the answer is not understood: {error}") from error
     except httpx2.HTTPStatusError as error:  # lightkube's ApiError is one
         raise refusal_of(error.response) from error

@@ -61,6 +61,8 @@ class GuardedTransport(httpx2.AsyncBaseTransport):
             call.outcome = _outcome_of_answer(request, response.status_code)
             if call.outcome is CallOutcome.SUCCESS:
                 self._contact.answered_at_s = trio.current_time()
+            elif call.outcome is CallOutcome.FAILURE:
+                self._contact.answered_at_s = float("-inf")
             return response
 
 

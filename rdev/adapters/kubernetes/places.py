@@ -39,6 +39,7 @@ SILENCE_S: Final = 30.0
 # How long after the API server the watch is at most, when all is well: who claims asks the watch.
 _HEARD_S: Final = 2.0
 _AGAIN_S: Final = 2.0  # for what is on its way out
+_OVER: Final = frozenset({"Failed", "Succeeded"})
 _UID: Final = f"{LABEL_PREFIX}/project-uid"
 
 
@@ -96,9 +97,13 @@ class PodPlaces:
         return None
 
     async def start(self, project: Project) -> None:
-        """See `ProjectPlaces.start`. The volume first: a pod without it would only wait."""
+        """See `ProjectPlaces.start`. The volume first: a pod without it would only wait. A pod that
+        is over (evicted, its node shut down) never runs again: another one takes its place."""
         for other in await self._pods(project.id):
-            if other.name != object_name(project) and not other.is_deleting:
+            if other.name == object_name(project):
+                if other.phase in _OVER:
+                    await self._end("pods", other.name, project, uid=other.uid)
+            elif not other.is_deleting:
                 raise _conflict(f"pod {other.name} says that it is project {project.id}")
         volume = volume_of(self._template, project, self._api.namespace)
         if volume is not None:
@@ -155,10 +160,11 @@ class PodPlaces:
         if not _is_of(found, project):
             raise _conflict(f"{kind} {name} is there, and is not this project's")
 
-    async def _end(self, kind: str, name: str, project: Project) -> bool:
-        """Delete an object, if it is this project's; whether it is gone."""
+    async def _end(self, kind: str, name: str, project: Project, *, uid: str | None = None) -> bool:
+        """Delete an object, if it is this project's (and the one with this uid); whether it is
+        gone."""
         found = await self._get(kind, name)
-        if found is None or not _is_to_end(found, project):
+        if found is None or not _is_to_end(found, project) or uid not in (None, found.uid):
             return True
         if found.deletion_timestamp is None:
             only = {"preconditions": {"uid": found.uid}}

@@ -186,8 +186,11 @@ def _set_env(container: Tree, env: Mapping[str, str]) -> None:
     if not env:
         return
     kept = [one for one in _trees(container, "env") if one.get("name") not in env]
-    added = [{"name": name, "value": value.replace("$(", "$$(")} for name, value in env.items()]
-    container["env"] = [*kept, *added]
+    container["env"] = [*kept, *_literal(env)]
+
+
+def _literal(env: Mapping[str, str]) -> list[Tree]:
+    return [{"name": name, "value": value.replace("$(", "$$(")} for name, value in env.items()]
 
 
 def _set_resources(container: Tree, definition: ProjectDefinition) -> None:
@@ -251,7 +254,7 @@ def _clone(container: Tree, definition: ProjectDefinition, home: str) -> Tree:
         "workingDir": home,
         "env": [
             *(one for one in _trees(container, "env") if one.get("name") not in git),
-            *({"name": name, "value": value} for name, value in git.items()),
+            *_literal(git),
         ],
     }
 

@@ -1,8 +1,8 @@
 """Deliveries in PostgreSQL: claiming them under leases, and what comes of them.
 
-The claim is a function of `sql/0011_webhooks.sql`, because its steps need snapshots of their own.
-All times are the database's. Lock order: endpoints, then what is being sent, then lanes, then what
-is pending; a claim never waits for a lane, and who buries never for a delivery.
+The claim is a function of `sql/0019_webhook_shares.sql`, because its steps need snapshots of their
+own. All times are the database's. Lock order: endpoints, then what is being sent, then lanes, then
+what is pending; a claim never waits for a lane, and who buries never for a delivery.
 """
 
 import json
@@ -11,6 +11,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from uuid import UUID
 
 from psycopg.rows import TupleRow
+from psycopg.types.json import Jsonb
 
 from rdev.adapters.postgres.connection import TrioConnection
 from rdev.adapters.postgres.pool import Parameters, Pool, translate_errors
@@ -23,6 +24,7 @@ from rdev.domain.deliveries import (
     DeliveryLease,
     DeliveryStatus,
     Owed,
+    OwnerShares,
     Settled,
 )
 from rdev.domain.sending import Outcome
@@ -36,8 +38,8 @@ _INTERRUPTED = "the server that made the attempt ended; whether it arrived is un
 
 _CLAIM = """
 select id, lease_id, webhook_id, event_id, attempt, failures, is_ordered, is_trusted,
-       is_allowed, url, payload, secret, previous_secret, message_trace(payload)
-from claim_deliveries(%s, %s, %s, %s)
+       is_allowed, url, payload, secret, previous_secret, owner, message_trace(payload)
+from claim_deliveries(%s, %s, %s, %s, %s, %s, %s)
 """
 
 # One row of `given` for each attempt. Only what is still under that very lease is updated, and all
@@ -244,9 +246,20 @@ class PostgresDeliveries:
         self._pool = pool
         self._lease_s = lease_s
 
-    async def claim(self, *, holder: str, limit: int, untrusted_limit: int) -> list[Owed]:
+    async def claim(
+        self, *, holder: str, limit: int, untrusted_limit: int, shares: OwnerShares | None = None
+    ) -> list[Owed]:
         """See `DeliveryQueue.claim`."""
-        values = (holder, self._lease_s, limit, untrusted_limit)
+        bounds = shares or OwnerShares(most=limit, untrusted_most=limit, held={})
+        values = (
+            holder,
+            self._lease_s,
+            limit,
+            untrusted_limit,
+            bounds.most,
+            bounds.untrusted_most,
+            Jsonb({str(owner or ""): held for owner, held in bounds.held.items()}),
+        )
         with translate_errors():
             async with self._pool.connection() as connection:
                 cursor = connection.cursor(binary=True)
@@ -371,6 +384,7 @@ def _to_owed(
     payload: str,
     secret: bytes,
     previous: bytes | None,
+    owner: UUID | None,
     trace: str | None,
 ) -> Owed:
     return Owed(
@@ -385,6 +399,7 @@ def _to_owed(
         url=url,
         payload=payload.encode(),
         secrets=(bytes(secret),) if previous is None else (bytes(secret), bytes(previous)),
+        owner=owner,
         trace=parse_stored(trace),
     )
 

@@ -68,6 +68,8 @@ limit %(limit)s
 
 _SETTLE = "select settle_project(%(id)s, %(uid)s, %(wanted_at)s) as settled"
 
+_IS_STORED = "select exists (select from projects where id = %(id)s and uid = %(uid)s) as found"
+
 _NOTE = """
 update projects set trouble = %(trouble)s
 where id = %(id)s and uid = %(uid)s and wanted_at = %(wanted_at)s
@@ -186,6 +188,11 @@ class PostgresProjectLife:
         """See `ProjectLife.settle`."""
         (row,) = await self._rows(_SETTLE, _key(project))
         return bool(row["settled"])
+
+    async def is_stored(self, project: Project) -> bool:
+        """See `ProjectLife.is_stored`."""
+        (row,) = await self._rows(_IS_STORED, _key(project))
+        return bool(row["found"])
 
     async def note(self, project: Project, trouble: str) -> None:
         """See `ProjectLife.note`."""

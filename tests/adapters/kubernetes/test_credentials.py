@@ -6,6 +6,8 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import trio
+import trio.testing
 from lightkube.config.models import NameValue, User, UserExec
 from lightkube.resources.core_v1 import Pod
 
@@ -78,6 +80,8 @@ async def test_a_plugin_is_asked_again_when_its_token_is_refused(
         (["/no/such/program"], "No such file"),
         (["false"], "ended with 1"),
         (["echo", "noise"], "not understood"),
+        (["printf", r'{"status": {"token": "\377"}}'], "not understood"),
+        (["cat", "/dev/zero"], "says more than"),
         (["echo", '{"status": {}}'], "gives no token"),
     ],
 )
@@ -87,6 +91,59 @@ async def test_a_plugin_that_fails_says_how(argv: list[str], says: str) -> None:
     with pytest.raises(RdevError, match=says) as caught:
         await broken.header()
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
+async def test_who_waits_for_a_plugin_has_its_failure_too(tmp_path: Path) -> None:
+    """Each ran it again: the tenth of those who wait for a plugin that hangs waited ten minutes."""
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    script = f"echo >> {asked}; while [ ! -e {go} ]; do sleep 0.05; done; exit 3"
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    broken = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    failures: list[str] = []
+
+    async def ask() -> None:
+        with pytest.raises(RdevError) as caught:
+            await broken.header()
+        failures.append(caught.value.message)
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            for _ in range(10):
+                nursery.start_soon(ask)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            go.touch()
+        assert (len(failures), len(set(failures))) == (10, 1)
+        assert asked.read_text() == "\n"
+        await ask()  # who comes later tries again
+    assert asked.read_text() == "\n\n"
+
+
+async def test_who_waits_for_one_that_was_cancelled_asks_itself(tmp_path: Path) -> None:
+    """It was told how an earlier try had failed."""
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    token = '{"status": {"token": "me"}}'
+    script = (
+        f"[ -e {asked} ] || {{ echo > {asked}; exit 3; }}; "
+        f"while [ ! -e {go} ]; do sleep 0.05; done; echo '{token}'"
+    )
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    slow = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    with pytest.raises(RdevError, match="ended with 3"):
+        await slow.header()
+    told: list[str | None] = []
+
+    async def wait() -> None:
+        told.append(await slow.header())
+
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery, trio.open_nursery() as first:
+            first.start_soon(slow.header)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            go.touch()
+            first.cancel_scope.cancel()
+    assert told == ["Bearer me"]
 
 
 async def test_a_rotated_token_is_used_at_once(fake: FakeApiServer, tmp_path: Path) -> None:
@@ -132,3 +189,46 @@ def test_what_is_not_supported_is_told_at_the_start(user: User) -> None:
 def test_a_kubeconfig_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(RdevError, match=r"none\.yaml"):
         read_config(tmp_path / "none.yaml")
+
+
+KUBECONFIG = """
+apiVersion: v1
+kind: Config
+clusters: [{{name: c, cluster: {{server: "{server}"}}}}]
+users: [{{name: u, user: {{{user}}}}}]
+contexts: [{{name: x, context: {{cluster: c, user: u, namespace: rdev}}}}]
+current-context: x
+"""
+_ANSWER = '{"status": {"token": "the-token"}}'
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        "tokenFile: token",
+        "exec: {apiVersion: client.authentication.k8s.io/v1, command: ./plugin}",
+        "exec: {apiVersion: client.authentication.k8s.io/v1, command: sh,"
+        " args: [-c, 'echo \"$A\"'], env: [{name: A, value: '" + _ANSWER + "'}]}",
+    ],
+)
+async def test_relative_paths_are_the_kubeconfigs_neighbours(
+    fake: FakeApiServer, tmp_path: Path, user: str
+) -> None:
+    (tmp_path / "token").write_text("the-token")
+    (tmp_path / "plugin").write_text(f"#!/bin/sh\necho '{_ANSWER}'\n")
+    (tmp_path / "plugin").chmod(0o755)
+    file = tmp_path / "kubeconfig"
+    file.write_text(KUBECONFIG.format(server=f"http://127.0.0.1:{fake.port}", user=user))
+    async with connect(read_config(file)) as api:
+        assert (await api.http.get("/api/v1/namespaces/rdev/pods")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "user", ["client-certificate: a", 'client-certificate-data: "!!!", client-key-data: "x"']
+)
+async def test_certificates_that_are_none_are_told(tmp_path: Path, user: str) -> None:
+    file = tmp_path / "kubeconfig"
+    file.write_text(KUBECONFIG.format(server="https://127.0.0.1:1", user=user))
+    with pytest.raises(RdevError, match="certificates of the cluster"):
+        async with connect(read_config(file)):
+            pass

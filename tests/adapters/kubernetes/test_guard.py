@@ -165,3 +165,8 @@ async def test_probes_ask_only_where_nothing_was_heard_lately(
     proxy.is_refusing = False
     await namespace.check_lately()
     assert fake.requests.count(path) == 2
+    # So is an answer that is none.
+    fake.faults.append(Fault(503, "POST"))
+    await api.http.post(f"/api/v1/namespaces/{NAMESPACE}/pods", json={})
+    await namespace.check_lately()
+    assert fake.requests.count(path) == 3

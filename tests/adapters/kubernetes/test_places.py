@@ -188,6 +188,25 @@ async def test_a_stop_leaves_the_volume_and_a_start_finds_it(town: Town) -> None
     assert town.fake.get(CLAIMS, NAME) is volume
 
 
+@pytest.mark.parametrize("phase", ["Failed", "Succeeded"])
+async def test_a_pod_that_is_over_is_replaced_by_a_start(town: Town, phase: str) -> None:
+    """An evicted pod stays as it is for ever: every start of its project changed nothing."""
+    await town.places.start(project())
+    uid, volume = town.fake.get("pods", NAME)["metadata"]["uid"], town.fake.get(CLAIMS, NAME)
+    town.fake.patch_status(NAME, phase=phase, reason="Evicted")
+    await town.places.start(project())
+    assert town.fake.get("pods", NAME)["metadata"]["uid"] != uid
+    assert town.fake.get("pods", NAME)["status"]["phase"] == "Running"
+    assert town.fake.get(CLAIMS, NAME) is volume
+
+
+async def test_somebody_elses_pod_that_is_over_is_not_replaced(town: Town) -> None:
+    await town.places.start(project("u-1"))
+    town.fake.patch_status(NAME, phase="Failed")
+    assert (await failure(town, project("u-2"))).code is ErrorCode.CONFLICT
+    assert town.fake.get("pods", NAME)["status"]["phase"] == "Failed"
+
+
 async def test_what_is_on_its_way_out_is_waited_for(town: Town) -> None:
     await town.places.start(project())
     town.fake.lingers = True

@@ -148,12 +148,14 @@ async def test_whatever_the_server_refuses_it_is_asked_again(
         Fault(status, times=2),
         Fault(status, times=2, only_watches=True),
         Fault(502, body="<html>Bad Gateway</html>"),
+        Fault(502, body='{"message": "nicht verfügbar"}'.encode("latin-1")),
+        Fault(200, body=b'{"metadata": {"resourceVersion": "\xff"}}'),
     ]
     fake.put("pods", pod())
     async with watching(fake, is_current=False) as seen:
         await until(lambda: not any(fault.times for fault in fake.faults), "all were met")
         await until(lambda: seen.watch.is_current and "demo" in seen.names(), "it hears")
-        assert seen.watch.statistics().failures >= 4
+        assert seen.watch.statistics().failures >= 6
 
 
 @pytest.mark.slow

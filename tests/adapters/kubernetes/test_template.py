@@ -191,6 +191,18 @@ def git(folder: Path, *argv: str) -> str:
     return done.stdout.strip()
 
 
+def test_nothing_in_a_clones_words_is_expanded() -> None:
+    """A branch may be called so; the kubelet would put another variable's value there."""
+    url, ref = "https://g.example/$(HOME)", "a$(HOME)"
+    definition = ProjectDefinition(id=project().id, git_url=url, git_ref=ref)
+    asked = replace(project(), definition=definition)
+    pod = msgspec.convert(pod_of(read_template(None), asked, "there"), dict[str, Any])
+    (container,) = pod["spec"]["initContainers"]
+    env = {one["name"]: one["value"] for one in container["env"]}
+    assert env["RDEV_GIT_URL"] == "https://g.example/$$(HOME)"
+    assert env["RDEV_GIT_REF"] == "a$$(HOME)"
+
+
 def clone(workspace: Path, repository: Path, ref: str | None) -> None:
     """Run the init container's own command here."""
     definition = ProjectDefinition(id=project().id, git_url="https://g.example/a", git_ref=ref)
