@@ -43,26 +43,30 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class HttpMetrics:
-    """What the HTTP edge tells; `path` is the template of the route."""
+    """What the HTTP edge tells; `path` is the template of the route. Told for every request, so the
+    series are looked up only once."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("method", "path", "status")
-        self.total = Counter(
+        total = Counter(
             "http_requests_total", "HTTP requests answered", labels, registry=registry
         )
-        self.duration = Histogram(
+        duration = Histogram(
             "http_request_duration_seconds",
             "Time to the head of the answer, without holding on purpose",
             labels,
             buckets=_REQUEST_BUCKETS_S,
             registry=registry,
         )
-        self.in_flight = Gauge(
+        in_flight = Gauge(
             "http_requests_in_flight",
             "HTTP requests not yet answered",
             ("method", "path"),
             registry=registry,
         )
+        self.total = cache(total.labels)
+        self.duration = cache(duration.labels)
+        self.in_flight = cache(in_flight.labels)
         self._known: set[tuple[str, str, int]] = set()
 
     def labels(self, method: str, path: str, status: int) -> tuple[str, str, int]:

@@ -133,14 +133,14 @@ class PrometheusTelemetry:
 
     def request_started(self, method: str, path: str) -> None:
         """See the port."""
-        self._http.in_flight.labels(method, path).inc()
+        self._http.in_flight(method, path).inc()
 
     def request_finished(self, method: str, path: str, status: int, latency_s: float) -> None:
         """See the port."""
-        self._http.in_flight.labels(method, path).dec()
+        self._http.in_flight(method, path).dec()
         labels = self._http.labels(method, path, status)
-        self._http.total.labels(*labels).inc()
-        self._http.duration.labels(*labels).observe(latency_s, _exemplar())
+        self._http.total(*labels).inc()
+        self._http.duration(*labels).observe(latency_s, _exemplar())
 
     def command_claimed(self, kind: str, wait_s: float) -> None:
         """See the port."""
