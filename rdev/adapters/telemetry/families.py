@@ -48,9 +48,7 @@ class HttpMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("method", "path", "status")
-        total = Counter(
-            "http_requests_total", "HTTP requests answered", labels, registry=registry
-        )
+        total = Counter("http_requests_total", "HTTP requests answered", labels, registry=registry)
         duration = Histogram(
             "http_request_duration_seconds",
             "Time to the head of the answer, without holding on purpose",
