@@ -45,7 +45,7 @@ check: setup ## format, lint, trio rules, types, import rules
 	$(BIN)/lint-imports
 
 test: setup ## all tests but the minutes-long suites
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not full' $(ARGS)
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'not full' $(ARGS)
 
 test-browser: setup ## streams through a real nginx and in a real Chromium (see CONTRIBUTING: what it needs)
 	$(BIN)/python -m pytest -q -s tests/browser $(ARGS)
