@@ -183,8 +183,8 @@ class FakeApiServer:
         return None
 
     async def handle(self, namespace: str, plural: str, name: str | None) -> Any:
-        """A request for objects. Read whole first: hypercorn leaves a connection on which it answered
-        before the body's end to wait for 15 s."""
+        """A request for objects. Read whole first: hypercorn leaves a connection on which it
+        answered before the body's end to wait for 15 s."""
         await request.get_data()
         refused = self._refused(request.method, request.path)
         if refused is not None and getattr(refused, "is_late", False):
