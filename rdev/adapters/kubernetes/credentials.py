@@ -7,6 +7,7 @@ Source: client-go credential plugins, `client.authentication.k8s.io`.
 import base64
 import math
 import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,22 @@ from rdev.domain.errors import RdevError
 _PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network
 _PLUGIN_BYTES: Final = 1 << 20  # of its answer
 _EARLY_S: Final = 60.0  # a credential is renewed so long before it ends
+_TOKEN: Final = re.compile(r"[!-~]+")
 _PLUGIN_VERSIONS: Final = frozenset(
     f"client.authentication.k8s.io/{version}" for version in ("v1", "v1beta1", "v1alpha1")
 )
+
+
+def _bearer(token: str, whose: str) -> str:
+    """The header of a token, without the line break that a file or a shell put behind it.
+
+    Errors: SERVICE_UNAVAILABLE for what no header can hold, here and without a word of it: who
+    sends it would tell it in its error.
+    """
+    bare = token.strip()
+    if _TOKEN.fullmatch(bare) is None:
+        raise unreachable(f"{whose} is no token: it is empty, or more than one word of ASCII")
+    return f"Bearer {bare}"
 
 
 class Credentials(Protocol):
@@ -70,7 +84,7 @@ class TokenFile:
             text = Path(self.path).read_text("ascii")  # noqa: ASYNC240
         except (OSError, UnicodeDecodeError) as error:
             raise unreachable(f"no token: {error}") from error
-        return f"Bearer {text.strip()}"
+        return _bearer(text, self.path)
 
     def forget(self) -> bool:
         """It may have been rotated between the read and the answer."""
@@ -114,13 +128,14 @@ class Plugin:
     async def _renew(self) -> None:
         try:
             status = await self._ask()
+            header = _bearer(status.token or "", "what the credential plugin gives")
         except RdevError as error:
             self._failure, self._ended = error, self._ended + 1
             raise
         # Who was cancelled meanwhile has said nothing of the plugin: that does not count.
         self._failure, self._ended = None, self._ended + 1
         ends = status.expirationTimestamp
-        self._value = f"Bearer {status.token}"
+        self._value = header
         self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S
 
     def forget(self) -> bool:
@@ -195,7 +210,7 @@ def credentials_of(user: User | None, now: Callable[[], datetime] = _utc_now) ->
     if user.token_file is not None:
         return TokenFile(user.token_file)
     if user.token is not None:
-        return Fixed(f"Bearer {user.token}")
+        return Fixed(_bearer(user.token, "the kubeconfig's token"))
     if user.exec is not None:
         if user.exec.apiVersion not in _PLUGIN_VERSIONS:
             raise unreachable(f"credential plugins of {user.exec.apiVersion} are not supported")

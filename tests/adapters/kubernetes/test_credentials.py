@@ -165,6 +165,41 @@ async def test_a_missing_token_is_no_crash(tmp_path: Path) -> None:
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
 
 
+async def header_of(source: str, token: str, tmp_path: Path) -> str | None:
+    """What a user is known by whose token comes from there."""
+    if source == "kubeconfig":
+        return await credentials_of(User(token=token)).header()
+    if source == "file":
+        (tmp_path / "token").write_text(token)
+        return await credentials_of(User(token_file=str(tmp_path / "token"))).header()
+    user = plugin(tmp_path)
+    assert user.exec is not None
+    user.exec.env = [NameValue(name="WHO", value=token)]
+    return await credentials_of(user).header()
+
+
+@pytest.mark.parametrize("source", ["kubeconfig", "file", "plugin"])
+async def test_a_token_that_no_header_can_hold_is_refused_without_a_word_of_it(
+    tmp_path: Path, source: str
+) -> None:
+    """What sends it told the whole token in its error, which went to the log."""
+    for token in ("hunter2\nhunter3", "hunter2 hunter3\0" if source != "plugin" else "hunter2 x"):
+        with pytest.raises(RdevError, match="is no token") as caught:
+            await header_of(source, token, tmp_path)
+        assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+        assert "hunter" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["kubeconfig", "file"])
+async def test_a_line_break_behind_a_token_is_not_part_of_it(tmp_path: Path, source: str) -> None:
+    assert await header_of(source, "hunter2\n", tmp_path) == "Bearer hunter2"
+
+
+async def test_an_empty_token_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    with pytest.raises(RdevError, match="is empty"):
+        await header_of("file", "\n", tmp_path)
+
+
 async def test_what_a_user_can_be_known_by() -> None:
     assert await credentials_of(None).header() is None
     assert await credentials_of(User()).header() is None
