@@ -56,6 +56,11 @@ class ProjectLife(Protocol):
         something else is wanted meanwhile: it stays, or becomes, unsettled."""
         ...
 
+    async def doubt(self, project: Project) -> None:
+        """Somebody acted for what was wanted of it, and is not through: where something else is
+        wanted, and was brought about meanwhile, it is unsettled again."""
+        ...
+
     async def is_stored(self, project: Project) -> bool:
         """Whether it is there still, and not another one of its name."""
         ...

@@ -28,6 +28,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.projects import Project, Wanted
 from rdev.ports.project_life import ProjectLife, ProjectPlaces
+from rdev.services.shield import commit_shield
 
 TICK_S = 2.0
 IDLE_S = 10.0
@@ -119,17 +120,35 @@ class ProjectKeeper:
 
         Errors: those of `ProjectPlaces`; SERVICE_UNAVAILABLE. Cancellation: somebody goes on.
         """
-        match project.wanted:
-            case Wanted.RUNNING:
+        if project.wanted is Wanted.DELETED:
+            return await self._delete(project)
+        if project.wanted is Wanted.STOPPED and not await self._is_quiet(project):
+            return False
+        is_through = False
+        try:
+            if project.wanted is Wanted.RUNNING:
                 await self._start(project)
-            case Wanted.STOPPED:
-                if not await self._is_quiet(project) or not await self._places.stop(project):
-                    return False
-            case Wanted.DELETED:
-                return await self._delete(project)
-        is_settled = await self._life.settle(project)
+            elif not await self._places.stop(project):
+                return False
+            is_settled = await self._life.settle(project)
+            is_through = True
+        finally:
+            if not is_through:
+                await self._doubt(project)
         self._changed(project.id)
         return is_settled
+
+    async def _doubt(self, project: Project) -> None:
+        """Tell that we acted, where `settle` does not: another server may have looked before, and
+        brought what is wanted since then. What we met, if anything, is told by whoever called."""
+        try:
+            with commit_shield():
+                await self._life.doubt(project)
+        except RdevError as error:
+            if error.code is not ErrorCode.SERVICE_UNAVAILABLE:
+                raise
+            facts = {"project": project.id, "wanted": project.wanted, "error": error.message}
+            _log.warning("project may be changed by a step that is not known", extra=facts)
 
     async def _start(self, project: Project) -> None:
         """Make its place. Tries of that may outlast the project, which another server deletes

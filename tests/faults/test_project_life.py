@@ -162,6 +162,15 @@ async def brought(scene: Scene, verb: str) -> Project | None:
                 return found
 
 
+async def settled(scene: Scene, replica: Replica) -> None:
+    """The keepers look until nothing is left to do."""
+    while True:
+        await replica.keeper.run_once()
+        found = await replica.store.get(DEMO)
+        if found is None or found.is_settled:
+            return
+
+
 async def muddle(scene: Scene, chance: random.Random) -> None:
     """Some steps, each by servers that know nothing of the ones before; sometimes by two."""
     for _ in range(chance.randrange(1, 7)):
@@ -221,3 +230,43 @@ async def test_a_start_that_outlasts_its_project_leaves_nothing(
             assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])
             scene.fake.faults[:] = [] if end is None else [refused]
     assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])
+
+
+async def test_a_stop_that_outlasts_a_start_leaves_no_project_without_its_pod(scene: Scene) -> None:
+    """Another server's stop, which had looked before the start was asked for: the start found the
+    pod still there, and was through. Pods take their time to go, so the stop was not, and told
+    nobody: the project was to run, with nothing left to do, and had no pod."""
+    slow, other = scene.replica(tries_s=60.0), scene.replica()
+    await other.ask("create")
+    await other.ask("stop")
+    busy = Fault(status=503, method="DELETE", path_end=f"/pods/{NAME}", times=1_000_000)
+    scene.fake.faults.append(busy)
+    scene.fake.lingers = True
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(slow.keeper.run_once)
+            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await other.ask("start")
+            await other.keeper.run_once()
+            scene.fake.faults.clear()
+        scene.fake.finish()
+        scene.fake.lingers = False
+        await settled(scene, other)
+    assert scene.fake.names("pods") == [NAME]
+
+
+async def test_a_start_that_fails_behind_a_stop_leaves_no_pod(scene: Scene) -> None:
+    """Its pod was made, but the answer was lost, and so it told nobody that it had acted."""
+    slow, other = scene.replica(tries_s=5.0), scene.replica()
+    busy = Fault(status=503, method="POST", path_end="/pods", times=1_000_000)
+    late = Fault(status=503, method="POST", path_end="/pods", is_late=True, retry_after_s=60)
+    scene.fake.faults.append(busy)
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(taken_or_not, slow, "create")
+            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await other.ask("stop")
+            await other.keeper.run_once()
+            scene.fake.faults[:] = [late]
+        await settled(scene, other)
+    assert scene.fake.names("pods") == []

@@ -291,3 +291,18 @@ async def test_a_stop_and_a_claim_at_once_never_leave_a_command_running_in_a_sto
         await run(life, real)
         for one in begun or await real.claim():
             await finish(real, one, Outcome(status=Status.SUCCEEDED, exit_code=0))
+
+
+async def test_a_doubt_unsettles_what_something_else_was_wanted_of_and_nothing_more(
+    life: ProjectLife, real: World
+) -> None:
+    await ask(life, Wanted.STOPPED)
+    stopping = await stored(real)
+    await ask(life, Wanted.RUNNING)
+    starting = await stored(real)
+    assert await life.settle(starting)
+    await life.doubt(starting)
+    await life.doubt(replace(stopping, uid="00000000-0000-4000-8000-000000000000"))
+    assert await life.unsettled(reach=REACH, limit=10) == []
+    await life.doubt(stopping)
+    assert [one.id for one in await life.unsettled(reach=REACH, limit=10)] == [PROJECT]

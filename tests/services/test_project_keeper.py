@@ -29,6 +29,9 @@ class GoneInTheMiddle:
     async def settle(self, project: Project) -> bool:
         raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "the database is away")
 
+    async def doubt(self, project: Project) -> None:
+        raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, "the database is away")
+
     async def is_stored(self, project: Project) -> bool:
         await trio.lowlevel.checkpoint()
         return True

@@ -68,6 +68,11 @@ limit %(limit)s
 
 _SETTLE = "select settle_project(%(id)s, %(uid)s, %(wanted_at)s) as settled"
 
+_DOUBT = """
+update projects set settled = false
+where id = %(id)s and uid = %(uid)s and wanted_at <> %(wanted_at)s and settled
+"""
+
 _IS_STORED = "select exists (select from projects where id = %(id)s and uid = %(uid)s) as found"
 
 _NOTE = """
@@ -188,6 +193,10 @@ class PostgresProjectLife:
         """See `ProjectLife.settle`."""
         (row,) = await self._rows(_SETTLE, _key(project))
         return bool(row["settled"])
+
+    async def doubt(self, project: Project) -> None:
+        """See `ProjectLife.doubt`."""
+        await self._change(_DOUBT, _key(project))
 
     async def is_stored(self, project: Project) -> bool:
         """See `ProjectLife.is_stored`."""
