@@ -44,7 +44,8 @@ _REASONS = {
 
 @dataclass
 class Fault:
-    """The next `times` requests of this method whose path ends so are answered with `status`."""
+    """The next `times` requests of this method whose path ends so are answered with `status`, or
+    as ever where that is 200."""
 
     status: int
     method: str = "GET"
@@ -55,6 +56,7 @@ class Fault:
     message: str = "by script"
     body: str | bytes | None = None  # instead of a Status object: a proxy's page
     is_late: bool = False  # it is done all the same, and only its answer is this
+    held: trio.Event | None = None  # nothing is done or answered before
 
 
 @dataclass
@@ -178,7 +180,7 @@ class FakeApiServer:
             ):
                 fault.times -= 1
                 failure = _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
-                failure.is_late = fault.is_late
+                failure.fault = fault
                 return failure
         return None
 
@@ -187,9 +189,14 @@ class FakeApiServer:
         answered before the body's end to wait for 15 s."""
         await request.get_data()
         refused = self._refused(request.method, request.path)
-        if refused is not None and getattr(refused, "is_late", False):
-            await self._serve(namespace, plural, name)
-        return refused or await self._serve(namespace, plural, name)
+        fault = getattr(refused, "fault", None)
+        if fault is not None and fault.held is not None:
+            await fault.held.wait()
+        if fault is None:
+            return refused or await self._serve(namespace, plural, name)
+        if fault.is_late or fault.status == 200:
+            done = await self._serve(namespace, plural, name)
+        return done if fault.status == 200 else refused
 
     async def _serve(self, namespace: str, plural: str, name: str | None) -> Any:
         match request.method, name:
