@@ -239,7 +239,8 @@ class ProjectKeeper:
             _log.info("pods are not looked at now", extra={"error": error.message})
         finally:
             self._is_adopting = False
-            self._work.set()
+            if frozenset(self._places.found()) != found:
+                self._work.set()
 
     async def _adopt_one(self, project: ProjectId) -> None:
         try:
