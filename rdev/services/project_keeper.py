@@ -207,6 +207,9 @@ class ProjectKeeper:
         """
         try:
             return await self._carry(project, self._take(project), patience_s=patience_s)
+        except RdevError as error:
+            await self._note(project, error)
+            raise
         finally:
             self._work.set()
 

@@ -298,6 +298,7 @@ async def test_what_its_maker_gave_up_goes_on_here(nursery: trio.Nursery) -> Non
     await bench.ask("demo")
     with pytest.raises(RdevError):
         await bench.keeper.bring(bench.life.rows[ProjectId("demo")], patience_s=8.0)
+    assert bench.life.rows[ProjectId("demo")].trouble == "exceeded quota: pods"
     bench.places.answer = lambda _: 3.0
     with trio.move_on_after(1):
         await bench.keeper.bring(bench.life.rows[ProjectId("demo")], patience_s=8.0)
