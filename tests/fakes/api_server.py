@@ -76,6 +76,7 @@ class FakeApiServer:
     kubelet_runs: bool = True
     faults: list[Fault] = field(default_factory=list)
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
+    watch_events: int | None = None  # so many, and each watch ends in order
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
     # (verb, resource) of what this account may not do, as access reviews say
@@ -277,7 +278,8 @@ class FakeApiServer:
                 yield _line({"type": "ERROR", "object": status})
                 return
             ends = trio.current_time() + within_s
-            while trio.current_time() < ends:
+            left = float("inf") if self.watch_events is None else self.watch_events
+            while trio.current_time() < ends and left > 0:
                 changed = self._changed
                 for version, event, kind, place, body in list(self._events):
                     if (
@@ -287,6 +289,8 @@ class FakeApiServer:
                         and not self.is_frozen
                     ):
                         yield _line({"type": event, "object": body})
+                        if (left := left - 1) <= 0:
+                            return
                 after = self.version if not self.is_frozen else after
                 with trio.move_on_at(ends):
                     await changed.wait()

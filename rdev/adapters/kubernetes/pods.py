@@ -1,8 +1,8 @@
 """The projects of a namespace, as its pods are now: one list, then a watch.
 
 Holds one `Pod` for each pod with the project label. What bounds it: a watch lives `WATCH_S`, and
-one whose server says nothing beyond that is taken for dropped; then, and at 410, all is listed
-again.
+one whose server says nothing beyond that is taken for dropped; then, at 410, and where it ended at
+once, all is listed again.
 Survives whatever the API server does, pausing up to 10 s with jitter (longer where it is told to);
 while it does not hear, the pods of before are still there and `is_current` is false. Costs one
 request each `WATCH_S` when nothing happens.
@@ -31,7 +31,7 @@ from rdev.domain.pods import LABEL_PREFIX, Pod, choose, lost_reason
 WATCH_S: Final = 240.0
 _MARGIN_S: Final = 15.0
 _PAGE: Final = 500  # pods of one answer
-_BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way
+_BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way, whatever it said
 _REST_S: Final = 0.5  # for the end of a watch that is over
 _EXPIRED: Final = 410
 
@@ -74,6 +74,7 @@ class PodWatch:
         self._backoff = Backoff(random=random.random, first_s=0.1, most_s=10.0)
         self._is_current = False
         self._heard_at_s = float("-inf")
+        self._began_s = float("inf")  # the watch that is open now
         self._lists = self._changes = self._failures = 0
 
     @property
@@ -156,15 +157,21 @@ class PodWatch:
         """
         version: str | None = await self._list()
         self._is_current = True
+        is_brief = False
         try:
-            while version is not None:
-                began = trio.current_time()
+            while version is not None and not is_brief:
+                self._began_s = trio.current_time()
                 version = await self._watch(version)
-                if trio.current_time() - began < _BRIEF_S:
-                    await trio.sleep(self._backoff.next_s())  # who hangs up at once is not pressed
+                is_brief = not self._has_lasted()
         finally:
             self._is_current = False
             self._heard_at_s = trio.current_time()
+        if is_brief:
+            # Who hangs up at once is not pressed, and not believed that nothing has changed.
+            await trio.sleep(self._backoff.next_s())
+
+    def _has_lasted(self) -> bool:
+        return trio.current_time() - self._began_s >= _BRIEF_S
 
     async def _list(self) -> str:
         """Take all pods anew; the version they are of."""
@@ -220,7 +227,8 @@ class PodWatch:
     def _heed(self, event: PodEvent) -> str:
         """Take one change in; the version it leads to."""
         metadata = event.object.metadata
-        self._backoff.failures = 0
+        if self._has_lasted():
+            self._backoff.failures = 0
         if event.type != "BOOKMARK":
             self._changes += 1
             before = self._pods.pop(metadata.name, None)

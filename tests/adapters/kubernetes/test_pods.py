@@ -139,6 +139,38 @@ async def test_a_watch_that_ends_in_order_goes_on_without_a_list(fake: FakeApiSe
         assert seen.watch.statistics().lists == 1
 
 
+async def test_watches_that_end_at_once_are_not_taken_for_hearing(fake: FakeApiServer) -> None:
+    """Who answers so is no API server: nothing was heard of any change, and all was current."""
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.watch_events = 0
+        seen.proxy.cut_all()
+        fake.drop("pods", POD)
+        await until(lambda: seen.names() == {}, "it is listed")
+        fake.put("pods", pod())
+        await until(lambda: "demo" in seen.names(), "and again")
+        await until(lambda: not seen.watch.is_current, "it says that it does not hear")
+
+
+@pytest.mark.slow
+async def test_watches_that_end_with_each_event_are_asked_for_ever_less_often(
+    fake: FakeApiServer,
+) -> None:
+    """An event was taken for a watch that is well: some 17 requests a second, of each server."""
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.watch_events = 1
+        seen.proxy.cut_all()
+        asked = len(fake.requests)
+        for number in range(150):
+            fake.patch_status(POD, message=f"{number}")
+            await trio.sleep(0.02)
+        assert len(fake.requests) - asked <= 30
+        fake.watch_events = None
+        fake.drop("pods", POD)
+        await until(lambda: seen.names() == {}, "it hears again")
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 @pytest.mark.slow
 async def test_whatever_the_server_refuses_it_is_asked_again(
