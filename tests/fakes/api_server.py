@@ -45,7 +45,7 @@ _REASONS = {
 @dataclass
 class Fault:
     """The next `times` requests of this method whose path ends so are answered with `status`, or
-    as ever where that is 200."""
+    as ever where that is 200 and no `body` is given."""
 
     status: int
     method: str = "GET"
@@ -195,9 +195,9 @@ class FakeApiServer:
             await fault.held.wait()
         if fault is None:
             return refused or await self._serve(namespace, plural, name)
-        if fault.is_late or fault.status == 200:
-            done = await self._serve(namespace, plural, name)
-        return done if fault.status == 200 else refused
+        is_served = fault.status == 200 and fault.body is None
+        done = await self._serve(namespace, plural, name) if is_served or fault.is_late else None
+        return done if is_served else refused
 
     async def _serve(self, namespace: str, plural: str, name: str | None) -> Any:
         match request.method, name:

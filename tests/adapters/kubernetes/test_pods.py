@@ -171,6 +171,23 @@ async def test_watches_that_end_with_each_event_are_asked_for_ever_less_often(
         await until(lambda: seen.names() == {}, "it hears again")
 
 
+@pytest.mark.slow
+async def test_watches_that_last_are_asked_for_again_at_once_however_often_they_are_cut(
+    fake: FakeApiServer,
+) -> None:
+    """A proxy that ends what is idle: each cut is a failure, but none of a server that is away."""
+    async with watching(fake) as seen:
+        for cut in range(4):
+            await trio.sleep(1.1)
+            seen.proxy.cut_all()
+            fake.put("pods", pod(f"pod-{cut}", f"p-{cut}"))
+            with trio.fail_after(20):
+                began_s = trio.current_time()
+                await until(lambda name=f"p-{cut}": name in seen.names(), "it hears again")
+            assert trio.current_time() - began_s < 5  # (pauses would have grown to seconds)
+        assert seen.watch.statistics().failures >= 4
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 @pytest.mark.slow
 async def test_whatever_the_server_refuses_it_is_asked_again(
@@ -228,3 +245,25 @@ async def test_a_list_of_pages_is_read_whole(fake: FakeApiServer) -> None:
         fake.put("pods", pod(f"p{number}-0", f"p{number}"))
     async with watching(fake) as seen:
         assert len(seen.names()) == 8
+
+
+async def test_a_change_of_any_size_that_an_object_can_have_is_heard(fake: FakeApiServer) -> None:
+    async with watching(fake) as seen:
+        large = pod()
+        large["metadata"] = {**large["metadata"], "annotations": {"note": "x" * 1_400_000}}
+        fake.put("pods", large)
+        fake.put("pods", pod("next-0", "next"))
+        await until(lambda: "next" in seen.names(), "what comes behind is heard too")
+        assert (seen.watch.statistics().lists, seen.watch.statistics().failures) == (1, 0)
+
+
+async def test_a_line_without_an_end_is_no_change(fake: FakeApiServer) -> None:
+    """Whatever sends it: it was kept in memory to its end."""
+    async with watching(fake) as seen:
+        large = pod()
+        large["metadata"] = {**large["metadata"], "annotations": {"note": "x" * 5_000_000}}
+        fake.put("pods", large)
+        await until(lambda: seen.watch.statistics().failures > 0, "it is given up")
+        fake.drop("pods", POD)
+        fake.put("pods", pod("next-0", "next"))
+        await until(lambda: seen.names() == {"next": "next-0"}, "and all is listed")
