@@ -130,8 +130,9 @@ class Nothing:
         return 0.0
 
 
-async def _known(project: ProjectId) -> None:
-    """Every project is."""
+async def _known(project: ProjectId) -> str:
+    """Every project is; its uid."""
+    return project
 
 
 @contextmanager

@@ -1,14 +1,15 @@
 """SUBSYSTEM ProjectWatch: sees when a project is gone, and tells whoever follows its life.
 
 Woken when a project was changed, here or elsewhere, and every `TICK_S`, it asks for all watched
-projects in one statement (none where nothing is watched); so its end is told within `TICK_S` +
-`LOOK_S` + `LAST_WORDS_S`, also where every notification is lost. A project of the same name that
-was made since is another one. Bounds: watchers are bounded by the HTTP edge.
+projects in one statement (none where nothing is watched). So its end is told within `TICK_S` +
+`LOOK_S` + `LAST_WORDS_S` (once more where it comes just behind another one's), also where every
+notification is lost. A project of the same name that was made since is another one. Bounds:
+watchers are bounded by the HTTP edge.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -39,13 +40,8 @@ class ProjectWatchStatistics:
     gone: int
 
 
-@dataclass(slots=True, eq=False)
-class _Watched:
-    """One project. `uid` is known from the first look on."""
-
-    uid: str | None = None
-    # Of one watcher each; a method may be given twice.
-    on_gone: list[Callable[[str], None]] = field(default_factory=list)
+# A project of the same name that is made later has another uid.
+_Subject = tuple[ProjectId, str]
 
 
 class ProjectWatch:
@@ -56,7 +52,8 @@ class ProjectWatch:
     def __init__(self, *, store: ProjectStore) -> None:
         """Nothing is watched yet."""
         self._store = store
-        self._watched: dict[ProjectId, _Watched] = {}
+        # Whom to tell; of one watcher each, and a method may be given twice.
+        self._watched: dict[_Subject, list[Callable[[str], None]]] = {}
         self._work = trio.Event()
         self._stop = trio.Event()
         self._looks = self._failures = self._gone = 0
@@ -82,52 +79,49 @@ class ProjectWatch:
         self._work.set()
 
     @contextmanager
-    def watch(self, project: ProjectId, on_gone: Callable[[str], None]) -> Iterator[None]:
-        """For the length of the block: when the project goes, `on_gone` is called with the reason,
-        once; it never waits."""
-        watched = self._watched.get(project)
-        if watched is None:
+    def watch(self, project: ProjectId, uid: str, on_gone: Callable[[str], None]) -> Iterator[None]:
+        """For the length of the block: when the project that has this uid goes, `on_gone` is called
+        with the reason, once; it never waits."""
+        subject = project, uid
+        told = self._watched.get(subject)
+        if told is None:
             # It may have gone since it was found.
-            watched = self._watched[project] = _Watched()
+            told = self._watched[subject] = []
             self.wake()
-        watched.on_gone.append(on_gone)
+        told.append(on_gone)
         try:
             yield
         finally:
-            if on_gone in watched.on_gone:
-                watched.on_gone.remove(on_gone)
-            if not watched.on_gone and self._watched.get(project) is watched:
-                del self._watched[project]
+            if on_gone in told:
+                told.remove(on_gone)
+            if not told and self._watched.get(subject) is told:
+                del self._watched[subject]
 
     async def run_once(self) -> None:
         """Look once at all that is watched, and tell of those that are gone."""
-        asked = dict(self._watched)
+        asked = list(self._watched)
         if not asked:
             return
         self._looks += 1
+        names = {project for project, _ in asked}
         try:
             with trio.fail_after(LOOK_S):
-                found = await self._store.list_all(
-                    within=asked.keys(), after=None, limit=len(asked)
-                )
+                found = await self._store.list_all(within=names, after=None, limit=len(names))
         except (RdevError, trio.TooSlowError):
             self._failures += 1
             return
-        uids = {project.id: project.uid for project in found}
-        gone = [name for name, watched in asked.items() if _is_gone(watched, uids.get(name))]
+        there = {(project.id, project.uid) for project in found}
+        gone = [subject for subject in asked if subject not in there]
         if not gone:
             return
         with trio.move_on_after(LAST_WORDS_S):
             await self._stop.wait()
-        for name in gone:
-            self._tell(name, asked[name])
+        for subject in gone:
+            self._tell(subject)
 
-    def _tell(self, project: ProjectId, watched: _Watched) -> None:
+    def _tell(self, subject: _Subject) -> None:
         self._gone += 1
-        if self._watched.get(project) is watched:
-            del self._watched[project]
-        told, watched.on_gone = watched.on_gone, []
-        for on_gone in told:
+        for on_gone in self._watched.pop(subject, ()):
             on_gone(DELETED)
 
     def statistics(self) -> ProjectWatchStatistics:
@@ -135,10 +129,3 @@ class ProjectWatch:
         return ProjectWatchStatistics(
             watched=len(self._watched), looks=self._looks, failures=self._failures, gone=self._gone
         )
-
-
-def _is_gone(watched: _Watched, uid: str | None) -> bool:
-    """Whether what is there now is not what was watched. Takes down what is seen first."""
-    if watched.uid is None:
-        watched.uid = uid
-    return uid is None or uid != watched.uid

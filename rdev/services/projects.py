@@ -229,11 +229,12 @@ class Projects:
             raise _unknown(project)
         return found
 
-    async def check_known(self, project: str) -> None:
-        """Errors: NOT_FOUND for a project that is not there, or was not a moment ago."""
+    async def check_known(self, project: str) -> str:
+        """Its uid. Errors: NOT_FOUND for a project that is not there, or was not a moment ago."""
         found = await self._cached.get(ProjectId(project)) if is_project_id(project) else None
         if found is None:
             raise _unknown(project)
+        return found.uid
 
     async def env_of(self, project: ProjectId) -> Mapping[str, str]:
         """What every command in it has in its environment, or had a moment ago; empty for a project

@@ -72,9 +72,9 @@ async def test_the_role_is_what_the_code_asks() -> None:
         fake.drop("pods", pod()["metadata"]["name"])
         places = PodPlaces(api, watch, read_template(None), now=lambda: WHEN)
         for _ in range(2):
-            await places.start(project())
-        await places.stop(project())
-        await places.delete(project())
+            await places.start(project(), patience_s=1)
+        await places.stop(project(), patience_s=1)
+        await places.delete(project(), patience_s=1)
         requests = list(fake.requests)
         watch.stop()
         nursery.cancel_scope.cancel()

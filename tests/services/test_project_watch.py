@@ -33,6 +33,9 @@ class Stage:
     state: StoreState
     told: list[tuple[str, str, float]] = field(default_factory=list)
 
+    def uid(self, project: ProjectId) -> str:
+        return self.state.projects[project].uid
+
     def teller(self, who: str):
         return lambda reason: self.told.append((who, reason, trio.current_time()))
 
@@ -54,8 +57,8 @@ async def test_everybody_is_told_once_of_the_project_that_went_and_nobody_of_ano
 ) -> None:
     with ExitStack() as stack:
         for who in ("first", "second"):
-            stack.enter_context(stage.watch.watch(DEMO, stage.teller(who)))
-        stack.enter_context(stage.watch.watch(OTHER, stage.teller("other")))
+            stack.enter_context(stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller(who)))
+        stack.enter_context(stage.watch.watch(OTHER, stage.uid(OTHER), stage.teller("other")))
         await trio.sleep(3 * TICK_S)
         assert stage.told == []
         del stage.state.projects[DEMO]
@@ -71,7 +74,7 @@ async def test_everybody_is_told_once_of_the_project_that_went_and_nobody_of_ano
 async def test_a_word_of_it_is_heeded_at_once_but_for_the_time_of_the_last_words(
     stage: Stage,
 ) -> None:
-    with stage.watch.watch(DEMO, stage.teller("one")):
+    with stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller("one")):
         await trio.sleep(TICK_S / 2)
         del stage.state.projects[DEMO]
         began_s = trio.current_time()
@@ -81,25 +84,55 @@ async def test_a_word_of_it_is_heeded_at_once_but_for_the_time_of_the_last_words
 
 
 async def test_a_project_of_the_same_name_that_was_made_since_is_another(stage: Stage) -> None:
-    with stage.watch.watch(DEMO, stage.teller("of the former")):
+    with stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller("of the former")):
         await trio.sleep(TICK_S)
         stage.state.projects[DEMO] = replace(stage.state.projects[DEMO], uid="another")
         await trio.sleep(2 * TICK_S)
     assert [who for who, *_ in stage.told] == ["of the former"]
-    with stage.watch.watch(DEMO, stage.teller("of the latter")):
+    with stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller("of the latter")):
         await trio.sleep(3 * TICK_S)
     assert len(stage.told) == 1
 
 
 async def test_a_project_that_went_before_the_first_look_is_told_too(stage: Stage) -> None:
+    uid = stage.uid(DEMO)
     del stage.state.projects[DEMO]
-    with stage.watch.watch(DEMO, stage.teller("late")):
+    with stage.watch.watch(DEMO, uid, stage.teller("late")):
         await trio.sleep(BOUND_S)
     assert [who for who, *_ in stage.told] == ["late"]
 
 
+async def test_a_project_that_was_made_again_before_the_first_look_is_another(stage: Stage) -> None:
+    """It was taken for the one that was found, and its follower was told nothing."""
+    uid = stage.uid(DEMO)
+    stage.state.projects[DEMO] = replace(stage.state.projects[DEMO], uid="another")
+    with (
+        stage.watch.watch(DEMO, uid, stage.teller("of the former")),
+        stage.watch.watch(DEMO, "another", stage.teller("of the latter")),
+    ):
+        await trio.sleep(BOUND_S)
+    assert [who for who, *_ in stage.told] == ["of the former"]
+
+
+async def test_an_end_just_behind_another_one_is_told_within_the_bound_too(stage: Stage) -> None:
+    with (
+        stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller("first")),
+        stage.watch.watch(OTHER, stage.uid(OTHER), stage.teller("second")),
+    ):
+        await trio.sleep(TICK_S / 2)
+        del stage.state.projects[DEMO]
+        stage.watch.wake()
+        await trio.sleep(PAUSE_S)
+        del stage.state.projects[OTHER]
+        stage.watch.wake()
+        began_s = trio.current_time()
+        await trio.sleep(2 * TICK_S)
+    assert [who for who, *_ in stage.told] == ["first", "second"]
+    assert stage.told[1][2] <= began_s + 2 * LAST_WORDS_S + PAUSE_S
+
+
 async def test_who_left_is_told_nothing_and_nothing_of_it_stays(stage: Stage) -> None:
-    with stage.watch.watch(DEMO, stage.teller("gone")):
+    with stage.watch.watch(DEMO, stage.uid(DEMO), stage.teller("gone")):
         await trio.sleep(TICK_S)
     del stage.state.projects[DEMO]
     looks = stage.watch.statistics().looks
@@ -121,7 +154,7 @@ async def test_a_database_that_is_away_tells_of_no_end(stage: Stage, nursery: tr
     store = Away(stage.state)
     watch = ProjectWatch(store=store)
     await nursery.start(watch.run)
-    with watch.watch(DEMO, stage.teller("patient")):
+    with watch.watch(DEMO, stage.uid(DEMO), stage.teller("patient")):
         await trio.sleep(3 * TICK_S)
         assert stage.told == []
         assert watch.statistics().failures > 0

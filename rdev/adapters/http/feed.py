@@ -26,7 +26,7 @@ _MANY = ProjectId("*")
 
 _encode = msgspec.json.Encoder().encode
 
-WatchProject = Callable[[ProjectId, Callable[[str], None]], AbstractContextManager[None]]
+WatchProject = Callable[[ProjectId, str, Callable[[str], None]], AbstractContextManager[None]]
 
 
 class Feeds:
@@ -36,11 +36,11 @@ class Feeds:
         self,
         feed: Feed,
         followers: Followers,
-        check_project: Callable[[ProjectId], Awaitable[None]],
+        check_project: Callable[[ProjectId], Awaitable[str]],
         watch_project: WatchProject,
     ) -> None:
-        """`check_project` raises NOT_FOUND for a project that is not there; `watch_project` tells
-        when one goes (`ProjectWatch.watch`)."""
+        """`check_project` gives a project's uid, or raises NOT_FOUND; `watch_project` tells when
+        that one goes (`ProjectWatch.watch`)."""
         self._feed = feed
         self._followers = followers
         self._check_project = check_project
@@ -58,8 +58,8 @@ class Feeds:
         if not is_project_id(text):
             raise RdevError(ErrorCode.NOT_FOUND, f"there is no project {text!r}")
         project = ProjectId(text)
-        await self._check_project(project)
-        watch = partial(self._watch_project, project)
+        uid = await self._check_project(project)
+        watch = partial(self._watch_project, project, uid)
         await self._answer(asked, frozenset({project}), watch, project=project)
 
     async def _answer(

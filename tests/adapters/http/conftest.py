@@ -46,10 +46,11 @@ async def project_of(command: CommandId) -> ProjectId | None:
     return None
 
 
-async def check_project(project: ProjectId) -> None:
+async def check_project(project: ProjectId) -> str:
     """Every project but one is known here."""
     if project == "nowhere":
         raise RdevError(ErrorCode.NOT_FOUND, "there is no project 'nowhere'")
+    return f"uid-of-{project}"
 
 
 class AnyScope(dict[Route, Access]):
