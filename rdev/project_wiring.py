@@ -17,6 +17,7 @@ from rdev.domain.ids import CommandId, ProjectId
 from rdev.execution_wiring import ClusterParts, ExecutionParts
 from rdev.identity import Identity
 from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.project_steps import ProjectSteps
 from rdev.services.project_teller import ProjectTeller
 from rdev.services.project_watch import ProjectWatch
 from rdev.services.projects import Lives, Projects
@@ -64,7 +65,7 @@ def build_projects(
         projects.heed([project])
         told(project)
 
-    keeper = ProjectKeeper(
+    steps = ProjectSteps(
         life=life,
         places=places,
         executor=settings.executor,
@@ -73,19 +74,20 @@ def build_projects(
         ask_to_end=needs.ask_to_end,
         changed=changed,
     )
+    keeper = ProjectKeeper(steps=steps, life=life, places=places, reach=lambda: executor.reach)
     subsystems: tuple[Subsystem, ...] = (keeper, watch)
     if cluster is not None:
         teller = ProjectTeller(
             store=life, places=places, reach=lambda: executor.reach, written=needs.written
         )
-        cluster.pods.tell(lambda _: keeper.wake())
+        cluster.pods.tell(keeper.heed)
         cluster.pods.tell(lambda _: teller.wake())
         subsystems = (keeper, watch, teller)
     projects = Projects(
         store=store,
         executor=executor,
         executor_name=settings.executor,
-        lives=Lives(life=life, places=places, keeper=keeper),
+        lives=Lives(life=life, places=places, steps=steps, keeper=keeper),
         tell_replicas=told,
     )
     return projects, watch, subsystems

@@ -129,7 +129,7 @@ def health_of(pod: Pod | None) -> PodHealth:
         return PodHealth(status=ProjectStatus.STOPPED, trouble=PodTrouble.DELETING)
     match pod.phase:
         case "Failed":
-            return _told(ProjectStatus.FAILED, _end_of(pod), pod.message)
+            return _told(ProjectStatus.FAILED, _end_of(pod), pod.message or _failure_of(pod))
         case "Succeeded":
             return _told(ProjectStatus.STOPPED, PodTrouble.ENDED, pod.message)
         case "Pending" | "Running":
@@ -166,7 +166,21 @@ def _end_of(pod: Pod) -> PodTrouble:
         return PodTrouble.EVICTED
     if any(container.reason == _OOM for container in pod.containers):
         return PodTrouble.OOM_KILLED
+    if any(_has_failed(container) for container in pod.init_containers):
+        return PodTrouble.INIT_FAILED  # not tried again: the pod is never restarted
     return PodTrouble.ENDED
+
+
+def _has_failed(container: Container) -> bool:
+    is_over = container.state is ContainerState.TERMINATED
+    return is_over and container.reason not in ("", "Completed")
+
+
+def _failure_of(pod: Pod) -> str:
+    """The first container that failed, and how."""
+    containers = (*pod.init_containers, *pod.containers)
+    failed = (f"container {one.name}: {one.reason}" for one in containers if _has_failed(one))
+    return next(failed, "")
 
 
 def lost_reason(pod: Pod | None, *, are_gone: bool) -> LostReason | None:

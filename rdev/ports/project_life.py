@@ -2,6 +2,8 @@
 the places where projects are."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Protocol
 
@@ -26,6 +28,16 @@ class Asked(StrEnum):
     ADOPTED = "adopted"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """A project that was tried, for what was wanted of it at that time, and is due in `wait_s`;
+    `wanted_at` None: it is in hand, whatever is wanted."""
+
+    project: ProjectId
+    wanted_at: datetime | None
+    wait_s: float
+
+
 class ProjectLife(Protocol):
     """What is asked of projects, and how far it is."""
 
@@ -47,8 +59,10 @@ class ProjectLife(Protocol):
         """Those of them that are not stored."""
         ...
 
-    async def unsettled(self, *, reach: str, limit: int) -> list[Project]:
-        """Projects that are not what is asked of them, by id."""
+    async def unsettled(self, *, reach: str, tried: Collection[Tried], limit: int) -> list[Project]:
+        """Projects that are not what is asked of them, but for those that were tried for that and
+        are not due. First those that were not, in the order in which it was asked; then who has
+        been due the longest."""
         ...
 
     async def settle(self, project: Project) -> bool:
@@ -104,7 +118,11 @@ class ProjectTold(Protocol):
 
 
 class ProjectPlaces(Protocol):
-    """Where projects are: pods with volumes, or folders. Every call may be repeated."""
+    """Where projects are: pods with volumes, or folders. Every call may be repeated.
+
+    `patience_s`: for how long a call is to go on while its place cannot serve it (0: one try).
+    Blocks, all: at most so long, and for the answers of a try.
+    """
 
     @property
     def are_made(self) -> bool:
@@ -119,26 +137,26 @@ class ProjectPlaces(Protocol):
         """Projects whose pods are there, whoever made them. Never waits."""
         ...
 
-    async def find(self, project: ProjectId) -> str | None:
+    async def find(self, project: ProjectId, *, patience_s: float) -> str | None:
         """Ask now for a pod that says it is this project's, one that stays: its image, or None.
-        Errors: SERVICE_UNAVAILABLE, after tries."""
+        Errors: SERVICE_UNAVAILABLE."""
         ...
 
-    async def start(self, project: Project) -> None:
+    async def start(self, project: Project, *, patience_s: float) -> None:
         """Make what is missing of its place.
 
         Errors: BAD_REQUEST for what can never be made of this definition; CONFLICT where something
-        of the same name is not this project's; SERVICE_UNAVAILABLE, after tries.
-        Cancellation: some of it may be there; ask again. Blocks: at most some 10 s.
+        of the same name is not this project's; SERVICE_UNAVAILABLE.
+        Cancellation: some of it may be there; ask again.
         """
         ...
 
-    async def stop(self, project: Project) -> bool:
-        """End its pod and leave its volume; True when it is gone. Errors: SERVICE_UNAVAILABLE,
-        after tries. Cancellation and Blocks: as `start`."""
+    async def stop(self, project: Project, *, patience_s: float) -> bool:
+        """End its pod and leave its volume; True when it is gone. Errors: SERVICE_UNAVAILABLE.
+        Cancellation: as `start`."""
         ...
 
-    async def delete(self, project: Project) -> bool:
+    async def delete(self, project: Project, *, patience_s: float) -> bool:
         """End its pod and its volume, or the pods by which it was found; True when they are gone.
-        What is not this project's stays. Errors, Cancellation, Blocks: as `stop`."""
+        What is not this project's stays. Errors, Cancellation: as `stop`."""
         ...

@@ -30,10 +30,13 @@ from rdev.ports.project_life import Asked, ProjectLife, ProjectPlaces
 from rdev.ports.projects import ProjectMade, ProjectStore
 from rdev.services.cached import Cached, CachedStatistics
 from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.project_steps import ProjectSteps
 from rdev.services.shield import commit_shield
 
 # When a repeat of a request that found the cluster away is worth it.
 RETRY_AFTER_S = 5.0
+# For how long a request that makes a project goes on while the cluster cannot make it.
+PATIENCE_S = 8.0
 # How long after the API server a watch is at most, when all is well.
 HEARD_S = 2.0
 # What can never become a pod, or stands in its way: the request is taken back.
@@ -55,6 +58,7 @@ class Lives:
 
     life: ProjectLife
     places: ProjectPlaces
+    steps: ProjectSteps
     keeper: ProjectKeeper
 
 
@@ -69,6 +73,7 @@ class Projects:
         executor_name: str,
         lives: Lives,
         tell_replicas: Callable[[ProjectId], None],
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """`tell_replicas` says to the other servers that a project was changed; it never waits."""
         self._store = store
@@ -76,8 +81,10 @@ class Projects:
         self._executor_name = executor_name
         self._life = lives.life
         self._places = lives.places
+        self._steps = lives.steps
         self._keeper = lives.keeper
         self._tell_replicas = tell_replicas
+        self._patience_s = patience_s
         self._cached: Cached[ProjectId, Project] = Cached(store.get, tag=lambda project, _: project)
 
     async def create(
@@ -99,7 +106,7 @@ class Projects:
         if earlier is None:
             if not self._places.are_made:
                 await self._executor.prepare(definition.id)
-            elif await self._keeper.take_in(definition.id):
+            elif await self._steps.take_in(definition.id, patience_s=self._patience_s):
                 await self._hear(definition.id)
             made = await self._insert(definition, actor, idempotency)
         else:
@@ -134,7 +141,7 @@ class Projects:
         if project.wanted is not Wanted.RUNNING:
             return
         try:
-            await self._keeper.bring(project)
+            await self._keeper.bring(project, patience_s=self._patience_s)
             return
         except RdevError as error:
             refusal = error

@@ -30,21 +30,21 @@ class StandingPlaces:
         """See `ProjectPlaces.found`: a folder says nothing by itself."""
         return ()
 
-    async def find(self, project: ProjectId) -> str | None:
+    async def find(self, project: ProjectId, *, patience_s: float) -> str | None:
         """See `ProjectPlaces.find`."""
         await trio.lowlevel.checkpoint()
         return None
 
-    async def start(self, project: Project) -> None:
+    async def start(self, project: Project, *, patience_s: float) -> None:
         """See `ProjectPlaces.start`."""
         await self._executor.prepare(project.id)
 
-    async def stop(self, project: Project) -> bool:
+    async def stop(self, project: Project, *, patience_s: float) -> bool:
         """See `ProjectPlaces.stop`."""
         await trio.lowlevel.checkpoint()
         return True
 
-    async def delete(self, project: Project) -> bool:
+    async def delete(self, project: Project, *, patience_s: float) -> bool:
         """See `ProjectPlaces.delete`."""
         await trio.lowlevel.checkpoint()
         return True

@@ -21,7 +21,7 @@ import yaml
 from lightkube.resources.core_v1 import Pod
 
 from rdev.adapters.kubernetes.connection import ApiServer, connect, read_config
-from tests.app.server import Server, open_state
+from tests.app.server import Api, Server, open_state
 from tests.fakes.cuts import CuttingProxy
 
 SCRIPTS = Path(__file__).parent
@@ -203,6 +203,17 @@ async def real_cluster(folder: Path) -> AsyncIterator[RealCluster]:
                 for name in list(cluster.made):
                     await cluster.delete(name)
         nursery.cancel_scope.cancel()
+
+
+async def stands(api: Api, project: str, status: str) -> None:
+    """Wait until the project has this status; `gone` where it is not there."""
+    seen = ""
+    with trio.move_on_after(DEADLINE_S):
+        while seen != status:
+            await trio.sleep(0.1)
+            got = await api.get(f"/projects/{project}")
+            seen = "gone" if got.status_code == 404 else got.json()["data"]["status"]
+    assert seen == status, await kubectl("describe", "pods", "-n", NAMESPACE)
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from tests.cluster.real import (
     given,
     kubectl,
     serving,
+    stands,
 )
 from tests.deploy.conftest import DEPLOY, Object, build, read_yaml
 from tests.deploy.test_role import granted
@@ -146,16 +147,6 @@ def right(entry: Object) -> tuple[str, str]:
     about = entry["objectRef"]
     parts = [about["resource"], *([about["subresource"]] if "subresource" in about else [])]
     return "/".join(parts), entry["verb"]
-
-
-async def stands(api: Api, project: str, status: str) -> None:
-    seen = ""
-    with trio.move_on_after(DEADLINE_S):
-        while seen != status:
-            await trio.sleep(0.1)
-            got = await api.get(f"/projects/{project}")
-            seen = "gone" if got.status_code == 404 else got.json()["data"]["status"]
-    assert seen == status, await kubectl("describe", "pods", "-n", NAMESPACE)
 
 
 async def made_by_template(api: Api) -> None:

@@ -76,6 +76,18 @@ def waiting(reason: str, last_reason: str = "") -> Pod:
             PodTrouble.INIT_FAILED,
         ),
         (
+            replace(
+                PENDING,
+                phase="Failed",
+                init_containers=(
+                    container(ContainerState.TERMINATED, "Completed"),
+                    container(ContainerState.TERMINATED, "Error"),
+                ),
+            ),
+            ProjectStatus.FAILED,
+            PodTrouble.INIT_FAILED,
+        ),
+        (
             replace(READY, phase="Failed", is_ready=False, reason="Evicted"),
             ProjectStatus.FAILED,
             PodTrouble.EVICTED,

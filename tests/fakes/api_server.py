@@ -44,7 +44,8 @@ _REASONS = {
 
 @dataclass
 class Fault:
-    """The next `times` requests of this method whose path ends so are answered with `status`."""
+    """The next `times` requests of this method whose path ends so are answered with `status`, or
+    as ever where that is 200 and no `body` is given."""
 
     status: int
     method: str = "GET"
@@ -55,6 +56,7 @@ class Fault:
     message: str = "by script"
     body: str | bytes | None = None  # instead of a Status object: a proxy's page
     is_late: bool = False  # it is done all the same, and only its answer is this
+    held: trio.Event | None = None  # nothing is done or answered before
 
 
 @dataclass
@@ -74,6 +76,7 @@ class FakeApiServer:
     kubelet_runs: bool = True
     faults: list[Fault] = field(default_factory=list)
     expired_in_band: bool = True  # 410 as an ERROR event, not as the answer's status
+    watch_events: int | None = None  # so many, and each watch ends in order
     is_frozen: bool = False  # watches say nothing more, and stay open
     requests: list[tuple[str, str]] = field(default_factory=list)
     # (verb, resource) of what this account may not do, as access reviews say
@@ -178,7 +181,7 @@ class FakeApiServer:
             ):
                 fault.times -= 1
                 failure = _failure(fault.status, fault.message, fault.retry_after_s, fault.body)
-                failure.is_late = fault.is_late
+                failure.fault = fault
                 return failure
         return None
 
@@ -187,9 +190,14 @@ class FakeApiServer:
         answered before the body's end to wait for 15 s."""
         await request.get_data()
         refused = self._refused(request.method, request.path)
-        if refused is not None and getattr(refused, "is_late", False):
-            await self._serve(namespace, plural, name)
-        return refused or await self._serve(namespace, plural, name)
+        fault = getattr(refused, "fault", None)
+        if fault is not None and fault.held is not None:
+            await fault.held.wait()
+        if fault is None:
+            return refused or await self._serve(namespace, plural, name)
+        is_served = fault.status == 200 and fault.body is None
+        done = await self._serve(namespace, plural, name) if is_served or fault.is_late else None
+        return done if is_served else refused
 
     async def _serve(self, namespace: str, plural: str, name: str | None) -> Any:
         match request.method, name:
@@ -270,7 +278,8 @@ class FakeApiServer:
                 yield _line({"type": "ERROR", "object": status})
                 return
             ends = trio.current_time() + within_s
-            while trio.current_time() < ends:
+            left = float("inf") if self.watch_events is None else self.watch_events
+            while trio.current_time() < ends and left > 0:
                 changed = self._changed
                 for version, event, kind, place, body in list(self._events):
                     if (
@@ -280,6 +289,8 @@ class FakeApiServer:
                         and not self.is_frozen
                     ):
                         yield _line({"type": event, "object": body})
+                        if (left := left - 1) <= 0:
+                            return
                 after = self.version if not self.is_frozen else after
                 with trio.move_on_at(ends):
                     await changed.wait()

@@ -5,6 +5,7 @@ from typing import cast
 from rdev.ports.execution import Executor
 from rdev.ports.project_life import ProjectLife
 from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.project_steps import ProjectSteps
 from rdev.services.projects import Lives
 from rdev.services.standing_places import StandingPlaces
 
@@ -13,7 +14,7 @@ def standing_lives(executor: Executor) -> Lives:
     """For tests in which nothing is asked of a project: the store of that is missing."""
     life = cast("ProjectLife", None)
     places = StandingPlaces(executor)
-    keeper = ProjectKeeper(
+    steps = ProjectSteps(
         life=life,
         places=places,
         executor="fake",
@@ -22,4 +23,5 @@ def standing_lives(executor: Executor) -> Lives:
         ask_to_end=lambda _: None,
         changed=lambda _: None,
     )
-    return Lives(life=life, places=places, keeper=keeper)
+    keeper = ProjectKeeper(steps=steps, life=life, places=places, reach=lambda: executor.reach)
+    return Lives(life=life, places=places, steps=steps, keeper=keeper)

@@ -22,6 +22,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, Wanted
 from rdev.services.project_keeper import ProjectKeeper
+from rdev.services.project_steps import ProjectSteps
 from rdev.services.projects import Lives, Projects
 from tests.adapters.execution.observing import SYSTEM_PATH, until
 from tests.adapters.kubernetes.conftest import config_of
@@ -65,17 +66,11 @@ class Scene:
     watch: PodWatch
     nursery: trio.Nursery
 
-    def replica(self, tries_s: float = 0.3) -> Replica:
+    def replica(self) -> Replica:
         executor = FakeExecutor(self.nursery, {})
-        places = PodPlaces(
-            self.api,
-            self.watch,
-            read_template(None),
-            now=lambda: datetime.now(UTC),
-            tries_s=tries_s,
-        )
+        places = PodPlaces(self.api, self.watch, read_template(None), now=lambda: datetime.now(UTC))
         life = PostgresProjectLife(pool=self.pool, holder="one")
-        keeper = ProjectKeeper(
+        steps = ProjectSteps(
             life=life,
             places=places,
             executor="kubernetes",
@@ -84,13 +79,15 @@ class Scene:
             ask_to_end=lambda _: None,
             changed=lambda _: None,
         )
+        keeper = ProjectKeeper(steps=steps, life=life, places=places, reach=lambda: executor.reach)
         store = PostgresProjects(pool=self.pool)
         projects = Projects(
             store=store,
             executor=executor,
             executor_name="kubernetes",
-            lives=Lives(life=life, places=places, keeper=keeper),
+            lives=Lives(life=life, places=places, steps=steps, keeper=keeper),
             tell_replicas=lambda _: None,
+            patience_s=0.3,
         )
         return Replica(projects, keeper, store)
 
@@ -215,20 +212,20 @@ async def test_a_start_that_outlasts_its_project_leaves_nothing(
 ) -> None:
     """Its pod was made after the delete was through: it was found by its labels, and the project
     was back; or its volume stood in the way of the next one of this name for ever."""
-    starter, other = scene.replica(tries_s=60.0), scene.replica()
-    tried = "/pods" if end is None else f"/{CLAIMS}"
-    busy = Fault(status=503, method="POST", path_end=tried, times=1_000_000)
-    refused = Fault(status=end or 0, method="POST", path_end="/pods")
-    scene.fake.faults.append(busy)
+    starter, other, held = scene.replica(), scene.replica(), trio.Event()
+    late = Fault(status=200, method="POST", path_end=f"/{CLAIMS}" if end else "/pods", held=held)
+    scene.fake.faults.append(late)
+    if end is not None:
+        scene.fake.faults.append(Fault(status=end, method="POST", path_end="/pods"))
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(taken_or_not, starter, "create")
-            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await until(lambda: late.times == 0, "it is asked for")
             await other.ask("delete")
             while await other.store.get(DEMO) is not None:
                 await other.keeper.run_once()
             assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])
-            scene.fake.faults[:] = [] if end is None else [refused]
+            held.set()
     assert (scene.fake.names("pods"), scene.fake.names(CLAIMS)) == ([], [])
 
 
@@ -236,19 +233,19 @@ async def test_a_stop_that_outlasts_a_start_leaves_no_project_without_its_pod(sc
     """Another server's stop, which had looked before the start was asked for: the start found the
     pod still there, and was through. Pods take their time to go, so the stop was not, and told
     nobody: the project was to run, with nothing left to do, and had no pod."""
-    slow, other = scene.replica(tries_s=60.0), scene.replica()
+    slow, other, held = scene.replica(), scene.replica(), trio.Event()
     await other.ask("create")
     await other.ask("stop")
-    busy = Fault(status=503, method="DELETE", path_end=f"/pods/{NAME}", times=1_000_000)
-    scene.fake.faults.append(busy)
+    late = Fault(status=200, method="DELETE", path_end=f"/pods/{NAME}", held=held)
+    scene.fake.faults.append(late)
     scene.fake.lingers = True
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(slow.keeper.run_once)
-            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await until(lambda: late.times == 0, "it is asked for")
             await other.ask("start")
             await other.keeper.run_once()
-            scene.fake.faults.clear()
+            held.set()
         scene.fake.finish()
         scene.fake.lingers = False
         await settled(scene, other)
@@ -257,16 +254,22 @@ async def test_a_stop_that_outlasts_a_start_leaves_no_project_without_its_pod(sc
 
 async def test_a_start_that_fails_behind_a_stop_leaves_no_pod(scene: Scene) -> None:
     """Its pod was made, but the answer was lost, and so it told nobody that it had acted."""
-    slow, other = scene.replica(tries_s=5.0), scene.replica()
-    busy = Fault(status=503, method="POST", path_end="/pods", times=1_000_000)
-    late = Fault(status=503, method="POST", path_end="/pods", is_late=True, retry_after_s=60)
-    scene.fake.faults.append(busy)
+    slow, other, held = scene.replica(), scene.replica(), trio.Event()
+    late = Fault(
+        status=503,
+        method="POST",
+        path_end="/pods",
+        is_late=True,
+        retry_after_s=60,
+        held=held,
+    )
+    scene.fake.faults.append(late)
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(taken_or_not, slow, "create")
-            await until(lambda: busy.times < 1_000_000, "it is tried")
+            await until(lambda: late.times == 0, "it is asked for")
             await other.ask("stop")
             await other.keeper.run_once()
-            scene.fake.faults[:] = [late]
+            held.set()
         await settled(scene, other)
     assert scene.fake.names("pods") == []

@@ -1,6 +1,8 @@
 """Every sentence of `ProjectLife` (`ports/project_life.py`), on PostgreSQL."""
 
+import math
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import trio
@@ -12,7 +14,8 @@ from rdev.domain.execution import KillReport
 from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId
 from rdev.domain.projects import Project, ProjectDefinition, Wanted
-from rdev.ports.project_life import Asked, ProjectLife
+from rdev.ports.project_life import Asked, ProjectLife, Tried
+from tests.fakes.project_life import FakeProjectLife
 from tests.fakes.store import ACTOR
 from tests.ports.conftest import PROJECT, REACH, Pools, World, append_to, last_chunk
 
@@ -213,9 +216,52 @@ async def test_who_acted_for_what_is_no_longer_wanted_leaves_it_unsettled(
     starting = await stored(real)
     assert await life.settle(starting)
     assert not await life.settle(stopping)
-    assert [one.id for one in await life.unsettled(reach=REACH, limit=10)] == [PROJECT]
+    assert [one.id for one in await life.unsettled(reach=REACH, tried=(), limit=10)] == [PROJECT]
     assert await life.settle(starting)
-    assert await life.unsettled(reach=REACH, limit=10) == []
+    assert await life.unsettled(reach=REACH, tried=(), limit=10) == []
+
+
+@pytest.fixture(params=["real", "fake"])
+def wishes(request: pytest.FixtureRequest, life: ProjectLife) -> ProjectLife:
+    return life if request.param == "real" else cast("ProjectLife", FakeProjectLife(reach=REACH))
+
+
+async def wished(wishes: ProjectLife, real: World, *names: str) -> dict[str, Project]:
+    """Projects that are to be stopped, asked for in this order, as they are found."""
+    for name in names:
+        if isinstance(wishes, PostgresProjectLife):
+            await real.project(ProjectId(name))
+        await wishes.want(ProjectId(name), Wanted.STOPPED, ACTOR, force=False, status="stopped")
+    return {one.id: one for one in await wishes.unsettled(reach=REACH, tried=(), limit=100)}
+
+
+def tried(project: Project, wait_s: float, *, in_hand: bool = False) -> Tried:
+    wanted_at = None if in_hand else project.wanted_at
+    return Tried(project=project.id, wanted_at=wanted_at, wait_s=wait_s)
+
+
+async def test_what_was_not_tried_comes_first_and_then_who_is_due_the_longest(
+    wishes: ProjectLife, real: World
+) -> None:
+    found = await wished(wishes, real, "c", "e", "a", "b", "d")
+    assert list(found) == ["c", "e", "a", "b", "d"]
+
+    async def due(*tried: Tried, limit: int = 100) -> list[str]:
+        rows = await wishes.unsettled(reach=REACH, tried=tried, limit=limit)
+        return [one.id for one in rows]
+
+    waits = tried(found["c"], 0.5), tried(found["e"], -1.0), tried(found["a"], -2.0)
+    assert await due(*waits) == ["b", "d", "a", "e"]
+    assert await due(*waits, limit=3) == ["b", "d", "a"]
+    assert await due(*waits, tried(found["b"], math.inf, in_hand=True)) == ["d", "a", "e"]
+    # Another wish was not tried, unless the project is in hand.
+    for name in ("c", "b"):
+        await wishes.want(ProjectId(name), Wanted.RUNNING, ACTOR, force=False, status="pending")
+    assert await due(*waits, tried(found["b"], math.inf, in_hand=True)) == ["d", "c", "a", "e"]
+    assert await wishes.unsettled(reach="elsewhere", tried=(), limit=100) == []
+    for one in await wishes.unsettled(reach=REACH, tried=(), limit=100):
+        await wishes.settle(one)
+    assert await due() == []
 
 
 async def test_a_trouble_is_kept_until_it_is_settled(life: ProjectLife, real: World) -> None:
@@ -263,7 +309,7 @@ async def test_a_request_that_is_refused_after_all_keeps_no_key(
     assert not made.project.is_settled
     await life.withdraw(made.project, key)
     assert await real.projects.replay(key) is None
-    (project,) = await life.unsettled(reach=REACH, limit=10)
+    (project,) = await life.unsettled(reach=REACH, tried=(), limit=10)
     assert (project.id, project.wanted) == ("new", Wanted.DELETED)
     assert await life.remove(project)
 
@@ -303,6 +349,6 @@ async def test_a_doubt_unsettles_what_something_else_was_wanted_of_and_nothing_m
     assert await life.settle(starting)
     await life.doubt(starting)
     await life.doubt(replace(stopping, uid="00000000-0000-4000-8000-000000000000"))
-    assert await life.unsettled(reach=REACH, limit=10) == []
+    assert await life.unsettled(reach=REACH, tried=(), limit=10) == []
     await life.doubt(stopping)
-    assert [one.id for one in await life.unsettled(reach=REACH, limit=10)] == [PROJECT]
+    assert [one.id for one in await life.unsettled(reach=REACH, tried=(), limit=10)] == [PROJECT]

@@ -18,7 +18,7 @@ from lightkube import AsyncClient, KubeConfig, SingleConfig
 from lightkube.config.client_adapter import verify_cluster
 from lightkube.config.models import User
 from lightkube.core.exceptions import ConfigError
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
 
 from rdev.adapters.kubernetes.credentials import AuthorizedTransport, credentials_of
 from rdev.adapters.kubernetes.errors import unreachable
@@ -26,6 +26,9 @@ from rdev.adapters.kubernetes.guard import Contact, GuardedTransport, HeraldTran
 from rdev.ports.breaker import CallBreaker, Unbroken
 
 _TIMEOUTS: Final = httpx2.Timeout(connect=5.0, read=15.0, write=15.0, pool=5.0)
+
+# A connection without them would be another one than the operator has meant.
+_UNKNOWN_WAYS: Final = frozenset({"proxy-url", "tls-server-name"})
 
 # A peer that is gone without a word is noticed after 15 + 3 × 5 s, on idle watches too.
 _KEEP_ALIVE: Final = (
@@ -54,21 +57,38 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     """The current context of a kubeconfig; without a file the pod's own service account, else the
     usual kubeconfig (`KUBECONFIG`, `~/.kube/config`).
 
-    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none, or something else.
+    Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none, or something else, or
+    one that says how to reach the API server in a way that is not known here.
     """
     try:
         if kubeconfig is not None:
             found = KubeConfig.from_file(kubeconfig).get()
         else:
             found = KubeConfig.from_env().get()
+        assert found is not None  # None only where a default was given
+        unknown = _ways(found) & _UNKNOWN_WAYS
     except (ConfigError, OSError, KeyError, ValueError) as error:
         where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
     except (YAMLError, AttributeError, TypeError) as error:
         # What lightkube makes of another file. Without its words, which may hold a token.
         raise unreachable(f"{kubeconfig or 'KUBECONFIG'} is no kubeconfig") from error
-    assert found is not None  # None only where a default was given
+    if unknown:
+        raise unreachable(f"{found.fname}: {', '.join(sorted(unknown))} is not supported")
     return found
+
+
+def _ways(config: SingleConfig) -> set[str]:
+    """The fields of its cluster, also those that lightkube drops without a word."""
+    if config.fname is None:
+        return set()
+    clusters = safe_load(config.fname.read_text())["clusters"]
+    return {
+        field
+        for one in clusters
+        if one["name"] == config.context.cluster
+        for field in one["cluster"]
+    }
 
 
 def _beside(config: SingleConfig, user: User) -> User:

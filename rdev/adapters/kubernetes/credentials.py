@@ -23,7 +23,7 @@ from lightkube.config.models import User
 from rdev.adapters.kubernetes.errors import UNREADABLE, unreachable
 from rdev.domain.errors import RdevError
 
-_PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network
+PLUGIN_S: Final = 60.0  # a plugin that asks somebody over the network, or a person
 _PLUGIN_BYTES: Final = 1 << 20  # of its answer
 _EARLY_S: Final = 60.0  # a credential is renewed so long before it ends
 _TOKEN: Final = re.compile(r"[!-~]+")
@@ -51,8 +51,8 @@ class Credentials(Protocol):
         """Its value now, or None for none. Errors: SERVICE_UNAVAILABLE."""
         ...
 
-    def forget(self) -> bool:
-        """The server refused the last one: whether another try may give a better one."""
+    def forget(self, refused: str | None) -> bool:
+        """The server refused this one: whether another try may give a better one."""
         ...
 
 
@@ -66,7 +66,7 @@ class Fixed:
         """See `Credentials.header`."""
         return self.value
 
-    def forget(self) -> bool:
+    def forget(self, refused: str | None) -> bool:
         """Never a better one."""
         return False
 
@@ -86,7 +86,7 @@ class TokenFile:
             raise unreachable(f"no token: {error}") from error
         return _bearer(text, self.path)
 
-    def forget(self) -> bool:
+    def forget(self, refused: str | None) -> bool:
         """It may have been rotated between the read and the answer."""
         return True
 
@@ -138,9 +138,10 @@ class Plugin:
         self._value = header
         self._until = math.inf if ends is None else ends.timestamp() - _EARLY_S
 
-    def forget(self) -> bool:
-        """Ask the plugin again."""
-        self._value = None
+    def forget(self, refused: str | None) -> bool:
+        """Ask the plugin again, unless somebody has since that one was given."""
+        if self._value == refused:
+            self._value = None
         return True
 
     async def _ask(self) -> _PluginStatus:
@@ -155,7 +156,7 @@ class Plugin:
             "KUBERNETES_EXEC_INFO": msgspec.json.encode(info).decode(),
         }
         try:
-            with trio.fail_after(_PLUGIN_S):
+            with trio.fail_after(PLUGIN_S):
                 code, said = await _run(self.argv, env)
         except OSError as error:
             raise unreachable(f"credential plugin: {error.strerror}") from error
@@ -236,7 +237,8 @@ class AuthorizedTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         """Send it. Errors: httpx2's, and SERVICE_UNAVAILABLE where we have no credential."""
         response = await self._send(request)
-        if response.status_code == 401 and self._credentials.forget():
+        refused = request.headers.get("Authorization")
+        if response.status_code == 401 and self._credentials.forget(refused):
             await response.aclose()
             response = await self._send(request)
         return response

@@ -1,8 +1,8 @@
 """The projects of a namespace, as its pods are now: one list, then a watch.
 
 Holds one `Pod` for each pod with the project label. What bounds it: a watch lives `WATCH_S`, and
-one whose server says nothing beyond that is taken for dropped; then, and at 410, all is listed
-again.
+one whose server says nothing beyond that is taken for dropped; then, at 410, and where it ended at
+once, all is listed again. A change is at most `_LINE_BYTES`.
 Survives whatever the API server does, pausing up to 10 s with jitter (longer where it is told to);
 while it does not hear, the pods of before are still there and `is_current` is false. Costs one
 request each `WATCH_S` when nothing happens.
@@ -23,7 +23,7 @@ from rdev.adapters.kubernetes.errors import refusal, refusal_of, translated
 from rdev.adapters.kubernetes.exec import PodTarget
 from rdev.adapters.kubernetes.objects import PodEvent, PodList, PodObject, read_pod
 from rdev.domain.backoff import Backoff
-from rdev.domain.errors import RdevError
+from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.execution import LostReason
 from rdev.domain.ids import ProjectId
 from rdev.domain.pods import LABEL_PREFIX, Pod, choose, lost_reason
@@ -31,9 +31,10 @@ from rdev.domain.pods import LABEL_PREFIX, Pod, choose, lost_reason
 WATCH_S: Final = 240.0
 _MARGIN_S: Final = 15.0
 _PAGE: Final = 500  # pods of one answer
-_BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way
+_BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way, whatever it said
 _REST_S: Final = 0.5  # for the end of a watch that is over
 _EXPIRED: Final = 410
+_LINE_BYTES: Final = 4 * 2**20  # etcd holds objects of 1.5 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +75,7 @@ class PodWatch:
         self._backoff = Backoff(random=random.random, first_s=0.1, most_s=10.0)
         self._is_current = False
         self._heard_at_s = float("-inf")
+        self._began_s = float("inf")  # the watch that is open now
         self._lists = self._changes = self._failures = 0
 
     @property
@@ -156,15 +158,23 @@ class PodWatch:
         """
         version: str | None = await self._list()
         self._is_current = True
+        is_brief = False
         try:
-            while version is not None:
-                began = trio.current_time()
+            while version is not None and not is_brief:
+                self._began_s = trio.current_time()
                 version = await self._watch(version)
-                if trio.current_time() - began < _BRIEF_S:
-                    await trio.sleep(self._backoff.next_s())  # who hangs up at once is not pressed
+                is_brief = not self._has_lasted()
         finally:
             self._is_current = False
             self._heard_at_s = trio.current_time()
+            if self._has_lasted():
+                self._backoff.failures = 0
+        if is_brief:
+            # Who hangs up at once is not pressed, and not believed that nothing has changed.
+            await trio.sleep(self._backoff.next_s())
+
+    def _has_lasted(self) -> bool:
+        return trio.current_time() - self._began_s >= _BRIEF_S
 
     async def _list(self) -> str:
         """Take all pods anew; the version they are of."""
@@ -210,7 +220,7 @@ class PodWatch:
                     raise refusal_of(got)
                 async with _lines_of(got) as lines:
                     async for line in lines:
-                        event = msgspec.json.decode(line, type=PodEvent)
+                        event = _read_event(line)
                         if event.type == "ERROR":
                             _check_expired(event)
                             return None
@@ -220,7 +230,6 @@ class PodWatch:
     def _heed(self, event: PodEvent) -> str:
         """Take one change in; the version it leads to."""
         metadata = event.object.metadata
-        self._backoff.failures = 0
         if event.type != "BOOKMARK":
             self._changes += 1
             before = self._pods.pop(metadata.name, None)
@@ -252,16 +261,30 @@ async def _lines_of(response: httpx2.Response) -> AsyncIterator[AsyncIterator[by
 
 
 async def _lines(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
-    """The lines of a watch as they come. An event is an object: at most 1.5 MiB, etcd's limit."""
-    left = bytearray()
+    """The lines of a watch as they come; of one that is too long, its beginning."""
+    begun: list[bytes] = []  # of a line whose end has not come
+    size = 0
     async with aclosing(response.aiter_bytes()) as pieces:
         async for piece in pieces:
-            left += piece
-            *whole, rest = left.split(b"\n")
-            for line in whole:
+            *ends, rest = piece.split(b"\n")
+            for end in ends:
+                line = b"".join((*begun, end))
+                begun, size = [], 0
                 if line:
-                    yield bytes(line)
-            left = bytearray(rest)
+                    yield line
+            begun.append(rest)
+            size += len(rest)
+            if size > _LINE_BYTES:
+                yield b"".join(begun)
+                begun, size = [], 0
+
+
+def _read_event(line: bytes) -> PodEvent:
+    """Errors: RdevError for more than any object is; one of `UNREADABLE` for what is none."""
+    if len(line) > _LINE_BYTES:
+        message = f"a line of the watch of pods is longer than {_LINE_BYTES} bytes"
+        raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message)
+    return msgspec.json.decode(line, type=PodEvent)
 
 
 def _check_expired(event: PodEvent) -> None:

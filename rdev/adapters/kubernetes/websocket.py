@@ -20,6 +20,7 @@ import wsproto.connection
 import wsproto.utilities
 from wsproto.events import BytesMessage, CloseConnection, Event, Ping, Pong, TextMessage
 
+from rdev.adapters.kubernetes.credentials import PLUGIN_S
 from rdev.adapters.kubernetes.errors import refusal_of, translated, unreachable
 
 _READ_BYTES: Final = 65_536
@@ -191,7 +192,8 @@ async def open_websocket(
     """Upgrade; `subprotocols` in order of preference. Leaving the block drops the connection.
 
     Errors (on entry): RdevError for what the server answers instead, SERVICE_UNAVAILABLE where it
-    cannot be reached within `connect_s` or agrees to no subprotocol.
+    cannot be reached, or does not answer, within `connect_s` each, or agrees to no subprotocol.
+    Blocks: for `PLUGIN_S` more where a credential plugin is asked who we are.
     """
     key = wsproto.utilities.generate_nonce()
     headers = {
@@ -201,11 +203,14 @@ async def open_websocket(
         "sec-websocket-version": "13",
         "sec-websocket-protocol": ", ".join(subprotocols),
     }
-    request = http.build_request("GET", path, params=list(params), headers=headers)
-    with trio.move_on_after(connect_s) as connecting, translated():
+    request = http.build_request(
+        "GET", path, params=list(params), headers=headers, timeout=connect_s
+    )
+    whole_s = 2 * connect_s + PLUGIN_S
+    with trio.move_on_after(whole_s) as connecting, translated():
         response = await http.send(request, stream=True)
     if connecting.cancelled_caught:
-        raise unreachable(f"no answer within {connect_s:g} s")
+        raise unreachable(f"no answer within {whole_s:g} s")
     try:
         agreed = response.headers.get("sec-websocket-protocol", "")
         if response.status_code != 101:

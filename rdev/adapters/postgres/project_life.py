@@ -16,7 +16,7 @@ from rdev.domain.idempotency import Idempotency
 from rdev.domain.ids import CommandId, ProjectId, command_id
 from rdev.domain.projects import Project, ProjectDefinition, ProjectStatus, Told, Wanted
 from rdev.domain.stream import final_lines
-from rdev.ports.project_life import Asked
+from rdev.ports.project_life import Asked, Tried
 
 TROUBLE_CHARACTERS = 200
 DELETED = "project_deleted"
@@ -56,12 +56,15 @@ where not exists (select from projects p where p.id = asked.id)
 order by asked.id
 """
 
-# `projects_unsettled` serves it.
+# `projects_unsettled` serves it. Who was not tried for what is wanted now has no wait.
 _UNSETTLED = (
     SELECT_PROJECTS
     + """
-where p.reach = %(reach)s and not p.settled
-order by p.reach, p.id
+left join unnest(%(tried)s::text[], %(wishes)s::timestamptz[], %(waits)s::float8[])
+          as tried (id, wanted_at, wait_s)
+    on tried.id = p.id and coalesce(tried.wanted_at, p.wanted_at) = p.wanted_at
+where p.reach = %(reach)s and not p.settled and coalesce(tried.wait_s, 0) <= 0
+order by tried.wait_s nulls first, p.wanted_at, p.id
 limit %(limit)s
 """
 )
@@ -184,9 +187,16 @@ class PostgresProjectLife:
         """See `ProjectLife.missing`."""
         return [ProjectId(row["id"]) for row in await self._rows(_MISSING, {"ids": list(projects)})]
 
-    async def unsettled(self, *, reach: str, limit: int) -> list[Project]:
+    async def unsettled(self, *, reach: str, tried: Collection[Tried], limit: int) -> list[Project]:
         """See `ProjectLife.unsettled`."""
-        rows = await self._rows(_UNSETTLED, {"reach": reach, "limit": limit})
+        values = {
+            "reach": reach,
+            "tried": [one.project for one in tried],
+            "wishes": [one.wanted_at for one in tried],
+            "waits": [one.wait_s for one in tried],
+            "limit": limit,
+        }
+        rows = await self._rows(_UNSETTLED, values)
         return [to_project(row) for row in rows]
 
     async def settle(self, project: Project) -> bool:

@@ -11,9 +11,11 @@ import trio.testing
 from lightkube.config.models import NameValue, User, UserExec
 from lightkube.resources.core_v1 import Pod
 
-from rdev.adapters.kubernetes.connection import connect, read_config
+from rdev.adapters.kubernetes.connection import ApiServer, connect, read_config
 from rdev.adapters.kubernetes.credentials import Fixed, Plugin, TokenFile, credentials_of
+from rdev.adapters.kubernetes.websocket import open_websocket
 from rdev.domain.errors import ErrorCode, RdevError
+from tests.adapters.execution.pods import POD, pod
 from tests.adapters.kubernetes.conftest import config_of
 from tests.fakes.api_server import FakeApiServer
 
@@ -72,6 +74,42 @@ async def test_a_plugin_is_asked_again_when_its_token_is_refused(
     async with connect(config) as api:
         response = await api.http.get("/api/v1/namespaces/rdev/pods")
     assert response.status_code == 200
+
+
+async def test_requests_that_are_refused_together_ask_the_plugin_once(
+    fake: FakeApiServer, tmp_path: Path
+) -> None:
+    """Each threw the token away that another one had fetched meanwhile, and fetched its own."""
+    fake.token = "me-2"
+    config = config_of(fake)._replace(user=plugin(tmp_path))
+    statuses: list[int] = []
+
+    async def ask(api: ApiServer) -> None:
+        statuses.append((await api.http.get("/api/v1/namespaces/rdev/pods")).status_code)
+
+    async with connect(config) as api, trio.open_nursery() as nursery:
+        for _ in range(20):
+            nursery.start_soon(ask, api)
+    assert statuses == [200] * 20
+    assert len((tmp_path / "asked").read_text().splitlines()) == 2
+
+
+async def test_an_exec_waits_for_a_plugin_longer_than_for_an_answer(
+    fake: FakeApiServer, tmp_path: Path
+) -> None:
+    """It was ended with the time for a connection, and begun again by the next who needed it."""
+    script = 'sleep 1; echo \'{"status": {"token": "the-token"}}\''
+    slow = UserExec(apiVersion="client.authentication.k8s.io/v1", command="sh", args=["-c", script])
+    fake.put("pods", pod())
+    path = f"/api/v1/namespaces/rdev/pods/{POD}/exec"
+    params = [("command", "true"), ("container", "project"), ("stdout", "true")]
+    async with (
+        connect(config_of(fake)._replace(user=User(exec=slow))) as api,
+        open_websocket(
+            api.http, path, params=params, subprotocols=["v4.channel.k8s.io"], connect_s=0.5
+        ) as socket,
+    ):
+        assert socket.subprotocol == "v4.channel.k8s.io"
 
 
 @pytest.mark.parametrize(
@@ -206,7 +244,7 @@ async def test_what_a_user_can_be_known_by() -> None:
     assert await credentials_of(User(token="t")).header() == "Bearer t"
     basic = credentials_of(User(username="u", password="p"))
     assert await basic.header() == httpx2.BasicAuth("u", "p")._auth_header
-    assert not Fixed("x").forget()
+    assert not Fixed("x").forget("x")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +272,19 @@ users: [{{name: u, user: {{{user}}}}}]
 contexts: [{{name: x, context: {{cluster: c, user: u, namespace: rdev}}}}]
 current-context: x
 """
+
+
+@pytest.mark.parametrize("field", ["proxy-url", "tls-server-name"])
+def test_a_way_that_is_not_known_here_is_told_at_the_start(tmp_path: Path, field: str) -> None:
+    """It was dropped without a word, and the API server asked by another way than was meant."""
+    file = tmp_path / "kubeconfig"
+    text = KUBECONFIG.format(server="https://127.0.0.1:1", user="token: t")
+    file.write_text(text.replace("{server:", f"{{{field}: there, server:"))
+    with pytest.raises(RdevError, match=f"{field} is not supported") as caught:
+        read_config(file)
+    assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+
+
 _ANSWER = '{"status": {"token": "the-token"}}'
 
 

@@ -139,6 +139,55 @@ async def test_a_watch_that_ends_in_order_goes_on_without_a_list(fake: FakeApiSe
         assert seen.watch.statistics().lists == 1
 
 
+async def test_watches_that_end_at_once_are_not_taken_for_hearing(fake: FakeApiServer) -> None:
+    """Who answers so is no API server: nothing was heard of any change, and all was current."""
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.watch_events = 0
+        seen.proxy.cut_all()
+        fake.drop("pods", POD)
+        await until(lambda: seen.names() == {}, "it is listed")
+        fake.put("pods", pod())
+        await until(lambda: "demo" in seen.names(), "and again")
+        await until(lambda: not seen.watch.is_current, "it says that it does not hear")
+
+
+@pytest.mark.slow
+async def test_watches_that_end_with_each_event_are_asked_for_ever_less_often(
+    fake: FakeApiServer,
+) -> None:
+    """An event was taken for a watch that is well: some 17 requests a second, of each server."""
+    fake.put("pods", pod())
+    async with watching(fake) as seen:
+        fake.watch_events = 1
+        seen.proxy.cut_all()
+        asked = len(fake.requests)
+        for number in range(150):
+            fake.patch_status(POD, message=f"{number}")
+            await trio.sleep(0.02)
+        assert len(fake.requests) - asked <= 30
+        fake.watch_events = None
+        fake.drop("pods", POD)
+        await until(lambda: seen.names() == {}, "it hears again")
+
+
+@pytest.mark.slow
+async def test_watches_that_last_are_asked_for_again_at_once_however_often_they_are_cut(
+    fake: FakeApiServer,
+) -> None:
+    """A proxy that ends what is idle: each cut is a failure, but none of a server that is away."""
+    async with watching(fake) as seen:
+        for cut in range(4):
+            await trio.sleep(1.1)
+            seen.proxy.cut_all()
+            fake.put("pods", pod(f"pod-{cut}", f"p-{cut}"))
+            with trio.fail_after(20):
+                began_s = trio.current_time()
+                await until(lambda name=f"p-{cut}": name in seen.names(), "it hears again")
+            assert trio.current_time() - began_s < 5  # (pauses would have grown to seconds)
+        assert seen.watch.statistics().failures >= 4
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 @pytest.mark.slow
 async def test_whatever_the_server_refuses_it_is_asked_again(
@@ -196,3 +245,25 @@ async def test_a_list_of_pages_is_read_whole(fake: FakeApiServer) -> None:
         fake.put("pods", pod(f"p{number}-0", f"p{number}"))
     async with watching(fake) as seen:
         assert len(seen.names()) == 8
+
+
+async def test_a_change_of_any_size_that_an_object_can_have_is_heard(fake: FakeApiServer) -> None:
+    async with watching(fake) as seen:
+        large = pod()
+        large["metadata"] = {**large["metadata"], "annotations": {"note": "x" * 1_400_000}}
+        fake.put("pods", large)
+        fake.put("pods", pod("next-0", "next"))
+        await until(lambda: "next" in seen.names(), "what comes behind is heard too")
+        assert (seen.watch.statistics().lists, seen.watch.statistics().failures) == (1, 0)
+
+
+async def test_a_line_without_an_end_is_no_change(fake: FakeApiServer) -> None:
+    """Whatever sends it: it was kept in memory to its end."""
+    async with watching(fake) as seen:
+        large = pod()
+        large["metadata"] = {**large["metadata"], "annotations": {"note": "x" * 5_000_000}}
+        fake.put("pods", large)
+        await until(lambda: seen.watch.statistics().failures > 0, "it is given up")
+        fake.drop("pods", POD)
+        fake.put("pods", pod("next-0", "next"))
+        await until(lambda: seen.names() == {"next": "next-0"}, "and all is listed")
