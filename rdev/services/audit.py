@@ -19,6 +19,7 @@ from rdev.domain.audit import Sealed
 from rdev.domain.audit_chain import Place
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.audit import AuditLog, CheckpointSink
+from rdev.services.beat import next_beat_s
 from rdev.services.denials import Denials
 
 EVERY_S = 1.0
@@ -73,7 +74,7 @@ class AuditKeeper:
         task_status.started()
         while not self._stop.is_set():
             await self.run_once()
-            with trio.move_on_after(EVERY_S):
+            with trio.move_on_at(next_beat_s(EVERY_S)):
                 await self._stop.wait()
         await self.run_once(is_last=True)
 

@@ -8,6 +8,7 @@ import trio
 
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.vitals import DatabaseVitals, Vitals
+from rdev.services.beat import next_beat_s
 
 # About the interval of a scrape. The size of a database is a look at each of its files.
 EVERY_S = 15.0
@@ -38,7 +39,7 @@ class DatabaseMeter:
         task_status.started()
         while not self._stop.is_set():
             await self.run_once()
-            with trio.move_on_after(EVERY_S):
+            with trio.move_on_at(next_beat_s(EVERY_S)):
                 await self._stop.wait()
 
     def stop(self) -> None:

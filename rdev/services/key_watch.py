@@ -21,6 +21,7 @@ from rdev.domain.errors import RdevError
 from rdev.domain.ids import KeyId
 from rdev.domain.keys import KeyEnd, Principal, Standing
 from rdev.ports.keys import USED_EVERY_S, KeyStore
+from rdev.services.beat import next_beat_s
 
 TICK_S = 2.0
 # A statement that takes longer has failed; with the tick it stays within the 5 s of the contract.
@@ -90,13 +91,16 @@ class KeyWatch:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look until `stop`, then write what is left. Survives a database that is gone."""
         task_status.started()
+        again_at_s = 0.0
         while not self._stop.is_set():
-            with trio.move_on_after(TICK_S):
+            with trio.move_on_at(next_beat_s(TICK_S)):
                 await self._work.wait()
+            if trio.current_time() < again_at_s:
+                with trio.move_on_at(again_at_s):
+                    await self._stop.wait()
             self._work = trio.Event()
             await self.run_once()
-            with trio.move_on_after(PAUSE_S):
-                await self._stop.wait()
+            again_at_s = trio.current_time() + PAUSE_S
         await self._write_used()
 
     def stop(self) -> None:

@@ -17,6 +17,7 @@ import trio
 from rdev.domain.errors import RdevError
 from rdev.domain.ids import ProjectId
 from rdev.ports.projects import ProjectStore
+from rdev.services.beat import next_beat_s
 
 TICK_S: Final = 5.0
 # A statement that takes longer has failed.
@@ -61,13 +62,16 @@ class ProjectWatch:
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Look until `stop`. Survives a database that is gone."""
         task_status.started()
+        again_at_s = 0.0
         while not self._stop.is_set():
-            with trio.move_on_after(TICK_S):
+            with trio.move_on_at(next_beat_s(TICK_S)):
                 await self._work.wait()
+            if trio.current_time() < again_at_s:
+                with trio.move_on_at(again_at_s):
+                    await self._stop.wait()
             self._work = trio.Event()
             await self.run_once()
-            with trio.move_on_after(PAUSE_S):
-                await self._stop.wait()
+            again_at_s = trio.current_time() + PAUSE_S
 
     def stop(self) -> None:
         """End the loop. Idempotent."""

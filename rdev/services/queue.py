@@ -29,6 +29,7 @@ from rdev.ports.telemetry import Telemetry, log_context
 from rdev.ports.tracing import Span, Tracing, Untraced, current_trace, within
 from rdev.services.appender import Appender, LeaseLostError
 from rdev.services.attempts import Attempt
+from rdev.services.beat import next_beat_s
 from rdev.services.shield import commit_shield
 
 # The floor: with every wake-up lost, nothing waits longer than this.
@@ -364,7 +365,7 @@ class CommandQueue:
                     self._leave_others_time()
                 if trio.current_time() >= tick_at_s:
                     await self.tick_once(attempts)
-                    tick_at_s = trio.current_time() + TICK_S
+                    tick_at_s = next_beat_s(TICK_S)
                 found = await self.claim_once(attempts)
             except RdevError as error:
                 if error.code is not ErrorCode.SERVICE_UNAVAILABLE:

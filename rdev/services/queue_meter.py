@@ -12,6 +12,7 @@ import trio
 from rdev.domain.depths import Depths
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.ports.telemetry import Telemetry
+from rdev.services.beat import next_beat_s
 
 # Less than the interval of a scrape.
 EVERY_S = 10.0
@@ -41,7 +42,7 @@ class QueueMeter:
         task_status.started()
         while not self._stop.is_set():
             await self.run_once()
-            with trio.move_on_after(EVERY_S):
+            with trio.move_on_at(next_beat_s(EVERY_S)):
                 await self._stop.wait()
 
     def stop(self) -> None:

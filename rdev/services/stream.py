@@ -19,6 +19,7 @@ from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.domain.stream import Chunk, Source
 from rdev.ports.output import OutputLog
+from rdev.services.beat import next_beat_s
 from rdev.services.stream_group import OfferEach, Outlet
 from rdev.services.stream_pages import Pages
 from rdev.services.stream_reader import (
@@ -309,7 +310,7 @@ class Fanout:
     async def _sweep(self) -> None:
         """Let go of what all have; a draining server is told nothing more, so it looks."""
         while True:
-            await trio.sleep(_SWEEP_S)
+            await trio.sleep_until(next_beat_s(_SWEEP_S))
             yield_at_s = trio.current_time() + YIELD_S
             for topic in tuple(self._topics.values()):
                 topic.forget_taken()

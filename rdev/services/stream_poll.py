@@ -12,6 +12,7 @@ import trio
 from rdev.domain.errors import ErrorCode, RdevError
 from rdev.domain.ids import CommandId
 from rdev.ports.output import OutputLog
+from rdev.services.beat import next_beat_s
 
 POLL_S = 1.0
 BATCH_MAX = 1_000
@@ -43,7 +44,7 @@ class StreamPoll:
         """Poll until `stop`. Survives a database that is gone: the next turn looks again."""
         task_status.started()
         while not self._stop.is_set():
-            with trio.move_on_after(POLL_S):
+            with trio.move_on_at(next_beat_s(POLL_S)):
                 await self._stop.wait()
                 return
             try:

@@ -44,6 +44,7 @@ from rdev.ports.deliveries import DeliveryQueue
 from rdev.ports.telemetry import BreakerTelemetry, WebhookTelemetry
 from rdev.ports.tracing import Tracing, Untraced, within
 from rdev.ports.webhooks import SecretBox, WebhookSender
+from rdev.services.beat import next_beat_s
 from rdev.services.breaker import BreakerOpenError, CircuitBreaker, Standing, tally_of
 from rdev.services.shield import commit_shield
 
@@ -415,7 +416,7 @@ class WebhookDispatcher:
                 await trio.sleep(backoff.next_s())
                 continue
             backoff = self._backoff()
-            with trio.move_on_after(TICK_S):
+            with trio.move_on_at(next_beat_s(TICK_S)):
                 await self._wakeup.wait()
             await trio.sleep_until(next_at_s)
 
@@ -442,7 +443,7 @@ class WebhookDispatcher:
                     await self._count_pending()
             except RdevError as error:
                 _check_unavailable(error)
-            await trio.sleep(TICK_S)
+            await trio.sleep_until(next_beat_s(TICK_S))
 
     async def _count_pending(self) -> None:
         """What may not wait any longer is dead; how long the rest has waited."""

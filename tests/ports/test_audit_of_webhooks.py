@@ -168,7 +168,8 @@ async def test_what_the_server_disables_it_enters_itself(hooks: Hooks, pools: Po
     for _ in range(2):
         await hooks.queue.disable(failing, DisabledReason.FAILING)
     await hooks.revoke(owner)
-    assert [(await hooks.queue.tick()).ended for _ in range(2)] == [1, 0]
+    ticks = [await hooks.queue.tick() for _ in range(2)]
+    assert [(one.ended, one.enabled) for one in ticks] == [(1, 0), (0, 0)]
 
     def entry(webhook: WebhookId, reason: DisabledReason) -> Entry:
         return ("webhook.disabled", webhook, "server", None, {"reason": reason.value})
