@@ -208,10 +208,11 @@ class ProjectKeeper:
         try:
             return await self._carry(project, self._take(project), patience_s=patience_s)
         except RdevError as error:
-            await self._note(project, error)
-            raise
+            trouble = error
         finally:
             self._work.set()
+        await self._note(project, trouble)
+        raise trouble
 
     async def _note(self, project: Project, trouble: RdevError) -> None:
         try:
