@@ -2,15 +2,15 @@
 
 Holds one `Pod` for each pod with the project label. What bounds it: a watch lives `WATCH_S`, and
 one whose server says nothing beyond that is taken for dropped; then, at 410, and where it ended at
-once, all is listed again. A change is at most `_LINE_BYTES`.
+once, all is listed again.
 Survives whatever the API server does, pausing up to 10 s with jitter (longer where it is told to);
 while it does not hear, the pods of before are still there and `is_current` is false. Costs one
-request each `WATCH_S` when nothing happens.
+request each `WATCH_S` when nothing happens; whatever happens, 20 lists and watches at once and then
+30 a minute.
 """
 
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,11 +19,12 @@ import msgspec
 import trio
 
 from rdev.adapters.kubernetes.connection import ApiServer
-from rdev.adapters.kubernetes.errors import refusal, refusal_of, translated
+from rdev.adapters.kubernetes.errors import refusal_of, translated, unreachable
+from rdev.adapters.kubernetes.events import EXPIRED, check_expired, lines_of, read_event
 from rdev.adapters.kubernetes.exec import PodTarget
 from rdev.adapters.kubernetes.objects import PodEvent, PodList, PodObject, read_pod
 from rdev.domain.backoff import Backoff
-from rdev.domain.errors import ErrorCode, RdevError
+from rdev.domain.errors import RdevError
 from rdev.domain.execution import LostReason
 from rdev.domain.ids import ProjectId
 from rdev.domain.pods import LABEL_PREFIX, Pod, choose, lost_reason
@@ -32,9 +33,9 @@ WATCH_S: Final = 240.0
 _MARGIN_S: Final = 15.0
 _PAGE: Final = 500  # pods of one answer
 _BRIEF_S: Final = 1.0  # a watch that ends sooner was refused in its way, whatever it said
-_REST_S: Final = 0.5  # for the end of a watch that is over
-_EXPIRED: Final = 410
-_LINE_BYTES: Final = 4 * 2**20  # etcd holds objects of 1.5 MiB
+_OPEN_S: Final = 15.0  # for its first bytes, which come at once: after them there may be nothing
+_TURN_S: Final = 2.0  # for each list and each watch, of which `_TURNS` may come at once
+_TURNS: Final = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class PodWatch:
         prefix: str = LABEL_PREFIX,
         watch_s: float = WATCH_S,
         margin_s: float = _MARGIN_S,
+        open_s: float = _OPEN_S,
     ) -> None:
         """Opens nothing."""
         self._api = api
@@ -69,13 +71,15 @@ class PodWatch:
         self._selector = f"{prefix}/project=true"
         self._watch_s = watch_s
         self._margin_s = margin_s
+        self._open_s = open_s
         self._pods: dict[str, Pod] = {}  # by name
         self._chosen: Mapping[ProjectId, Pod] = {}
         self._stopping = trio.CancelScope()
         self._backoff = Backoff(random=random.random, first_s=0.1, most_s=10.0)
         self._is_current = False
         self._heard_at_s = float("-inf")
-        self._began_s = float("inf")  # the watch that is open now
+        self._began_s = float("inf")  # the watch that is open now, from its first bytes on
+        self._turns_used_until_s = float("-inf")
         self._lists = self._changes = self._failures = 0
 
     @property
@@ -89,12 +93,14 @@ class PodWatch:
 
     @property
     def is_current(self) -> bool:
-        """Whether a watch is open now: what is known is at most a moment old."""
+        """Whether a watch is open now, or about to be followed by the next: what is known is at
+        most a moment old."""
         return self._is_current
 
     @property
     def silent_s(self) -> float:
-        """For how long nothing was heard: 0 while it is current."""
+        """For how long nothing was heard: 0 while it is current. Of a watch that was given up for
+        its silence all of that counts."""
         return 0.0 if self._is_current else trio.current_time() - self._heard_at_s
 
     def pod_of(self, project: ProjectId) -> Pod | None:
@@ -157,27 +163,41 @@ class PodWatch:
         Errors: RdevError, for whatever the API server says or does not say.
         """
         version: str | None = await self._list()
-        self._is_current = True
         is_brief = False
         try:
             while version is not None and not is_brief:
-                self._began_s = trio.current_time()
                 version = await self._watch(version)
                 is_brief = not self._has_lasted()
         finally:
-            self._is_current = False
-            self._heard_at_s = trio.current_time()
-            if self._has_lasted():
-                self._backoff.failures = 0
+            self._hear_no_more()
         if is_brief:
             # Who hangs up at once is not pressed, and not believed that nothing has changed.
             await trio.sleep(self._backoff.next_s())
 
+    def _hear(self) -> None:
+        self._is_current = True
+        self._heard_at_s = trio.current_time()
+
+    def _hear_no_more(self) -> None:
+        if self._is_current:
+            self._heard_at_s = trio.current_time()
+        self._is_current = False
+
     def _has_lasted(self) -> bool:
         return trio.current_time() - self._began_s >= _BRIEF_S
 
+    async def _take_turn(self) -> None:
+        """Wait until another request presses nobody, however the ones before ended."""
+        now_s = trio.current_time()
+        self._turns_used_until_s = max(self._turns_used_until_s, now_s) + _TURN_S
+        wait_s = self._turns_used_until_s - now_s - _TURNS * _TURN_S
+        if wait_s > 0:
+            self._hear_no_more()
+        await trio.sleep(max(0.0, wait_s))
+
     async def _list(self) -> str:
         """Take all pods anew; the version they are of."""
+        await self._take_turn()
         found: list[PodObject] = []
         params = {"labelSelector": self._selector, "limit": str(_PAGE)}
         while True:
@@ -191,6 +211,7 @@ class PodWatch:
                 break
             params["continue"] = page.metadata.continue_
         self._lists += 1
+        self._heard_at_s = trio.current_time()
         read = (read_pod(item, self._prefix) for item in found)
         before, self._pods = self._pods, {pod.name: pod for pod in read if pod is not None}
         names = before.keys() | self._pods.keys()
@@ -201,6 +222,20 @@ class PodWatch:
     async def _watch(self, version: str) -> str | None:
         """Follow the changes after a version until the server has enough; the version to go on
         from, or None where all has to be listed again."""
+        await self._take_turn()
+        self._began_s = float("inf")
+        try:
+            with trio.fail_after(self._open_s) as patience, translated():
+                return await self._follow(version, patience)
+        except trio.TooSlowError as error:
+            self._is_current = False  # since it was heard last
+            raise unreachable("the watch of pods says nothing") from error
+        finally:
+            if self._has_lasted():
+                self._backoff.failures = 0
+
+    async def _follow(self, version: str, patience: trio.CancelScope) -> str | None:
+        """As `_watch`. `patience` is put off by whatever comes."""
         params = {
             "watch": "true",
             "resourceVersion": version,
@@ -208,24 +243,30 @@ class PodWatch:
             "timeoutSeconds": str(max(1, round(self._watch_s))),
             "allowWatchBookmarks": "true",
         }
-        patience = httpx2.Timeout(15.0, read=self._watch_s + self._margin_s)
-        with translated():
-            async with self._api.signs.stream(
-                "GET", self._path, params=params, timeout=patience
-            ) as got:
-                if got.status_code == _EXPIRED:
-                    return None
-                if got.status_code != 200:
-                    await got.aread()
-                    raise refusal_of(got)
-                async with _lines_of(got) as lines:
-                    async for line in lines:
-                        event = _read_event(line)
-                        if event.type == "ERROR":
-                            _check_expired(event)
-                            return None
-                        version = self._heed(event)
+        unhurried = httpx2.Timeout(15.0, read=None)
+        async with self._api.signs.stream(
+            "GET", self._path, params=params, timeout=unhurried
+        ) as got:
+            if got.status_code == EXPIRED:
+                return None
+            if got.status_code != 200:
+                await got.aread()
+                raise refusal_of(got)
+            self._began_s = trio.current_time()
+            self._be_patient(patience)
+            async with lines_of(got) as lines:
+                async for line in lines:
+                    event = read_event(line)
+                    if event.type == "ERROR":
+                        check_expired(event)
+                        return None
+                    version = self._heed(event)
+                    self._be_patient(patience)
         return version
+
+    def _be_patient(self, patience: trio.CancelScope) -> None:
+        self._hear()
+        patience.deadline = trio.current_time() + self._watch_s + self._margin_s
 
     def _heed(self, event: PodEvent) -> str:
         """Take one change in; the version it leads to."""
@@ -244,51 +285,3 @@ class PodWatch:
         for project in dict.fromkeys(pod.project for pod in pods if pod is not None):
             for changed in self._changed:
                 changed(project)
-
-
-@asynccontextmanager
-async def _lines_of(response: httpx2.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The lines of a watch. httpx2 leaves its generators open where one stops in the middle: what
-    is left is read, which is nothing after an error, or cancelled, which closes them."""
-    async with aclosing(_lines(response)) as lines:
-        try:
-            yield lines
-        finally:
-            with trio.move_on_after(_REST_S):
-                async for _ in lines:  # noqa: ASYNC102  # a generator that was cancelled is at its end
-                    pass
-                await trio.lowlevel.checkpoint()  # noqa: ASYNC102  # as above
-
-
-async def _lines(response: httpx2.Response) -> AsyncGenerator[bytes, None]:
-    """The lines of a watch as they come; of one that is too long, its beginning."""
-    begun: list[bytes] = []  # of a line whose end has not come
-    size = 0
-    async with aclosing(response.aiter_bytes()) as pieces:
-        async for piece in pieces:
-            *ends, rest = piece.split(b"\n")
-            for end in ends:
-                line = b"".join((*begun, end))
-                begun, size = [], 0
-                if line:
-                    yield line
-            begun.append(rest)
-            size += len(rest)
-            if size > _LINE_BYTES:
-                yield b"".join(begun)
-                begun, size = [], 0
-
-
-def _read_event(line: bytes) -> PodEvent:
-    """Errors: RdevError for more than any object is; one of `UNREADABLE` for what is none."""
-    if len(line) > _LINE_BYTES:
-        message = f"a line of the watch of pods is longer than {_LINE_BYTES} bytes"
-        raise RdevError(ErrorCode.SERVICE_UNAVAILABLE, message)
-    return msgspec.json.decode(line, type=PodEvent)
-
-
-def _check_expired(event: PodEvent) -> None:
-    """Errors: RdevError for what is not just a version that is too old."""
-    if event.object.code != _EXPIRED:
-        body = msgspec.json.encode({"message": event.object.message})
-        raise refusal(event.object.code or 500, body)
