@@ -55,6 +55,10 @@ class Credentials(Protocol):
         """The server refused this one: whether another try may give a better one."""
         ...
 
+    async def aclose(self) -> None:
+        """Nobody asks any more."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
@@ -69,6 +73,10 @@ class Fixed:
     def forget(self, refused: str | None) -> bool:
         """Never a better one."""
         return False
+
+    async def aclose(self) -> None:
+        """See `Credentials.aclose`."""
+        await trio.lowlevel.checkpoint()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,10 @@ class TokenFile:
         """It may have been rotated between the read and the answer."""
         return True
 
+    async def aclose(self) -> None:
+        """See `Credentials.aclose`."""
+        await trio.lowlevel.checkpoint()
+
 
 class _PluginStatus(msgspec.Struct):
     token: str | None = None
@@ -98,6 +110,35 @@ class _PluginStatus(msgspec.Struct):
 
 class _PluginAnswer(msgspec.Struct):
     status: _PluginStatus
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """A plugin that runs, and what it has said so far: of one that says too much the beginning.
+    Its stderr is the operator's to read, in our log. It is the business of no single request:
+    whoever needs its answer reads on where the one before stopped."""
+
+    process: trio.Process
+    ends_at_s: float
+    said: bytearray = field(default_factory=bytearray)
+
+    async def finish(self) -> None:
+        """Read to its end. Cancellation: it goes on."""
+        assert self.process.stdout is not None
+        while len(self.said) <= _PLUGIN_BYTES:
+            if not (piece := await self.process.stdout.receive_some()):
+                await self.process.wait()
+                break
+            self.said += piece
+
+    async def end(self) -> None:
+        """Kill it where it still runs."""
+        assert self.process.stdout is not None
+        self.process.kill()
+        # shielded: killed, it ends at once, and its end must be taken
+        with trio.CancelScope(shield=True):
+            await self.process.wait()
+            await self.process.stdout.aclose()
 
 
 @dataclass(slots=True)
@@ -112,11 +153,13 @@ class Plugin:
     _until: float = -math.inf  # seconds since 1970
     _ended: int = 0  # how often it was asked, and how it failed the last time
     _failure: RdevError | None = None
+    _run: _Run | None = None
     _one_at_a_time: trio.Lock = field(default_factory=trio.Lock)
 
     async def header(self) -> str | None:
         """See `Credentials.header`. Blocks: while the plugin runs, at most a minute; whoever waits
-        for another one's try has its failure too, or the last of them would wait for all."""
+        for another one's try has its failure too, or the last of them would wait for all.
+        Cancellation: the plugin goes on, for who asks next."""
         ended = self._ended
         async with self._one_at_a_time:
             if self._value is None or self.now().timestamp() >= self._until:
@@ -144,57 +187,63 @@ class Plugin:
             self._value = None
         return True
 
+    async def aclose(self) -> None:
+        """End the plugin, if it runs."""
+        run, self._run = self._run, None
+        if run is not None:
+            await run.end()
+        await trio.lowlevel.checkpoint()
+
     async def _ask(self) -> _PluginStatus:
+        run = await self._begin()
+        with trio.move_on_at(run.ends_at_s) as patience:
+            await run.finish()
+        # Here comes whose wait is over, not who was cancelled.
+        self._run = None
+        await run.end()
+        if patience.cancelled_caught:
+            raise unreachable("the credential plugin does not end")
+        if len(run.said) > _PLUGIN_BYTES:
+            raise unreachable(f"the credential plugin says more than {_PLUGIN_BYTES} bytes")
+        if run.process.returncode != 0:
+            raise unreachable(f"the credential plugin ended with {run.process.returncode}")
+        return _read_status(bytes(run.said))
+
+    async def _begin(self) -> _Run:
+        """The one that runs, unless it was left alone for so long that its answer is old."""
+        left, self._run = self._run, None
+        if left is not None and trio.current_time() < left.ends_at_s:
+            self._run = left
+            return left
+        if left is not None:
+            await left.end()
         info = {
             "apiVersion": self.api_version,
             "kind": "ExecCredential",
             "spec": {"interactive": False},
         }
-        env = {
-            **os.environ,
-            **self.env,
-            "KUBERNETES_EXEC_INFO": msgspec.json.encode(info).decode(),
-        }
+        told = {"KUBERNETES_EXEC_INFO": msgspec.json.encode(info).decode()}
         try:
-            with trio.fail_after(PLUGIN_S):
-                code, said = await _run(self.argv, env)
+            process = await trio.lowlevel.open_process(
+                list(self.argv),
+                env={**os.environ, **self.env, **told},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+            )
         except OSError as error:
             raise unreachable(f"credential plugin: {error.strerror}") from error
-        except trio.TooSlowError as error:
-            raise unreachable("the credential plugin does not end") from error
-        if len(said) > _PLUGIN_BYTES:
-            raise unreachable(f"the credential plugin says more than {_PLUGIN_BYTES} bytes")
-        if code != 0:
-            raise unreachable(f"the credential plugin ended with {code}")
-        try:
-            status = msgspec.json.decode(said, type=_PluginAnswer).status
-        except UNREADABLE as error:
-            raise unreachable("the credential plugin's answer is not understood") from error
-        if not status.token:
-            raise unreachable("the credential plugin gives no token (certificates are not taken)")
-        return status
+        self._run = _Run(process=process, ends_at_s=trio.current_time() + PLUGIN_S)
+        return self._run
 
 
-async def _run(argv: Sequence[str], env: Mapping[str, str]) -> tuple[int | None, bytes]:
-    """Its exit code and its stdout, of one that says too much the beginning. Its stderr is the
-    operator's to read, in our log. Cancellation: it is killed."""
-    said = bytearray()
-    plugin = await trio.lowlevel.open_process(
-        list(argv), env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
-    )
-    assert plugin.stdout is not None
+def _read_status(said: bytes) -> _PluginStatus:
     try:
-        async with plugin.stdout:
-            while len(said) <= _PLUGIN_BYTES and (piece := await plugin.stdout.receive_some()):
-                said += piece
-        if len(said) <= _PLUGIN_BYTES:
-            await plugin.wait()
-    finally:
-        plugin.kill()
-        # shielded: killed, it ends at once, and its end must be taken
-        with trio.CancelScope(shield=True):
-            await plugin.wait()
-    return plugin.returncode, bytes(said)
+        status = msgspec.json.decode(said, type=_PluginAnswer).status
+    except UNREADABLE as error:
+        raise unreachable("the credential plugin's answer is not understood") from error
+    if not status.token:
+        raise unreachable("the credential plugin gives no token (certificates are not taken)")
+    return status
 
 
 def _utc_now() -> datetime:
@@ -257,5 +306,8 @@ class AuthorizedTransport(httpx2.AsyncBaseTransport):
             return await self._inner.handle_async_request(request)
 
     async def aclose(self) -> None:
-        """Close all connections."""
-        await self._inner.aclose()
+        """Close all connections, and end a plugin that runs."""
+        try:
+            await self._inner.aclose()
+        finally:
+            await self._credentials.aclose()

@@ -1,5 +1,6 @@
 """Who rdev says it is to the API server."""
 
+import os
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from rdev.adapters.kubernetes.connection import ApiServer, connect, read_config
 from rdev.adapters.kubernetes.credentials import Fixed, Plugin, TokenFile, credentials_of
 from rdev.adapters.kubernetes.websocket import open_websocket
 from rdev.domain.errors import ErrorCode, RdevError
+from tests.adapters.execution.observing import until
 from tests.adapters.execution.pods import POD, pod
 from tests.adapters.kubernetes.conftest import config_of
 from tests.fakes.api_server import FakeApiServer
@@ -182,6 +184,64 @@ async def test_who_waits_for_one_that_was_cancelled_asks_itself(tmp_path: Path) 
             go.touch()
             first.cancel_scope.cancel()
     assert told == ["Bearer me"]
+
+
+async def test_a_plugin_goes_on_when_who_asked_it_has_gone(tmp_path: Path) -> None:
+    """It was ended with them: probes that wait for a second began it again and again."""
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    script = (
+        f"echo >> {asked}; while [ ! -e {go} ]; do sleep 0.05; done; "
+        """echo '{"status": {"token": "me"}}'"""
+    )
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    slow = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    with trio.fail_after(60):
+        for _ in range(3):
+            with trio.move_on_after(0.2) as probe:
+                await slow.header()
+            assert probe.cancelled_caught
+        await until(asked.exists, "it runs")
+        go.touch()
+        assert await slow.header() == "Bearer me"
+    assert asked.read_text() == "\n"
+
+
+@pytest.mark.parametrize("how", ["answered", "left alone"])
+async def test_a_plugin_has_a_time_however_many_ask(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, how: str
+) -> None:
+    """And what one said that nobody has asked for since is no credential of now."""
+    monkeypatch.setattr("rdev.adapters.kubernetes.credentials.PLUGIN_S", 0.5)
+    go = tmp_path / "go"
+    script = f"[ -e {go} ] || exec sleep 1000; echo '{_ANSWER}'"
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    slow = Plugin(argv=["sh", "-c", script], env={}, api_version="v1", now=lambda: now)
+    with trio.fail_after(60):
+        if how == "answered":
+            with pytest.raises(RdevError, match="does not end"):
+                await slow.header()
+        else:
+            with trio.move_on_after(0.1):
+                await slow.header()
+            await trio.sleep(0.5)  # its time
+        monkeypatch.setattr("rdev.adapters.kubernetes.credentials.PLUGIN_S", 30.0)
+        go.touch()
+        assert await slow.header() == "Bearer the-token"
+
+
+async def test_a_plugin_ends_with_the_connection(fake: FakeApiServer, tmp_path: Path) -> None:
+    mine = tmp_path / "pid"
+    script = f"echo $$ > {mine}.new; mv {mine}.new {mine}; exec sleep 1000"
+    slow = UserExec(apiVersion="client.authentication.k8s.io/v1", command="sh", args=["-c", script])
+    with trio.fail_after(60):
+        async with connect(config_of(fake)._replace(user=User(exec=slow))) as api:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(api.http.get, "/api/v1/namespaces/rdev")
+                await until(mine.exists, "it runs")
+                nursery.cancel_scope.cancel()
+            os.kill(int(mine.read_text()), 0)  # it goes on
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(mine.read_text()), 0)
 
 
 async def test_a_rotated_token_is_used_at_once(fake: FakeApiServer, tmp_path: Path) -> None:
