@@ -41,14 +41,18 @@ class ContainerState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
-    """One container of a pod. `reason` belongs to its state; `last_reason` to how it ended before,
-    where it was restarted."""
+    """One container of a pod. `reason`, `message` and `exit_code` belong to its state;
+    `last_reason` to how it ended before, where it was restarted. `is_sidecar`: it stands among the
+    init containers, and runs beside the others to the end."""
 
     name: str
     state: ContainerState
     is_ready: bool = False
     reason: str = ""
     last_reason: str = ""
+    message: str = ""
+    exit_code: int = 0
+    is_sidecar: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,21 +170,26 @@ def _end_of(pod: Pod) -> PodTrouble:
         return PodTrouble.EVICTED
     if any(container.reason == _OOM for container in pod.containers):
         return PodTrouble.OOM_KILLED
-    if any(_has_failed(container) for container in pod.init_containers):
-        return PodTrouble.INIT_FAILED  # not tried again: the pod is never restarted
+    # Not tried again: the pod is never restarted. What ended the whole pod, its deadline or its
+    # node, ended its init containers too.
+    if not pod.reason and any(_has_failed(container) for container in pod.init_containers):
+        return PodTrouble.INIT_FAILED
     return PodTrouble.ENDED
 
 
 def _has_failed(container: Container) -> bool:
-    is_over = container.state is ContainerState.TERMINATED
-    return is_over and container.reason not in ("", "Completed")
+    """A side-car that is told to end has not, whatever it makes of it."""
+    is_over = container.state is ContainerState.TERMINATED and not container.is_sidecar
+    return is_over and (container.exit_code != 0 or container.reason not in ("", "Completed"))
 
 
 def _failure_of(pod: Pod) -> str:
-    """The first container that failed, and how."""
-    containers = (*pod.init_containers, *pod.containers)
-    failed = (f"container {one.name}: {one.reason}" for one in containers if _has_failed(one))
-    return next(failed, "")
+    """The first container that failed, and how: its last words where it left any."""
+    for one in (*pod.init_containers, *pod.containers):
+        if _has_failed(one):
+            how = ", ".join(filter(None, (one.reason, f"exit code {one.exit_code}")))
+            return f"container {one.name}: {how}" + (f": {one.message}" if one.message else "")
+    return ""
 
 
 def lost_reason(pod: Pod | None, *, are_gone: bool) -> LostReason | None:

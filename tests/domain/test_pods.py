@@ -88,6 +88,36 @@ def waiting(reason: str, last_reason: str = "") -> Pod:
             PodTrouble.INIT_FAILED,
         ),
         (
+            replace(
+                PENDING,
+                phase="Failed",
+                init_containers=(replace(container(ENDED), exit_code=3),),
+            ),
+            ProjectStatus.FAILED,
+            PodTrouble.INIT_FAILED,
+        ),
+        (
+            # A side-car stands among the init containers, and was told to end.
+            replace(
+                READY,
+                phase="Failed",
+                init_containers=(replace(container(ENDED, "Error"), is_sidecar=True),),
+                containers=(container(ENDED, "Error"),),
+            ),
+            ProjectStatus.FAILED,
+            PodTrouble.ENDED,
+        ),
+        (
+            replace(
+                PENDING,
+                phase="Failed",
+                reason="DeadlineExceeded",
+                init_containers=(container(ENDED, "Error"),),
+            ),
+            ProjectStatus.FAILED,
+            PodTrouble.ENDED,
+        ),
+        (
             replace(READY, phase="Failed", is_ready=False, reason="Evicted"),
             ProjectStatus.FAILED,
             PodTrouble.EVICTED,

@@ -4,7 +4,7 @@ lightkube's own models are not used for reading: a single object without a field
 granted, of an older or a newer server, would end the whole list or watch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -22,19 +22,23 @@ class Metadata(msgspec.Struct, rename="camel"):
     annotations: dict[str, str] | None = None
 
 
-class _SpecContainer(msgspec.Struct):
+class _SpecContainer(msgspec.Struct, rename="camel"):
     name: str = ""
     image: str = ""
+    restart_policy: str | None = None  # of an init container: `Always` makes it a side-car
 
 
-class _Spec(msgspec.Struct):
+class _Spec(msgspec.Struct, rename="camel"):
     containers: list[_SpecContainer] = []
+    init_containers: list[_SpecContainer] | None = None
 
 
-class _Phase(msgspec.Struct):
-    """A state that a container is in, with its reason."""
+class _Phase(msgspec.Struct, rename="camel"):
+    """A state that a container is in, with its reason; `exit_code` of one that is over."""
 
     reason: str = ""
+    message: str = ""
+    exit_code: int = 0
 
 
 class _State(msgspec.Struct):
@@ -108,6 +112,7 @@ def read_pod(item: PodObject, prefix: str) -> Pod | None:
     wanted = annotations.get(CONTAINER_ANNOTATION, "")
     container = wanted if wanted in images else next(iter(images))
     reason, message = _reason(status)
+    sidecars = {one.name for one in item.spec.init_containers or () if one.restart_policy}
     return Pod(
         name=metadata.name,
         uid=metadata.uid,
@@ -120,7 +125,7 @@ def read_pod(item: PodObject, prefix: str) -> Pod | None:
         message=message,
         image=images[container],
         containers=_containers(status.container_statuses or ()),
-        init_containers=_containers(status.init_container_statuses or ()),
+        init_containers=_containers(status.init_container_statuses or (), sidecars),
         labels=labels,
         annotations=annotations,
     )
@@ -141,19 +146,21 @@ def _condition(status: _Status, kind: str, value: str) -> _Condition | None:
     return None
 
 
-def _containers(statuses: Sequence[_ContainerStatus]) -> tuple[Container, ...]:
-    return tuple(_container(status) for status in statuses)
+def _containers(
+    statuses: Sequence[_ContainerStatus], sidecars: Collection[str] = ()
+) -> tuple[Container, ...]:
+    return tuple(_container(one, is_sidecar=one.name in sidecars) for one in statuses)
 
 
-def _container(status: _ContainerStatus) -> Container:
-    kind, reason = ContainerState.UNKNOWN, ""
+def _container(status: _ContainerStatus, *, is_sidecar: bool) -> Container:
+    kind, phase = ContainerState.UNKNOWN, _Phase()
     match status.state:
         case _State(running=_Phase()):
             kind = ContainerState.RUNNING
         case _State(terminated=_Phase() as ended):
-            kind, reason = ContainerState.TERMINATED, ended.reason
+            kind, phase = ContainerState.TERMINATED, ended
         case _State(waiting=_Phase() as waits):
-            kind, reason = ContainerState.WAITING, waits.reason
+            kind, phase = ContainerState.WAITING, waits
         case _:
             pass
     last = status.last_state.terminated if status.last_state is not None else None
@@ -161,8 +168,11 @@ def _container(status: _ContainerStatus) -> Container:
         name=status.name,
         state=kind,
         is_ready=status.ready,
-        reason=reason,
+        reason=phase.reason,
         last_reason=last.reason if last is not None else "",
+        message=phase.message,
+        exit_code=phase.exit_code,
+        is_sidecar=is_sidecar,
     )
 
 

@@ -239,6 +239,48 @@ async def test_an_object_with_next_to_nothing_in_it_is_read(fake: FakeApiServer)
         assert health_of(seen.watch.pod_of(DEMO)).status is ProjectStatus.PENDING
 
 
+def ended(name: str, exit_code: int, **rest: Any) -> Any:
+    """The status of a container that is over."""
+    over = {"exitCode": exit_code, "reason": "Error" if exit_code else "Completed", **rest}
+    return running(name, ready=False, state={"terminated": over})
+
+
+async def test_an_init_container_that_fails_is_named_with_its_last_words(
+    fake: FakeApiServer,
+) -> None:
+    """In a pod that is never restarted it was told as one that has ended."""
+    failed = pod()
+    failed["spec"] |= {"restartPolicy": "Never", "initContainers": [{"name": "one"}]}
+    waits = running("project", ready=False, state={"waiting": {"reason": "PodInitializing"}})
+    failed["status"] = {
+        "phase": "Failed",
+        "initContainerStatuses": [ended("one", 0), ended("two", 3, message="no\nspace\n")],
+        "containerStatuses": [waits],
+    }
+    fake.put("pods", failed)
+    async with watching(fake) as seen:
+        health = health_of(seen.watch.pod_of(DEMO))
+        assert (health.status, health.trouble) == (ProjectStatus.FAILED, PodTrouble.INIT_FAILED)
+        assert health.message == "container two: Error, exit code 3: no space"
+
+
+async def test_a_sidecar_that_is_told_to_end_is_no_init_container_that_failed(
+    fake: FakeApiServer,
+) -> None:
+    over = pod()
+    over["spec"] |= {"initContainers": [{"name": "proxy", "restartPolicy": "Always"}]}
+    over["status"] = {
+        "phase": "Failed",
+        "initContainerStatuses": [ended("proxy", 137)],
+        "containerStatuses": [ended("project", 1)],
+    }
+    fake.put("pods", over)
+    async with watching(fake) as seen:
+        health = health_of(seen.watch.pod_of(DEMO))
+        assert (health.status, health.trouble) == (ProjectStatus.FAILED, PodTrouble.ENDED)
+        assert health.message == "container project: Error, exit code 1"
+
+
 async def test_a_list_of_pages_is_read_whole(fake: FakeApiServer) -> None:
     fake.page_size = 3
     for number in range(8):
