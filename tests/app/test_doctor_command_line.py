@@ -134,3 +134,21 @@ def test_a_cluster_that_is_nowhere_described_fails(tmp_path: Path):
     )
     assert told.returncode == 1
     assert "fail     kubernetes" in told.stdout
+
+
+@pytest.mark.parametrize("field", ["proxy-url", "tls-server-name"])
+def test_a_kubeconfig_whose_way_is_not_known_is_told(tmp_path: Path, field: str):
+    (tmp_path / "config").write_text(f"""
+clusters: [{{name: c, cluster: {{server: "https://127.0.0.1:1", {field}: there}}}}]
+users: [{{name: u, user: {{token: hidden-secret}}}}]
+contexts: [{{name: x, context: {{cluster: c, user: u}}}}]
+current-context: x
+""")
+    told = _doctor(
+        RDEV_STATE_DIR=str(tmp_path),
+        RDEV_EXECUTOR="kubernetes",
+        RDEV_KUBECONFIG=str(tmp_path / "config"),
+    )
+    assert told.returncode == 1
+    assert f"{field} is not supported" in told.stdout
+    assert "hidden-secret" not in told.stdout + told.stderr

@@ -79,7 +79,8 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
 
 
 def _ways(config: SingleConfig) -> set[str]:
-    """The fields of its cluster, also those that lightkube drops without a word."""
+    """The fields of its cluster that say something, also those that lightkube drops without a
+    word."""
     if config.fname is None:
         return set()
     clusters = safe_load(config.fname.read_text())["clusters"]
@@ -87,7 +88,8 @@ def _ways(config: SingleConfig) -> set[str]:
         field
         for one in clusters
         if one["name"] == config.context.cluster
-        for field in one["cluster"]
+        for field, value in one["cluster"].items()
+        if value
     }
 
 

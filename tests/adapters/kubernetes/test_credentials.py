@@ -343,6 +343,11 @@ def test_a_way_that_is_not_known_here_is_told_at_the_start(tmp_path: Path, field
     with pytest.raises(RdevError, match=f"{field} is not supported") as caught:
         read_config(file)
     assert caught.value.code is ErrorCode.SERVICE_UNAVAILABLE
+    file.write_text(text.replace("{server:", f'{{{field}: "", server:'))
+    assert read_config(file).cluster.server == "https://127.0.0.1:1"  # it says nothing
+    other = f"clusters: [{{name: other, cluster: {{{field}: there, server: a}}}}, "
+    file.write_text(text.replace("clusters: [", other))
+    assert read_config(file).cluster.server == "https://127.0.0.1:1"  # it is not asked
 
 
 _ANSWER = '{"status": {"token": "the-token"}}'
