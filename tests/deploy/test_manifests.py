@@ -1,7 +1,10 @@
 """The manifests hang together, and are what a cluster of today takes."""
 
+import os
 import re
 import subprocess
+from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 
@@ -295,6 +298,74 @@ def test_projects_reach_nothing_inside_and_are_reached_by_nobody(
                 )
             else:
                 assert {port["port"] for port in rule["ports"]} == {53}
+
+
+def lets_out(policy: Object, address: str, port: int, protocol: str = "TCP") -> bool:
+    """Whether an address outside of all pods may be reached, as a network reads the policy."""
+    ip = ip_address(address)
+    for rule in policy["spec"]["egress"]:
+        blocks = [peer["ipBlock"] for peer in rule.get("to", ()) if "ipBlock" in peer]
+        is_meant = "to" not in rule or any(
+            ip in ip_network(block["cidr"])
+            and not any(ip in ip_network(inner) for inner in block.get("except", ()))
+            for block in blocks
+        )
+        if is_meant and {"port": port, "protocol": protocol} in rule["ports"]:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("name", ["rdev-api", "rdev-projects", "rdev-migrate"])
+def test_names_are_asked_of_a_cache_on_the_node(objects: tuple[Object, ...], name: str) -> None:
+    """NodeLocal DNSCache: a pod that may not ask it knows no name at all."""
+    policy = one(objects, "NetworkPolicy", name)
+
+    assert lets_out(policy, "169.254.20.10", 53, "UDP")
+    assert lets_out(policy, "169.254.20.10", 53, "TCP")
+    assert not any(lets_out(policy, "169.254.20.10", port) for port in (22, 80, 443, 8080))
+
+
+# What tells a machine who it is, and gives it tokens: most clouds, Azure's other one, Alibaba, EC2.
+METADATA = ("169.254.169.254", "169.254.170.2", "168.63.129.16", "100.100.100.200", "fd00:ec2::254")
+
+
+@pytest.mark.parametrize("address", METADATA)
+def test_no_pod_reaches_a_clouds_metadata(objects: tuple[Object, ...], address: str) -> None:
+    for name in ("rdev-api", "rdev-projects", "rdev-migrate"):
+        policy = one(objects, "NetworkPolicy", name)
+        for port, protocol in ((53, "UDP"), (53, "TCP"), (22, "TCP"), (80, "TCP"), (443, "TCP")):
+            assert not lets_out(policy, address, port, protocol), (name, port)
+
+
+def test_projects_reach_the_internet(objects: tuple[Object, ...]) -> None:
+    policy = one(objects, "NetworkPolicy", "rdev-projects")
+    for port in (22, 80, 443):
+        assert lets_out(policy, "192.0.2.1", port)
+        assert lets_out(policy, "2001:db8::1", port)
+
+
+def test_the_way_to_a_collector_is_the_servers_alone(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "operations" / "tracing.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.+?)```", page, re.DOTALL)
+    (tmp_path / "collector.yaml").write_text(text)
+    base = os.path.relpath(DEPLOY / "k8s" / "base", tmp_path.resolve())
+    (tmp_path / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nnamespace: rdev\n"
+        f"resources: [{base}, collector.yaml]\n"
+    )
+    objects = build(str(tmp_path.resolve()))
+    policy = one(objects, "NetworkPolicy", "rdev-api-collector")
+    chosen = policy["spec"]["podSelector"]["matchLabels"].items()
+    project, _ = read_yaml(PROJECT.read_text())
+
+    assert policy["metadata"]["namespace"] == "rdev"
+    assert chosen <= one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
+    assert not chosen <= project["metadata"]["labels"].items()
+    (rule,) = policy["spec"]["egress"]
+    assert f"RDEV_OTLP_ENDPOINT=http://collector:{rule['ports'][0]['port']}" in page
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is missing")
+    for version in VERSIONS:
+        validator.validate(policy, version, strict=True)
 
 
 def test_webhooks_may_leave_by_the_default_ports(objects: tuple[Object, ...]) -> None:
