@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rdev.config import PREFIX, Settings, load_settings
+from rdev.domain.commands import LANE_CAP, LaneClass
 from rdev.domain.pods import LABEL_PREFIX
 from tests.deploy.conftest import DEPLOY, ROOT, Object, build, one, read_yaml, server_of
 
@@ -419,6 +420,14 @@ def test_server_and_migration_are_of_one_image(objects: tuple[Object, ...]) -> N
 
     assert len(images) == 1
     assert images.pop().rpartition(":")[2] == _version()
+
+
+def test_the_page_says_how_many_execs_a_pod_has() -> None:
+    """By the lanes, however far the autoscaler goes: not by the servers."""
+    page = (ROOT / "docs" / "operations" / "deployment.md").read_text()
+
+    assert LANE_CAP == {LaneClass.AGENT: 1, LaneClass.WORK: 4}
+    assert "a project has five however many servers there are (one `claude` or `git`, four" in page
 
 
 def test_every_manifest_is_explained() -> None:
