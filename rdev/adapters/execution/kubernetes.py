@@ -35,7 +35,7 @@ from rdev.domain.ids import AttemptId, ProjectId
 from rdev.ports.execution import Attachment
 
 # More than some 30 execs that end together in one container hold each other up for a second each
-# (containerd issue #8557: a buffer of 32 exits). Two servers stay below that.
+# (containerd issue #8557: a buffer of 32 exits). A guard: a project has five commands at once.
 _EXECS_MAX: Final = 16
 _SLOT_S: Final = 10.0  # for one of them to become free
 _REASON_CHARACTERS: Final = 120  # each layer puts its words in front: the reason is at the end

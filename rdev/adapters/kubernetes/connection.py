@@ -28,7 +28,9 @@ from rdev.ports.breaker import CallBreaker, Unbroken
 _TIMEOUTS: Final = httpx2.Timeout(connect=5.0, read=15.0, write=15.0, pool=5.0)
 
 # A connection without them would be another one than the operator has meant.
-_UNKNOWN_WAYS: Final = frozenset({"proxy-url", "tls-server-name"})
+_UNKNOWN: Final = frozenset(
+    {"proxy-url", "tls-server-name", "as", "as-uid", "as-groups", "as-user-extra"}
+)
 
 # A peer that is gone without a word is noticed after 15 + 3 × 5 s, on idle watches too.
 _KEEP_ALIVE: Final = (
@@ -58,7 +60,7 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     usual kubeconfig (`KUBECONFIG`, `~/.kube/config`).
 
     Blocks: on small files. Errors: SERVICE_UNAVAILABLE where there is none, or something else, or
-    one that says how to reach the API server in a way that is not known here.
+    one that says how to reach the API server, or as whom, in a way that is not known here.
     """
     try:
         if kubeconfig is not None:
@@ -66,7 +68,7 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
         else:
             found = KubeConfig.from_env().get()
         assert found is not None  # None only where a default was given
-        unknown = _ways(found) & _UNKNOWN_WAYS
+        unknown = _said(found) & _UNKNOWN
     except (ConfigError, OSError, KeyError, ValueError) as error:
         where = str(kubeconfig or "no service account, and no kubeconfig")
         raise unreachable(f"{where}: {error}") from error
@@ -78,17 +80,18 @@ def read_config(kubeconfig: Path | None) -> SingleConfig:
     return found
 
 
-def _ways(config: SingleConfig) -> set[str]:
-    """The fields of its cluster that say something, also those that lightkube drops without a
-    word."""
+def _said(config: SingleConfig) -> set[str]:
+    """The fields of its cluster and its user that say something, also those that lightkube drops
+    without a word."""
     if config.fname is None:
         return set()
-    clusters = safe_load(config.fname.read_text())["clusters"]
+    whole, context = safe_load(config.fname.read_text()), config.context
     return {
         field
-        for one in clusters
-        if one["name"] == config.context.cluster
-        for field, value in one["cluster"].items()
+        for kind, name in (("cluster", context.cluster), ("user", context.user))
+        for one in whole.get(f"{kind}s") or ()
+        if one["name"] == name
+        for field, value in (one[kind] or {}).items()
         if value
     }
 

@@ -350,6 +350,15 @@ def test_a_way_that_is_not_known_here_is_told_at_the_start(tmp_path: Path, field
     assert read_config(file).cluster.server == "https://127.0.0.1:1"  # it is not asked
 
 
+@pytest.mark.parametrize("field", ["as", "as-groups"])
+def test_to_be_somebody_else_is_not_known_here(tmp_path: Path, field: str) -> None:
+    """It was dropped without a word, and whoever was meant to have fewer rights had all."""
+    file = tmp_path / "kubeconfig"
+    file.write_text(KUBECONFIG.format(server="https://127.0.0.1:1", user=f"token: t, {field}: x"))
+    with pytest.raises(RdevError, match=f"{field} is not supported"):
+        read_config(file)
+
+
 _ANSWER = '{"status": {"token": "the-token"}}'
 
 
